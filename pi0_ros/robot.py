@@ -1,0 +1,273 @@
+"""The robot file: the one description of a robot that node, player and trainer share.
+
+A robot file is YAML with one schema (`Robot`). It says which topics, joints, units, rates and camera slots
+are meant, so that what a policy was trained on is what it gets on the robot. Angles are radians, lengths
+metres, times seconds, rates hertz (REP-103). `load_robot` is the way in; every error is one line that names
+the file, the field, the value found and what is allowed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+# The order is the model's: image tokens stand in the prefix in this order, and RoPE makes it matter.
+CAMERA_SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class RobotFileError(ValueError):
+    """A robot file that cannot be used; the message is one line per fault."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Camera(_Section):
+    """One camera slot of the model and the topic that fills it."""
+
+    topic: str
+    transport: Literal["raw", "compressed"] = "raw"  # compressed subscribes to <topic>/compressed
+    rotate: Literal[0, 90, 180, 270] = 0  # degrees clockwise, applied before flip
+    flip: Literal["none", "horizontal", "vertical"] = "none"
+    max_age: Positive = 0.2  # an older frame makes the observation invalid
+    latency: NonNegative = 0.0  # how long before its stamp the light was seen; subtracted from the stamp
+    reliability: Literal["best_effort", "reliable"] = "best_effort"
+
+
+class Joint(_Section):
+    """One joint, in model order. Positions in radians, or metres for a prismatic joint.
+
+    A gripper is given to the model as 0 = open to 1 = closed (the pi convention), whatever its own units:
+    `open` and `closed` are its positions in message units.
+    """
+
+    name: str
+    kind: Literal["revolute", "prismatic", "gripper"] = "revolute"
+    position: tuple[Finite, Finite]  # lowest, highest
+    velocity: Positive  # largest speed
+    acceleration: Positive  # largest acceleration
+    action: Literal["relative", "absolute"] | None = None  # to the state at the chunk's start; grippers: absolute
+    open: Finite | None = None
+    closed: Finite | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Joint:
+        if self.position[0] >= self.position[1]:
+            raise ValueError(f"joint {self.name!r}: position {list(self.position)} must be [lowest, highest]")
+        if self.kind == "gripper":
+            if self.open is None or self.closed is None or self.open == self.closed:
+                raise ValueError(
+                    f"joint {self.name!r}: a gripper needs 'open' and 'closed', two different positions, "
+                    f"found open={self.open}, closed={self.closed}"
+                )
+        elif self.open is not None or self.closed is not None:
+            raise ValueError(f"joint {self.name!r}: 'open' and 'closed' are for kind: gripper, found kind: {self.kind}")
+        return self
+
+    @property
+    def relative(self) -> bool:
+        """Whether the model's action for this joint is relative to the state at the start of the chunk."""
+        return (self.action or ("absolute" if self.kind == "gripper" else "relative")) == "relative"
+
+
+class State(_Section):
+    """Where proprioception comes from: one or more JointState topics, merged by joint name."""
+
+    topics: tuple[str, ...] = ("joint_states",)
+    max_age: Positive = 0.1
+    latency: NonNegative = 0.0
+
+    @field_validator("topics")
+    @classmethod
+    def _some(cls, topics: tuple[str, ...]) -> tuple[str, ...]:
+        if not topics:
+            raise ValueError("needs at least one JointState topic, found none")
+        return topics
+
+
+MessageType = Literal["JointState", "JointTrajectory", "Float64MultiArray"]
+
+
+class RecordedActions(_Section):
+    """Where the actions of a recording come from: what was commanded, never what was measured."""
+
+    topic: str
+    type: MessageType
+    latency: Finite = 0.0  # subtracted from the stamp; may be negative
+    joints: tuple[str, ...] | None = None  # order inside a Float64MultiArray; None: model order
+
+
+class Command(_Section):
+    """One controller that takes commands for some of the joints (all of them when `joints` is not given)."""
+
+    topic: str
+    type: Literal["JointTrajectory", "Float64MultiArray"]
+    joints: tuple[str, ...] | None = None
+
+
+class Prompt(_Section):
+    """The instruction: its default text and the topic (std_msgs/String, transient local) that changes it."""
+
+    default: str = ""
+    topic: str = "prompt"
+
+
+class Robot(_Section):
+    """A robot as the policy sees it. Field by field the content of a robot file."""
+
+    name: str
+    control_rate: Positive  # Hz; 1 / control_rate is the time between two actions of a chunk
+    cameras: dict[str, Camera | None]  # slot -> camera; a slot that is null or missing is masked in the model
+    joints: tuple[Joint, ...]  # in model order
+    state: State = State()
+    actions: RecordedActions | None = None  # needed for training only
+    commands: tuple[Command, ...]
+    max_skew: Positive = 0.1  # largest time between the oldest and newest stream of one observation
+    clock: Literal["header", "bag"] = "header"  # which stamp of a recorded message counts
+    episode_topic: str | None = None  # std_msgs/String whose messages begin (text) and end ("") episodes in a bag
+    prompt: Prompt = Prompt()
+    urdf: str | None = None  # for markers: path, relative to the robot file, or package://...
+    tip_link: str | None = None  # the link whose path the markers show
+
+    @field_validator("cameras")
+    @classmethod
+    def _known_slots(cls, cameras: dict[str, Camera | None]) -> dict[str, Camera | None]:
+        for slot in cameras:
+            if slot not in CAMERA_SLOTS:
+                raise ValueError(f"unknown camera slot {slot!r}, allowed: {', '.join(CAMERA_SLOTS)}")
+        present = {slot: cameras[slot] for slot in CAMERA_SLOTS if cameras.get(slot) is not None}
+        if not present:
+            raise ValueError(f"no camera given, at least one of {', '.join(CAMERA_SLOTS)} is needed")
+        topics = [camera.topic for camera in present.values()]
+        if len(set(topics)) < len(topics):
+            raise ValueError(f"two camera slots share a topic: {', '.join(topics)}")
+        return {slot: cameras.get(slot) for slot in CAMERA_SLOTS}
+
+    @model_validator(mode="after")
+    def _joints_agree(self) -> Robot:
+        names = list(self.joint_names)
+        if not names:
+            raise ValueError("joints: at least one is needed, found none")
+        if len(names) > 32:
+            raise ValueError(f"joints: the model has 32 action dimensions, found {len(names)} joints")
+        if len(set(names)) < len(names):
+            raise ValueError(f"joints: names must differ, found {names}")
+        groups = {f"commands[{i}]": command.joints or self.joint_names for i, command in enumerate(self.commands)}
+        if not groups:
+            raise ValueError("commands: at least one controller is needed, found none")
+        recorded = {"actions.joints": self.actions.joints} if self.actions and self.actions.joints else {}
+        for where, group in {**groups, **recorded}.items():
+            unknown = [name for name in group if name not in names]
+            if unknown:
+                raise ValueError(f"{where}: unknown joints {unknown}, allowed: {names}")
+        commanded = [name for group in groups.values() for name in group]
+        if sorted(commanded) != sorted(names):
+            raise ValueError(f"commands: every joint must be commanded exactly once, found {commanded}")
+        return self
+
+    @property
+    def joint_names(self) -> tuple[str, ...]:
+        """Joint names in model order."""
+        return tuple(joint.name for joint in self.joints)
+
+    @property
+    def present_cameras(self) -> dict[str, Camera]:
+        """Slot -> camera for the cameras that exist, in model order."""
+        return {slot: camera for slot, camera in self.cameras.items() if camera is not None}
+
+    @property
+    def dt(self) -> float:
+        """Seconds between two actions of a chunk."""
+        return 1.0 / self.control_rate
+
+    def to_yaml(self) -> str:
+        """The robot file that loads as this robot."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def contradictions(self, other: Robot) -> list[str]:
+        """What in `other` would make the model see or mean something else than under `self`.
+
+        Topics, ages and limits may differ between a recording and a robot; what gives numbers their meaning
+        (joints and their order, kinds, gripper ranges, relative or absolute, rate, cameras) may not.
+        """
+        faults = []
+        if self.control_rate != other.control_rate:
+            faults.append(f"control_rate: {self.control_rate:g} Hz against {other.control_rate:g} Hz")
+        if list(self.present_cameras) != list(other.present_cameras):
+            faults.append(f"cameras: {list(self.present_cameras)} against {list(other.present_cameras)}")
+        if self.joint_names != other.joint_names:
+            faults.append(f"joints: {list(self.joint_names)} against {list(other.joint_names)}")
+        else:
+            for mine, theirs in zip(self.joints, other.joints, strict=True):
+                for field in ("kind", "relative", "open", "closed"):
+                    a, b = getattr(mine, field), getattr(theirs, field)
+                    if a != b:
+                        faults.append(f"joint {mine.name!r} {field}: {a} against {b}")
+        return faults
+
+
+def parse_robot(text: str, source: str = "robot file") -> Robot:
+    """A `Robot` from YAML text; `source` names it in errors.
+
+    Raises:
+        RobotFileError: not YAML, not a mapping, or against the schema; names field, value found and allowed.
+    """
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RobotFileError(f"{source}: not YAML{where}: {getattr(error, 'problem', error)}") from None
+    if not isinstance(data, dict):
+        raise RobotFileError(f"{source}: expected a mapping of fields (name, joints, cameras, ...), found {_shown(data)}")
+    try:
+        return Robot.model_validate(data)
+    except ValidationError as error:
+        raise RobotFileError("\n".join(_line(source, fault) for fault in error.errors())) from None
+
+
+def load_robot(path: str | Path) -> Robot:
+    """The robot described by the file at `path`.
+
+    Raises:
+        RobotFileError: the file cannot be read, is not YAML, or breaks a rule of the schema.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RobotFileError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return parse_robot(text, str(path))
+
+
+def _line(source: str, fault: Any) -> str:
+    field = ".".join(str(part) for part in fault["loc"])
+    kind, message, found = fault["type"], fault["msg"], fault.get("input")
+    if kind == "extra_forbidden":
+        owner = _section(fault["loc"][:-1])
+        allowed = f", allowed: {', '.join(owner.model_fields)}" if owner else ""
+        return f"{source}: {field}: unknown field{allowed}"
+    if kind == "missing":
+        return f"{source}: {field}: missing, this field is required"
+    if kind == "value_error":
+        return f"{source}: {field + ': ' if field else ''}{message.removeprefix('Value error, ')}"
+    return f"{source}: {field}: found {_shown(found)}; {message[0].lower() + message[1:]}"
+
+
+def _section(loc: tuple[int | str, ...]) -> type[_Section] | None:
+    sections = {"cameras": Camera, "joints": Joint, "state": State, "actions": RecordedActions}
+    sections |= {"commands": Command, "prompt": Prompt}
+    return sections.get(str(loc[0])) if loc else Robot
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
