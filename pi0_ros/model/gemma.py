@@ -1,0 +1,140 @@
+"""Gemma 1 layers, and the attention that two stacks of them share (openpi: models/gemma.py).
+
+The large stack (VLM) reads the prefix, the small one (action expert) the suffix. Each has norms, projections and MLPs
+of its own; they meet only in the attention, where queries, keys and values of both stand in one sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pi0_ros.model.config import GemmaConfig
+
+RMS_EPS = 1e-6
+ROPE_THETA = 10_000.0
+
+Rope = tuple[torch.Tensor, torch.Tensor]  # cos, sin: float32 [B, N, 1, head_dim / 2]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight), in float32 whatever the parameters are.
+
+    Adaptive (pi0.5): scale, shift and a gate for the residual come from `cond` [B, 1 or N, W] instead of a weight:
+    x / rms(x) * (1 + scale) + shift (openpi: models/gemma.py, RMSNorm).
+    """
+
+    def __init__(self, width: int, adaptive: bool = False) -> None:
+        super().__init__()
+        if adaptive:
+            self.dense = nn.Linear(width, 3 * width)
+        else:
+            self.weight = nn.Parameter(torch.zeros(width))
+        self.adaptive = adaptive
+
+    def modulation(self, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """cond [B, 1 or N, W] -> scale, shift, gate, each float32 [B, 1 or N, W]."""
+        scale, shift, gate = self.dense(cond.to(self.dense.weight.dtype)).float().chunk(3, dim=-1)
+        return scale, shift, gate
+
+    def forward(self, x: torch.Tensor, cond: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [B, N, W] -> (normalised x, gate or None), both in x's dtype."""
+        if not self.adaptive:
+            return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), RMS_EPS).to(x.dtype), None
+        scale, shift, gate = self.modulation(cond)
+        y = F.rms_norm(x.float(), x.shape[-1:], None, RMS_EPS) * (1 + scale) + shift
+        return y.to(x.dtype), gate.to(x.dtype)
+
+
+class GemmaAttention(nn.Module):
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.width, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.width, bias=False)
+
+
+class GemmaMLP(nn.Module):
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.mlp_dim, bias=False)
+        self.up_proj = nn.Linear(config.width, config.mlp_dim, bias=False)
+        self.down_proj = nn.Linear(config.mlp_dim, config.width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class GemmaLayer(nn.Module):
+    """One layer in the two halves around the attention, so that both stacks can meet there."""
+
+    def __init__(self, config: GemmaConfig, adaptive: bool = False) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, adaptive)
+        self.self_attn = GemmaAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.width, adaptive)
+        self.mlp = GemmaMLP(config)
+
+    def kv(self, y: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised y [B, N, W] -> rotated keys and values, each [B, kv heads, N, head_dim]."""
+        attn = self.self_attn
+        k = rotate(attn.k_proj(y).unflatten(-1, (-1, attn.head_dim)), rope)
+        return k.transpose(1, 2), attn.v_proj(y).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+
+    def q(self, y: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """Normalised y [B, N, W] -> rotated queries [B, heads, N, head_dim]."""
+        attn = self.self_attn
+        return rotate(attn.q_proj(y).unflatten(-1, (-1, attn.head_dim)), rope).transpose(1, 2)
+
+    def finish(
+        self, x: torch.Tensor, attended: torch.Tensor, gate: torch.Tensor | None, cond: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Residual x [B, N, W] and what attention gave [B, N, heads * head_dim] -> x after this layer."""
+        x = gated_add(x, self.self_attn.o_proj(attended), gate)
+        y, gate = self.post_attention_layernorm(x, cond)
+        return gated_add(x, self.mlp(y), gate)
+
+
+class Gemma(nn.Module):
+    """The layers and norms of one stack; `pi0.py` runs them. Only the VLM has an embedding table."""
+
+    def __init__(self, config: GemmaConfig, vocab_size: int | None = None, adaptive: bool = False) -> None:
+        super().__init__()
+        if vocab_size is not None:
+            self.embed_tokens = nn.Embedding(vocab_size, config.width)
+        self.layers = nn.ModuleList(GemmaLayer(config, adaptive) for _ in range(config.depth))
+        self.norm = RMSNorm(config.width, adaptive)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].self_attn.q_proj.weight.dtype
+
+
+def gated_add(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    return x + y if gate is None else x + gate * y
+
+
+def rope_table(positions: torch.Tensor, head_dim: int) -> Rope:
+    """Rotary angles position / 10000^(2i / head_dim) as cos and sin, float32 [B, N, 1, head_dim / 2].
+
+    Computed from the positions, never kept as a buffer: a buffer would be rounded by `model.to(torch.bfloat16)`.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angle = (positions[..., None, None].float()) * (1.0 / ROPE_THETA**exponent)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """x [B, N, heads, head_dim]: turn the pairs (x_i, x_{i + head_dim/2}), in float32, back to x's dtype."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """q [B, heads, N, D], k and v [B, kv heads, M, D], mask bool [B, N, M] (True: may look) -> [B, N, heads * D]."""
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(2)
