@@ -1,0 +1,36 @@
+"""CUDA graphs: a function over static buffers is recorded once and launched as one from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+
+
+class Graphs:
+    """Runs functions that read and write only buffers that stay; captures each key's first run when enabled."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+
+    def run(self, key: Hashable, function: Callable[[], None]) -> None:
+        """Call `function`, or launch the graph recorded of it. `key` names everything that it depends on."""
+        if not self.enabled:
+            function()
+            return
+        if key in self._graphs:
+            self._graphs[key].replay()
+            return
+        # The run that counts comes first, on a side stream: libraries set themselves up lazily in it, which a capture
+        # does not allow. The capture itself computes nothing.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            function()
+        self._graphs[key] = graph

@@ -1,0 +1,413 @@
+"""The hot path: newest frames, prompt and state to an action chunk, batch 1, fixed shapes, the same weights for hours.
+
+    frames -> vision tower -> features ─┐
+    prompt -> embedding ────────────────┴─> prefix pass -> keys and values ─┐
+    state  -> state token (pi0) -> its keys and values ─────────────────────┤
+    noise  -> num_steps x action expert <───────────────────────────────────┘ -> actions
+
+Each arrow runs only when what stands left of it is new. Cameras the robot lacks and the prompt's padding are left
+out altogether, with positions counted as if they had been masked. All prefix tokens see one another and the suffix
+sees everything that is valid, so attention needs no mask. Keys and values are written into buffers allocated once:
+[prefix | state | actions], so that no step concatenates or copies the prefix.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pi0_ros.model.config import Pi0Config
+from pi0_ros.model.gemma import RMS_EPS, ROPE_THETA
+from pi0_ros.model.pi0 import Pi0, denoising_times, sinusoid
+from pi0_ros.model.siglip import LAYER_NORM_EPS
+from pi0_ros.policy.fused import Fused, GemmaLayer, fuse
+from pi0_ros.policy.graphs import Graphs
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What guided in-painting pulls towards: `previous` [horizon, action_dim] in model space, `weights` [horizon].
+
+    With `jacobian` the published method (arXiv 2506.07339): the correction is the vector-Jacobian product through
+    the network. Without, the Jacobian is taken for the identity, which costs no backward pass.
+    """
+
+    previous: Tensor
+    weights: Tensor
+    max_weight: float = 10.0
+    jacobian: bool = True
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One chunk in model space, f32 [horizon, action_dim] on the CPU, and how it came about (latency in seconds)."""
+
+    actions: Tensor
+    prefix_reused: bool
+    cameras_encoded: int
+    latency: dict[str, float]
+
+
+class Sampler:
+    """Samples action chunks from a `Pi0` with everything that stays the same computed once.
+
+    Args:
+        model: its weights are copied, rearranged; it may be deleted afterwards.
+        cameras: the slots the robot has, a subset of `model.config.cameras`.
+        num_steps: Euler steps.
+        dtype: of weights and activations; x_t, norms, RoPE and the small projections stay float32.
+        graphs: capture CUDA graphs (default: on a CUDA device).
+    """
+
+    def __init__(
+        self,
+        model: Pi0,
+        *,
+        cameras: Sequence[str] | None = None,
+        num_steps: int = 10,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        graphs: bool | None = None,
+    ) -> None:
+        config = self.config = model.config
+        self.cameras = tuple(slot for slot in config.cameras if cameras is None or slot in cameras)
+        if not self.cameras or (cameras is not None and set(cameras) - set(config.cameras)):
+            raise ValueError(f"cameras {list(cameras or ())} must be some of the model's: {list(config.cameras)}")
+        self.num_steps, self.dtype, self.device = num_steps, dtype, torch.device(device)
+        self.image_rows = len(self.cameras) * config.vision.num_tokens
+        max_prefix = self.image_rows + config.max_token_len
+        self.weights = fuse(model, dtype, self.device, max_prefix)
+        self.times = denoising_times(num_steps)
+        self.time_bias, self.modulation = time_tables(self.weights, model.config, self.times, dtype)
+        self.graphs = Graphs(self.device.type == "cuda" if graphs is None else graphs)
+        # With graphs, pi0.5's prompt (its state bins change every tick) is padded to a few lengths only.
+        self.prompt_multiple = 16 if self.graphs.enabled and config.pi05 else 1
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        size, suffix = config.vision.image_size, config.suffix_len
+        vlm = config.vlm
+        self.pixels = buffer(len(self.cameras), size, size, 3, dtype=torch.uint8)
+        self.prefix = buffer(max_prefix, vlm.width, dtype=dtype)  # [features of each camera | prompt]
+        self.keys = buffer(vlm.depth, vlm.num_kv_heads, max_prefix + suffix, vlm.head_dim, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.state = buffer(1, config.action_dim)
+        self.x = buffer(config.action_horizon, config.action_dim)
+        self.free = buffer(config.action_horizon, 1)  # 0 for actions frozen from the previous chunk
+        self.rope = rope_table(max_prefix + suffix, vlm.head_dim, self.device)
+        self.suffix_rope = self.rope[:suffix].clone()
+        self.valid = buffer(1, 1, 1, max_prefix + suffix, dtype=torch.bool)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget frames, prompt and prefix; the next chunk is computed from scratch."""
+        self._frames: dict[str, Hashable] = {}
+        self._tokens: bytes | None = None
+        self._prefix_rows = self._prompt_rows = 0
+
+    @torch.no_grad()
+    def sample(
+        self,
+        images: Mapping[str, np.ndarray | Tensor],
+        tokens: np.ndarray | Tensor,
+        state: np.ndarray | Tensor,
+        noise: Tensor,
+        *,
+        frames: Mapping[str, Hashable] | None = None,
+        frozen: Tensor | None = None,
+        guidance: Guidance | None = None,
+    ) -> Sample:
+        """One action chunk.
+
+        Args:
+            images: slot -> uint8 [S, S, 3] RGB at the model's size, for each of `cameras`.
+            tokens: the prompt's token ids without padding, int [L].
+            state: [action_dim] in model space (normalised, padded); not used by pi0.5.
+            noise: f32 [horizon, action_dim], the start of the flow at t = 1.
+            frames: slot -> identity of the frame; one seen at the last call is not encoded again.
+            frozen: f32 [d, action_dim], model-space actions that the chunk begins with (trained-in conditioning).
+            guidance: guided in-painting towards the previous chunk.
+        """
+        clock = _Stages(self.device)
+        new = self._load_images(images, frames)
+        if new:
+            self.graphs.run(("vision", new), lambda: self._encode(new))
+        clock.mark("vision")
+        reused = not self._load_prompt(tokens) and not new
+        if not reused:
+            self.graphs.run(("prefix", self._prompt_rows), self._run_prefix)
+        clock.mark("prefix")
+        self.state.copy_(torch.as_tensor(state, dtype=torch.float32).reshape(1, -1), non_blocking=True)
+        self.x.copy_(noise, non_blocking=True)
+        if frozen is not None:
+            self.x[: len(frozen)] = frozen.to(self.x)
+            self.free.fill_(1.0)[: len(frozen)] = 0.0
+        if guidance is None:
+            key = ("denoise", self._prompt_rows, frozen is not None)
+            self.graphs.run(key, lambda: self._denoise(frozen is not None))
+        else:
+            self._denoise_guided(guidance, frozen is not None)
+        actions = self.x.to("cpu", copy=True)
+        clock.mark("denoise")
+        return Sample(actions, reused, len(new), clock.seconds())
+
+    # --- prefix -----------------------------------------------------------------------------------------------------
+
+    def _load_images(self, images, frames) -> tuple[int, ...]:
+        new = []
+        for i, slot in enumerate(self.cameras):
+            if frames is not None and slot in self._frames and self._frames[slot] == frames[slot]:
+                continue
+            self.pixels[i].copy_(torch.as_tensor(images[slot]), non_blocking=True)
+            new.append(i)
+        self._frames = dict(frames or {})
+        return tuple(new)
+
+    def _load_prompt(self, tokens) -> bool:
+        ids = np.ascontiguousarray(tokens, dtype=np.int64)
+        if ids.tobytes() == self._tokens:
+            return False
+        if not 0 < len(ids) <= self.config.max_token_len:
+            raise ValueError(f"prompt: 1 to {self.config.max_token_len} tokens are allowed, found {len(ids)}")
+        self._tokens, rows = ids.tobytes(), self.image_rows
+        self._prompt_rows = -(-len(ids) // self.prompt_multiple) * self.prompt_multiple
+        self._prompt_rows = min(self._prompt_rows, self.config.max_token_len)
+        embedded = self.weights.embedding[torch.from_numpy(ids).to(self.device)].float() * self.config.vlm.width**0.5
+        self.prefix[rows : rows + len(ids)] = embedded.to(self.dtype)
+        valid = rows + len(ids)
+        self._prefix_rows = rows + self._prompt_rows
+        self.suffix_rope.copy_(self.rope[valid : valid + len(self.suffix_rope)])
+        self.valid.fill_(True)[..., valid : self._prefix_rows] = False
+        return True
+
+    def _mask(self, keys: int) -> Tensor | None:
+        return None if self.prompt_multiple == 1 else self.valid[..., :keys]
+
+    def _encode(self, which: tuple[int, ...]) -> None:
+        """Pixels of the cameras `which` -> their rows of the prefix."""
+        vision, config = self.weights.vision, self.config.vision
+        n, grid, patch = len(which), config.image_size // config.patch_size, config.patch_size
+        x = torch.stack([self.pixels[i] for i in which]).float()  # [n, S, S, 3]
+        x = x.view(n, grid, patch, grid, patch, 3).transpose(2, 3).reshape(n * grid * grid, -1)
+        x = (torch.mm(x, vision.patch).view(n, -1, config.width) + vision.position).to(self.dtype)
+        x = x.view(-1, config.width)  # [n*tokens, width]
+        for layer in vision.layers:
+            qkv = layer.qkv(F.layer_norm(x, (config.width,), eps=LAYER_NORM_EPS))
+            q, k, v = qkv.view(n, -1, 3, config.num_heads, config.width // config.num_heads).permute(2, 0, 3, 1, 4)
+            x = layer.out.plus(_merge(F.scaled_dot_product_attention(q, k, v)), x)
+            x = layer.fc2.plus(layer.fc1.gelu(F.layer_norm(x, (config.width,), eps=LAYER_NORM_EPS)), x)
+        x = vision.head(F.layer_norm(x, (config.width,), eps=LAYER_NORM_EPS)).view(n, config.num_tokens, -1)
+        for features, i in zip(x, which, strict=True):
+            self.prefix[i * config.num_tokens : (i + 1) * config.num_tokens] = features
+
+    def _run_prefix(self) -> None:
+        """Keys and values of every layer for the prefix. Of the last layer nothing else is needed."""
+        rows = self._prefix_rows
+        x, rope = self.prefix[:rows], self.rope[:rows]
+        for i, layer in enumerate(self.weights.vlm):
+            q = self._project(i, layer, _rms(x), rope, 0)
+            if layer.out is None:
+                break
+            x = layer.out.plus(self._attend(i, q, rows), x)
+            x = layer.down.plus(layer.geglu(_rms(x)), x)
+
+    def _project(self, i: int, layer: GemmaLayer, x: Tensor, rope: Tensor, at: int) -> Tensor | None:
+        """q [rows, heads, head_dim] of x; its keys and values go into layer i's cache from row `at` on."""
+        q, k, v = self._split(layer.qkv(x), rope)
+        self.keys[i, :, at : at + len(x)] = k.transpose(0, 1)
+        self.values[i, :, at : at + len(x)] = v.transpose(0, 1)
+        return q
+
+    def _split(self, qkv: Tensor, rope: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        kv, dim = self.config.vlm.num_kv_heads, self.config.vlm.head_dim
+        qkv = qkv.view(len(qkv), -1, dim)
+        qk = _rotate(qkv[:, :-kv], rope)
+        heads = qk.shape[1] - kv
+        return (qk[:, :heads] if heads else None), qk[:, heads:], qkv[:, -kv:]
+
+    def _attend(self, i: int, q: Tensor, keys: int) -> Tensor:
+        """Attention of q [rows, heads, head_dim] over the first `keys` rows of layer i's cache, [rows, heads*dim]."""
+        return attend(q, self.keys[i, :, :keys], self.values[i, :, :keys], self._mask(keys))
+
+    # --- suffix -----------------------------------------------------------------------------------------------------
+
+    def _run_state(self) -> None:
+        """The state token sees the prefix and itself only: its keys and values hold for every denoising step."""
+        at, rope = self._prefix_rows, self.suffix_rope[:1]
+        x = F.linear(self.state, *self.weights.state).to(self.dtype)  # [1, width]
+        for i, layer in enumerate(self.weights.expert):
+            q = self._project(i, layer, _rms(x), rope, at)
+            if i == len(self.weights.expert) - 1:
+                break
+            x = layer.out.plus(self._attend(i, q, at + 1), x)
+            x = layer.down.plus(layer.geglu(_rms(x)), x)
+
+    def _denoise(self, frozen: bool) -> None:
+        """The whole flow from x at t = 1 to the actions at t = 0, in place."""
+        if not self.config.pi05:
+            self._run_state()
+        for k in range(self.num_steps):
+            v = self._velocity(self.x, k, frozen)
+            self.x.add_(v.mul_(self.free) if frozen else v, alpha=-1.0 / self.num_steps)
+
+    def _velocity(self, x_t: Tensor, k: int, frozen: bool) -> Tensor:
+        """v_t of x_t f32 [horizon, action_dim] at the k-th time of the schedule."""
+        at = self._prefix_rows + (not self.config.pi05)
+        rope = self.suffix_rope[-len(x_t) :]
+        x = self._embed_actions(x_t, k, frozen)
+        for i, layer in enumerate(self.weights.expert):
+            norm, gate = self._norm(x, k, 2 * i, frozen)
+            attended = self._attend(i, self._project(i, layer, norm, rope, at), at + len(x))
+            x = layer.out.plus(attended, x) if gate is None else torch.addcmul(x, layer.out(attended), gate)
+            norm, gate = self._norm(x, k, 2 * i + 1, frozen)
+            hidden = layer.geglu(norm)
+            x = layer.down.plus(hidden, x) if gate is None else torch.addcmul(x, layer.down(hidden), gate)
+        norm, _ = self._norm(x, k, -1, frozen)
+        return F.linear(norm.float(), *self.weights.action_out)
+
+    def _embed_actions(self, x_t: Tensor, k: int, frozen: bool) -> Tensor:
+        bias = self._at_time(self.time_bias, k, frozen)
+        x = F.linear(x_t, self.weights.action_in) + bias
+        if self.weights.action_mlp_out is not None:
+            x = F.linear(F.silu(x), *self.weights.action_mlp_out)
+        return x.to(self.dtype)
+
+    def _norm(self, x: Tensor, k: int, which: int, frozen: bool) -> tuple[Tensor, Tensor | None]:
+        """RMS norm number `which` (two a layer, then the final one) and, in pi0.5, the gate of its branch."""
+        if self.modulation is None:
+            return _rms(x), None
+        scale, shift, gate = self._at_time(self.modulation[:, which], k, frozen)  # each [1 or horizon, width]
+        return torch.addcmul(shift, _rms(x), scale), gate
+
+    def _at_time(self, table: Tensor, k: int, frozen: bool) -> Tensor:
+        """Entry k of a time table; frozen actions are clean, so their rows take the last entry, which is t = 0."""
+        return torch.where(self.free > 0, table[k], table[-1]) if frozen else table[k]
+
+    def _denoise_guided(self, guidance: Guidance, frozen: bool) -> None:
+        """As `_denoise`, each velocity corrected towards the previous chunk (arXiv 2506.07339, eq. 2-4)."""
+        if not self.config.pi05:
+            self._run_state()
+        previous, weights = guidance.previous.to(self.x), guidance.weights.to(self.x).view(-1, 1)
+        for k, t in enumerate(self.times):
+            tau = 1.0 - t
+            inverse_r2 = (tau**2 + t**2) / t**2
+            strength = guidance.max_weight if tau == 0.0 else min(t / tau * inverse_r2, guidance.max_weight)
+            if guidance.jacobian:
+                with torch.enable_grad():
+                    x_t = self.x.detach().requires_grad_(True)
+                    v = self._velocity_differentiable(x_t, k, frozen)
+                    clean = x_t - t * v
+                    error = ((previous - clean) * weights).detach()
+                    (correction,) = torch.autograd.grad(clean, x_t, error)
+                v = v.detach()
+            else:
+                v = self._velocity(self.x, k, frozen)
+                correction = (previous - (self.x - t * v)) * weights
+            v = v - strength * correction
+            self.x.add_(v.mul_(self.free) if frozen else v, alpha=-1.0 / self.num_steps)
+
+    def _velocity_differentiable(self, x_t: Tensor, k: int, frozen: bool) -> Tensor:
+        """`_velocity` through operators that autograd knows, without writing into the cache."""
+        at = self._prefix_rows + (not self.config.pi05)
+        rope, mask = self.suffix_rope[-len(x_t) :], self._mask(at + len(x_t))
+        x = self._embed_actions(x_t, k, frozen)
+        for i, layer in enumerate(self.weights.expert):
+            norm, gate = self._norm(x, k, 2 * i, frozen)
+            q, key, value = self._split(layer.qkv.differentiable(norm), rope)
+            keys = torch.cat([self.keys[i, :, :at], key.transpose(0, 1)], dim=1)
+            values = torch.cat([self.values[i, :, :at], value.transpose(0, 1)], dim=1)
+            branch = layer.out.differentiable(attend(q, keys, values, mask))
+            x = x + (branch if gate is None else branch * gate)
+            norm, gate = self._norm(x, k, 2 * i + 1, frozen)
+            branch = layer.down.differentiable(layer.geglu.differentiable(norm))
+            x = x + (branch if gate is None else branch * gate)
+        norm, _ = self._norm(x, k, -1, frozen)
+        return F.linear(norm.float(), *self.weights.action_out)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Multi-query attention: q [rows, heads, dim] over k, v [kv_heads, keys, dim] -> [rows, heads * dim]."""
+    heads = q.shape[1]
+    if k.shape[0] != heads:  # a view where there is one kv head
+        k, v = (t[:, None].expand(-1, heads // t.shape[0], -1, -1).flatten(0, 1) for t in (k, v))
+    return _merge(F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask))
+
+
+def time_tables(
+    weights: Fused, config: Pi0Config, times: Sequence[float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """What depends on time alone, for every time of the schedule and, as the last entry, t = 0.
+
+    pi0: the time half of the action-time MLP's first layer, f32 [steps + 1, width].
+    pi0.5: action_in_proj's bias in the same shape, and scale + 1, shift and gate of every adaptive norm,
+    [steps + 1, 2 * depth + 1, 3, 1, width].
+    """
+    table = weights.time
+    t = torch.tensor([*times, 0.0], dtype=torch.float32, device=weights.action_in.device)
+    embedding = sinusoid(t, config.expert.width, config.min_period, config.max_period)  # [steps + 1, width]
+    if not config.pi05:
+        return F.linear(embedding, table["mlp_in.weight"], table["mlp_in.bias"]), None
+    condition = F.silu(F.linear(embedding, table["time_mlp_in.weight"], table["time_mlp_in.bias"]))
+    condition = F.silu(F.linear(condition, table["time_mlp_out.weight"], table["time_mlp_out.bias"]))
+    modulation = torch.einsum("tc,noc->tno", condition, table["modulation.weight"]) + table["modulation.bias"]
+    modulation = modulation.unflatten(-1, (3, 1, -1))
+    modulation[:, :, 0] += 1
+    return table["action_in.bias"].expand(len(t), -1), modulation.to(dtype)
+
+
+def rope_table(rows: int, head_dim: int, device: torch.device) -> Tensor:
+    """e^(i * position * frequency), complex64 [rows, 1, head_dim / 2]; frequencies as in Gemma, in float32."""
+    frequency = 1.0 / ROPE_THETA ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angle = torch.arange(rows, dtype=torch.float32, device=device)[:, None] * frequency
+    return torch.polar(torch.ones_like(angle), angle)[:, None]
+
+
+def _rotate(x: Tensor, rope: Tensor) -> Tensor:
+    # x [rows, heads, dim], its pairs side by side
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+
+
+def _rms(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS)
+
+
+def _merge(x: Tensor) -> Tensor:
+    # [n, heads, rows, dim] -> [n*rows, heads*dim]
+    return x.transpose(1, 2).reshape(-1, x.shape[1] * x.shape[3])
+
+
+class _Stages:
+    """Seconds between marks; on a GPU by events, read once at the end, so that no stage waits for the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._names: list[str] = []
+        self._marks = [self._now()]
+
+    def _now(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def mark(self, name: str) -> None:
+        self._names.append(name)
+        self._marks.append(self._now())
+
+    def seconds(self) -> dict[str, float]:
+        if self._cuda:
+            self._marks[-1].synchronize()
+        spans: list[Callable] = list(zip(self._marks[:-1], self._marks[1:], strict=True))
+        return {
+            name: a.elapsed_time(b) / 1e3 if self._cuda else b - a
+            for name, (a, b) in zip(self._names, spans, strict=True)
+        }

@@ -1,0 +1,232 @@
+"""The optimised sampler gives the numbers of the plain model, whatever it reuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pi0_ros.model.config import GemmaConfig, Pi0Config, VisionConfig
+from pi0_ros.model.pi0 import Observation, Pi0
+from pi0_ros.policy.sampler import Guidance, Sampler
+
+TINY = Pi0Config(
+    vision=VisionConfig(width=32, depth=2, mlp_dim=48, num_heads=2, patch_size=14, image_size=56),
+    vlm=GemmaConfig(width=48, depth=3, mlp_dim=96, num_heads=4, num_kv_heads=1, head_dim=16),
+    expert=GemmaConfig(width=32, depth=3, mlp_dim=64, num_heads=4, num_kv_heads=1, head_dim=16),
+    vocab_size=50,
+    action_dim=8,
+    action_horizon=6,
+    max_token_len=12,
+)
+TOKENS = torch.tensor([2, 7, 9, 41, 3])
+FAMILIES = {
+    "pi0": TINY,
+    "pi05": replace(TINY, pi05=True),
+    "two kv heads": replace(
+        TINY, vlm=replace(TINY.vlm, num_kv_heads=2), expert=replace(TINY.expert, num_kv_heads=2)
+    ),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request) -> Pi0:
+    config = FAMILIES[request.param]
+    model = Pi0(config, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():  # no scale, shift or bias may stay at its neutral value, or folding would go untested
+        draw = torch.Generator().manual_seed(4)
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw) / max(parameter.shape) ** 0.5)
+    return model.eval()
+
+
+def draw(seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    size = TINY.vision.image_size
+    images = {
+        slot: torch.randint(0, 256, (size, size, 3), dtype=torch.uint8, generator=generator) for slot in TINY.cameras
+    }
+    state = torch.randn(TINY.action_dim, generator=generator)
+    noise = torch.randn(TINY.action_horizon, TINY.action_dim, generator=generator)
+    return images, state, noise
+
+
+def expected(model: Pi0, images, state, noise, tokens=TOKENS, steps=10, masked=()) -> torch.Tensor:
+    """What the plain model samples, prompt padded and absent cameras masked."""
+    length = model.config.max_token_len
+    stacked = torch.stack([images[slot] for slot in model.config.cameras]).permute(0, 3, 1, 2)
+    observation = Observation(
+        images=(stacked.float() / 255 * 2 - 1)[None],
+        image_masks=torch.tensor([[slot not in masked for slot in model.config.cameras]]),
+        tokens=torch.nn.functional.pad(tokens, (0, length - len(tokens)))[None],
+        token_masks=(torch.arange(length) < len(tokens))[None],
+        state=state[None],
+    )
+    return model.sample_actions(observation, num_steps=steps, noise=noise[None])[0]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_a_chunk_is_the_plain_models(model, steps):
+    images, state, noise = draw()
+    sample = Sampler(model, num_steps=steps).sample(images, TOKENS, state, noise)
+    assert (sample.actions - expected(model, images, state, noise, steps=steps)).abs().max() < 2e-5
+    assert not sample.prefix_reused and sample.cameras_encoded == 3
+
+
+def test_a_robot_with_fewer_cameras_gets_what_masking_them_gives(model):
+    images, state, noise = draw()
+    sampler = Sampler(model, cameras=("base_0_rgb", "right_wrist_0_rgb"))
+    given = {slot: images[slot] for slot in sampler.cameras}
+    want = expected(model, images, state, noise, masked=("left_wrist_0_rgb",))
+    assert (sampler.sample(given, TOKENS, state, noise).actions - want).abs().max() < 2e-5
+
+
+def test_nothing_new_reuses_the_prefix_and_a_new_state_still_counts(model):
+    images, state, noise = draw()
+    sampler, frames = Sampler(model), dict.fromkeys(TINY.cameras, 1)
+    sampler.sample(images, TOKENS, state, noise, frames=frames)
+    again = sampler.sample(images, TOKENS, -state, noise, frames=frames)
+    assert again.prefix_reused and again.cameras_encoded == 0
+    assert (again.actions - expected(model, images, -state, noise)).abs().max() < 2e-5
+
+
+def test_one_new_frame_is_the_only_one_encoded(model):
+    images, state, noise = draw()
+    sampler = Sampler(model)
+    sampler.sample(images, TOKENS, state, noise, frames=dict.fromkeys(TINY.cameras, 1))
+    images["left_wrist_0_rgb"] = 255 - images["left_wrist_0_rgb"]
+    frames = {"base_0_rgb": 1, "left_wrist_0_rgb": 2, "right_wrist_0_rgb": 1}
+    sample = sampler.sample(images, TOKENS, state, noise, frames=frames)
+    assert sample.cameras_encoded == 1 and not sample.prefix_reused
+    assert (sample.actions - expected(model, images, state, noise)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("tokens", [TOKENS[:2], torch.arange(1, 13)])
+def test_a_new_prompt_of_another_length_takes_effect(model, tokens):
+    images, state, noise = draw()
+    sampler, frames = Sampler(model), dict.fromkeys(TINY.cameras, 1)
+    sampler.sample(images, TOKENS, state, noise, frames=frames)
+    sample = sampler.sample(images, tokens, state, noise, frames=frames)
+    assert sample.cameras_encoded == 0 and not sample.prefix_reused
+    assert (sample.actions - expected(model, images, state, noise, tokens=tokens)).abs().max() < 2e-5
+
+
+def test_the_same_noise_gives_the_same_bits(model):
+    images, state, noise = draw()
+    first = Sampler(model).sample(images, TOKENS, state, noise)
+    sampler = Sampler(model)
+    other, _, _ = draw(seed=1)
+    sampler.sample(other, TOKENS[:3], state, noise)
+    assert torch.equal(sampler.sample(images, TOKENS, state, noise).actions, first.actions)
+
+
+def test_padding_the_prompt_for_fixed_shapes_changes_nothing(model):
+    images, state, noise = draw()
+    sampler = Sampler(model)
+    sampler.prompt_multiple = 8
+    sample = sampler.sample(images, TOKENS, state, noise)
+    assert (sample.actions - expected(model, images, state, noise)).abs().max() < 2e-5
+
+
+def test_frozen_actions_stay_and_the_rest_follows_the_per_token_time_model(model):
+    images, state, noise = draw()
+    frozen = torch.full((2, TINY.action_dim), 0.25)
+    sampler = Sampler(model, num_steps=4)
+    free = sampler.sample(images, TOKENS, state, noise).actions
+    sample = sampler.sample(images, TOKENS, state, noise, frozen=frozen)
+    assert torch.equal(sample.actions[:2], frozen)
+
+    length = model.config.max_token_len
+    stacked = torch.stack([images[slot] for slot in TINY.cameras]).permute(0, 3, 1, 2)
+    observation = Observation(
+        images=(stacked.float() / 255 * 2 - 1)[None],
+        image_masks=torch.ones(1, 3, dtype=torch.bool),
+        tokens=torch.nn.functional.pad(TOKENS, (0, length - len(TOKENS)))[None],
+        token_masks=(torch.arange(length) < len(TOKENS))[None],
+        state=state[None],
+    )
+    x = noise.clone()
+    x[:2] = frozen
+    with torch.no_grad():
+        for t in (1.0, 0.75, 0.5, 0.25):
+            time = torch.full((1, TINY.action_horizon), t)
+            time[:, :2] = 0.0
+            v = model.velocity(observation, x[None], time)[0]
+            x[2:] -= v[2:] / 4
+    assert (sample.actions - x).abs().max() < 2e-5
+    assert torch.equal(sampler.sample(images, TOKENS, state, noise).actions, free)
+
+
+def test_guidance_with_no_weight_changes_nothing(model):
+    images, state, noise = draw()
+    sampler = Sampler(model)
+    guidance = Guidance(torch.ones(TINY.action_horizon, TINY.action_dim), torch.zeros(TINY.action_horizon))
+    guided = sampler.sample(images, TOKENS, state, noise, guidance=guidance).actions
+    assert (guided - expected(model, images, state, noise)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("jacobian", [True, False])
+def test_guidance_pulls_the_weighted_actions_to_the_previous_chunk(model, jacobian):
+    images, state, noise = draw()
+    sampler = Sampler(model)
+    free = sampler.sample(images, TOKENS, state, noise).actions
+    previous, weights = free + 0.5, torch.tensor([1.0, 1.0, 0.5, 0.0, 0.0, 0.0])
+    guided = sampler.sample(
+        images, TOKENS, state, noise, guidance=Guidance(previous, weights, jacobian=jacobian)
+    ).actions
+    assert (guided[:2] - previous[:2]).abs().mean() < 0.3 * (free[:2] - previous[:2]).abs().mean()
+
+
+def test_the_guidance_gradient_is_the_true_vector_jacobian_product(model):
+    images, state, noise = draw()
+    sampler = Sampler(model, num_steps=4)
+    sampler.sample(images, TOKENS, state, noise)
+    x = noise.double().float().requires_grad_(True)
+    with torch.enable_grad():
+        v = sampler._velocity_differentiable(x, 2, False)
+    with torch.no_grad():
+        assert (v - sampler._velocity(x, 2, False)).abs().max() < 2e-5
+    direction, cotangent = torch.randn_like(x), torch.randn_like(v)
+    (gradient,) = torch.autograd.grad(v, x, cotangent)
+    with torch.no_grad():
+        plus, minus = (sampler._velocity(x + sign * 1e-2 * direction, 2, False) for sign in (1, -1))
+    numeric = ((plus - minus) / 2e-2 * cotangent).sum()
+    assert abs((gradient * direction).sum() - numeric) < 0.02 * abs(numeric) + 0.02
+
+
+def test_bfloat16_stays_within_what_rounding_explains(model):
+    images, state, noise = draw()
+    sample = Sampler(model, dtype=torch.bfloat16).sample(images, TOKENS, state, noise)
+    want = expected(model, images, state, noise)
+    # 8 bits of mantissa: 0.4 % a rounding, a handful of them in a row at each of a few layers
+    assert (sample.actions - want).abs().max() < 0.05 * want.abs().max()
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_its_length(model):
+    images, state, noise = draw()
+    with pytest.raises(ValueError, match="1 to 12 tokens are allowed, found 13"):
+        Sampler(model).sample(images, torch.ones(13), state, noise)
+
+
+def test_an_unknown_camera_is_refused(model):
+    with pytest.raises(ValueError, match="overhead"):
+        Sampler(model, cameras=("overhead",))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_graphs_give_what_the_cpu_gives(model):
+    images, state, noise = draw()
+    sampler, frames = Sampler(model, device="cuda"), dict.fromkeys(TINY.cameras, 1)
+    for seed in range(3):  # the first call captures, the others replay
+        images, state, noise = draw(seed)
+        frames["base_0_rgb"] = seed
+        frames["left_wrist_0_rgb"] = frames["right_wrist_0_rgb"] = seed
+        got = sampler.sample(images, TOKENS[: 3 + seed % 2], state, noise, frames=frames)
+        want = expected(model, images, state, noise, tokens=TOKENS[: 3 + seed % 2])
+        assert (got.actions - want).abs().max() < 1e-4
+        reused = sampler.sample(images, TOKENS[: 3 + seed % 2], -state, noise, frames=frames)
+        assert reused.prefix_reused
+        want = expected(model, images, -state, noise, tokens=TOKENS[: 3 + seed % 2])
+        assert (reused.actions - want).abs().max() < 1e-4
