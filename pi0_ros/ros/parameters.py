@@ -1,0 +1,134 @@
+"""Node parameters that are typed, described and checked in one place.
+
+A node lists its parameters as `Spec`s; `Parameters` declares them with descriptors that `ros2 param describe`
+shows and refuses wrong values with a reason that names the parameter, the value found and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
+from rclpy.exceptions import ParameterException
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+
+TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+
+
+class ParameterError(ValueError):
+    """A parameter that was given a value it cannot have; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One parameter. The type is the default's; a whole number is taken for a float."""
+
+    name: str
+    default: bool | int | float | str | list[str]
+    description: str
+    low: float | None = None  # smallest and largest allowed value, both inclusive; numbers have both or neither
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    read_only: bool = False  # set when the node starts, never after
+    configured: bool = False  # read by configure: refused while the node is configured (see `Parameters.frozen`)
+
+    def fault(self, value: Any) -> str | None:
+        """Why `value` is refused, or None."""
+        kind = type(self.default)
+        found = f"parameter '{self.name}': found {value!r}, "
+        number = kind in (int, float) and not isinstance(value, bool)
+        if not (isinstance(value, kind) or (kind is float and isinstance(value, int))) or (
+            isinstance(value, bool) and kind is not bool
+        ):
+            return f"{found}must be {TYPE_NAMES[kind]}"
+        if number and not math.isfinite(value):
+            return f"{found}must be finite"
+        if number and self.low is not None and not self.low <= value <= self.high:
+            return f"{found}must be from {self.low:g} to {self.high:g}"
+        if self.choices and value not in self.choices:
+            return f"{found}must be one of {', '.join(repr(choice) for choice in self.choices)}"
+        return None
+
+    def descriptor(self) -> ParameterDescriptor:
+        """What `ros2 param describe` shows."""
+        # Dynamic typing so that `rate:=10` reaches `fault`, which takes it, instead of rclpy, which does not.
+        descriptor = ParameterDescriptor(description=self.description, read_only=self.read_only, dynamic_typing=True)
+        if self.choices:
+            descriptor.additional_constraints = f"one of: {', '.join(repr(choice) for choice in self.choices)}"
+        if self.low is not None and isinstance(self.default, float):
+            descriptor.floating_point_range = [
+                FloatingPointRange(from_value=float(self.low), to_value=float(self.high))
+            ]
+        elif self.low is not None:
+            descriptor.integer_range = [IntegerRange(from_value=int(self.low), to_value=int(self.high))]
+        return descriptor
+
+
+class Parameters:
+    """The declared parameters of a node: `parameters["rate"]` is the present value.
+
+    Args:
+        node: the node that gets them.
+        specs: the parameters.
+        on_change: called after a change was accepted, with {name: value} of what changed; not at declaration.
+        check: a rule across parameters: called with {name: proposed value} of all, returns why not, or None.
+
+    Raises:
+        ParameterError: a value given at start (command line, params file) is refused.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        specs: Sequence[Spec],
+        on_change: Callable[[dict[str, Any]], None] | None = None,
+        check: Callable[[dict[str, Any]], str | None] | None = None,
+    ) -> None:
+        self._node = node
+        self._specs = {spec.name: spec for spec in specs}
+        self._check = None  # rules across parameters need all of them declared
+        self.frozen = False  # the node is configured: `configured` parameters refuse changes
+        node.add_on_set_parameters_callback(self._judge)
+        for spec in specs:
+            try:
+                node.declare_parameter(spec.name, spec.default, spec.descriptor())
+            except ParameterException as error:
+                reason = str(error).partition("Reason: ")[2].removesuffix(f": {spec.name}") or str(error)
+                raise ParameterError(reason) from None
+        self._check = check
+        if check is not None and (reason := check(self.values())):
+            raise ParameterError(reason)
+        if on_change is not None:
+            node.add_post_set_parameters_callback(lambda changed: self._tell(on_change, changed))
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._node.get_parameter(name).value
+        return float(value) if isinstance(self._specs[name].default, float) else value
+
+    def values(self) -> dict[str, Any]:
+        """All present values by name."""
+        return {name: self[name] for name in self._specs}
+
+    def _judge(self, proposed: list[Parameter]) -> SetParametersResult:
+        mine = [parameter for parameter in proposed if parameter.name in self._specs]
+        for parameter in mine:
+            spec = self._specs[parameter.name]
+            if self.frozen and spec.configured:
+                reason = f"parameter '{spec.name}': only while the node is unconfigured (cleanup first)"
+                return SetParametersResult(successful=False, reason=reason)
+            if reason := spec.fault(parameter.value):
+                return SetParametersResult(successful=False, reason=reason)
+        if self._check is not None and mine:
+            after = {**self.values(), **{parameter.name: parameter.value for parameter in mine}}
+            if reason := self._check(after):
+                return SetParametersResult(successful=False, reason=reason)
+        return SetParametersResult(successful=True)
+
+    def _tell(self, on_change: Callable[[dict[str, Any]], None], changed: list[Parameter]) -> None:
+        mine = {parameter.name: self[parameter.name] for parameter in changed if parameter.name in self._specs}
+        if mine:
+            on_change(mine)
