@@ -1,0 +1,23 @@
+# Source this file: activates the virtual environment, the built package and a discovery that stays on this machine.
+if [ -z "${BASH_VERSION:-}" ]; then
+    echo "error: scripts/env.sh is for bash" >&2
+    return 1
+fi
+_pi0_ros_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [ ! -e "$_pi0_ros_root/install/setup.bash" ] || [ ! -e "$_pi0_ros_root/.venv/bin/activate" ]; then
+    echo "error: pi0_ros is not set up yet, run: make setup" >&2
+    unset _pi0_ros_root
+    return 1
+fi
+. "$_pi0_ros_root/.venv/bin/activate"
+# With ROS 2 from wheels the virtual environment is itself a prefix that ROS looks for packages in.
+if [ -d "$_pi0_ros_root/.venv/share/ament_index" ]; then
+    case ":${AMENT_PREFIX_PATH:-}:" in
+        *":$_pi0_ros_root/.venv:"*) ;;
+        *) export AMENT_PREFIX_PATH="$_pi0_ros_root/.venv${AMENT_PREFIX_PATH:+:$AMENT_PREFIX_PATH}" ;;
+    esac
+fi
+. "$_pi0_ros_root/install/setup.bash"
+export ROS_AUTOMATIC_DISCOVERY_RANGE="${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST}"
+export MUJOCO_GL="${MUJOCO_GL:-egl}"
+unset _pi0_ros_root
