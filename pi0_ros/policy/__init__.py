@@ -1,0 +1,1 @@
+"""An observation in robot units -> an action chunk in robot units. Imports neither ROS nor the trainer."""

@@ -1,0 +1,161 @@
+"""Streams meet at a tick: the newest sample at or before it, fresh enough, close enough together."""
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pi0_ros.policy.alignment import KINDS, Aligned, Rejected, StreamBuffer, StreamTimes, align, align_ticks
+
+MS = 1_000_000
+times = st.integers(-50, 50)
+
+
+def filled(name="a", stamps=(), max_age=100, latency=0, depth=64):
+    buffer = StreamBuffer(name, max_age, latency, depth)
+    for i, stamp in enumerate(stamps):
+        buffer.push(stamp, i)
+    return buffer
+
+
+def test_a_sample_exactly_at_the_tick_belongs_to_it():
+    buffer = filled(stamps=[10, 20, 30])
+    assert buffer.newest_at(20).payload == 1
+    assert buffer.newest_at(19).payload == 0
+    assert buffer.newest_at(9) is None
+
+
+def test_latency_moves_a_sample_back_in_time():
+    buffer = filled(stamps=[100], latency=30)
+    assert buffer.newest_at(69) is None
+    assert (buffer.newest_at(70).time_ns, buffer.newest_at(70).stamp_ns) == (70, 100)
+
+
+def test_of_two_samples_with_one_stamp_the_last_pushed_wins():
+    buffer = filled(stamps=[10, 10])
+    assert buffer.newest_at(10).payload == 1
+    assert len(buffer) == 1
+
+
+def test_out_of_order_samples_are_put_in_order_and_the_oldest_stamp_is_dropped_first():
+    buffer = filled(stamps=[30, 10, 20], depth=2)
+    assert buffer.newest_at(25).payload == 2
+    assert buffer.newest_at(15) is None
+
+
+def test_clear_forgets():
+    buffer = filled(stamps=[1, 2])
+    buffer.clear()
+    assert buffer.newest_at(10) is None
+
+
+def test_a_depth_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="stream 'a': depth must be at least 1, found 0"):
+        StreamBuffer("a", 1, depth=0)
+
+
+@given(st.lists(times), times, st.integers(-5, 5), st.integers(1, 8))
+def test_newest_at_equals_looking_at_everything(stamps, tick, latency, depth):
+    buffer = filled(stamps=stamps, latency=latency, depth=depth)
+    kept = {}
+    for payload, stamp in enumerate(stamps):
+        kept[stamp] = payload
+        if len(kept) > depth:
+            del kept[min(kept)]
+    past = [stamp for stamp in kept if stamp - latency <= tick]
+    found = buffer.newest_at(tick)
+    assert (found and found.payload) == (kept[max(past)] if past else None)
+
+
+def test_streams_align_with_their_skew():
+    aligned = align([filled("a", [95]), filled("b", [80, 120])], 100, max_skew_ns=15)
+    assert isinstance(aligned, Aligned)
+    assert {name: sample.stamp_ns for name, sample in aligned.samples.items()} == {"a": 95, "b": 80}
+    assert aligned.skew_ns == 15
+
+
+@pytest.mark.parametrize(
+    ("buffers", "tick", "skew", "stream", "kind", "reason"),
+    [
+        ([filled("a", [5]), filled("b")], 10, 100, "b", "missing", "no message yet"),
+        ([filled("a", [11])], 10, 100, "a", "missing", "no message yet"),
+        ([filled("a", [0], max_age=200 * MS)], 300 * MS, 0, "a", "stale", "0.300 s old, at most 0.200 s is allowed"),
+        (
+            [filled("a", [9 * MS], max_age=90 * MS), filled("b", [80 * MS], max_age=90 * MS)],
+            90 * MS,
+            50 * MS,
+            "a",
+            "skew",
+            "0.071 s older than the newest stream, at most 0.050 s is allowed (max_skew)",
+        ),
+        ([filled("a", [10]), filled("b", [10, 3000 * MS])], 10, 0, "b", "clock", "3.000 s ahead of the clock"),
+    ],
+)
+def test_a_rejection_names_the_stream_and_the_reason(buffers, tick, skew, stream, kind, reason):
+    rejected = align(buffers, tick, skew)
+    assert isinstance(rejected, Rejected)
+    assert (rejected.stream, rejected.kind) == (stream, kind)
+    assert reason in rejected.reason
+
+
+def test_the_limits_themselves_are_allowed():
+    buffers = [filled("a", [0], max_age=100), filled("b", [40], max_age=100)]
+    assert isinstance(align(buffers, 100, max_skew_ns=40), Aligned)
+    assert isinstance(align([filled("a", [0, 1000 * MS], max_age=1)], 0, 0), Aligned)  # exactly one second ahead
+
+
+def test_a_tick_in_the_past_can_be_asked_without_suspecting_the_clock():
+    buffers = [filled("a", [10, 5000 * MS])]
+    assert align(buffers, 10, 0).kind == "clock"
+    assert align(buffers, 10, 0, clock_reset_ns=None).samples["a"].payload == 0
+
+
+streams = st.lists(
+    st.tuples(st.lists(times, max_size=12), st.integers(0, 40), st.integers(-5, 5)), min_size=1, max_size=3
+)
+
+
+@given(streams, st.lists(times, min_size=1, max_size=8), st.integers(0, 40))
+def test_the_recorded_form_and_the_live_form_agree(streams, ticks, skew):
+    buffers = [filled(str(i), stamps, age, latency) for i, (stamps, age, latency) in enumerate(streams)]
+    recorded = [
+        StreamTimes(str(i), np.array(stamps, np.int64), age, latency)
+        for i, (stamps, age, latency) in enumerate(streams)
+    ]
+    result = align_ticks(recorded, np.array(ticks), skew)
+    lost = {}
+    for t, tick in enumerate(ticks):
+        for buffer in buffers:
+            newest = buffer.newest_at(tick)
+            assert result.indices[buffer.name][t] == (-1 if newest is None else newest.payload)
+        live = align(buffers, tick, skew, clock_reset_ns=None)
+        if isinstance(live, Rejected):
+            lost[live.stream, live.kind] = lost.get((live.stream, live.kind), 0) + 1
+            assert (str(result.culprit[t]), KINDS[result.fault[t]]) == (live.stream, live.kind)
+        else:
+            assert result.ok[t]
+            assert result.culprit[t] == -1
+            assert result.skew_ns[t] == live.skew_ns
+    assert result.dropped() == lost
+
+
+def test_a_reader_never_sees_a_sample_half_written():
+    buffer = StreamBuffer("a", 10**9, depth=4)
+    buffer.push(0, 0)
+    stop = threading.Event()
+
+    def write():
+        for stamp in range(1, 20000):
+            buffer.push(stamp, stamp)
+        stop.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = []
+    while not stop.is_set():
+        seen.append(buffer.newest_at(10**6))
+    writer.join()
+    assert all(sample.stamp_ns == sample.payload for sample in seen)
+    assert buffer.newest_at(10**6).payload == 19999
