@@ -117,7 +117,7 @@ class Pi0Config:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Pi0Config:
-        """The inverse of `to_dict`. Missing fields take their defaults; an unknown or mis-typed one is a ConfigError."""
+        """The inverse of `to_dict`. Missing fields take their defaults; an unknown or mistyped one is a ConfigError."""
         sections = {"vision": VisionConfig, "vlm": GemmaConfig, "expert": GemmaConfig}
         values = {key: _build(sections[key], value, key) if key in sections else value for key, value in data.items()}
         if isinstance(values.get("cameras"), list):

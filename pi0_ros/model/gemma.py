@@ -135,6 +135,37 @@ def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """q [B, heads, N, D], k and v [B, kv heads, M, D], mask bool [B, N, M] (True: may look) -> [B, N, heads * D]."""
+    """q [B, heads, N, D], k, v [B, kv heads, M, D], mask bool [B, 1 or N, M] (True: may look) -> [B, N, heads * D]."""
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).flatten(2)
+
+
+def prefix_layer(
+    layer: GemmaLayer, prefix: torch.Tensor, mask: torch.Tensor, rope: Rope, last: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One VLM layer. prefix [B, P, W], mask [B, 1, P] -> prefix after it, its keys and its values [B, kv heads, P, D].
+
+    Of the last layer only keys and values are ever read, so the work stops there.
+    """
+    y, _ = layer.input_layernorm(prefix)
+    k, v = layer.kv(y, rope)
+    if not last:
+        prefix = layer.finish(prefix, attend(layer.q(y, rope), k, v, mask), None, None)
+    return prefix, k, v
+
+
+def suffix_layer(
+    layer: GemmaLayer,
+    suffix: torch.Tensor,
+    cond: torch.Tensor | None,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    mask: torch.Tensor,
+    rope: Rope,
+) -> torch.Tensor:
+    """One layer of the action expert. suffix [B, S, W], keys and values of the prefix in this layer, mask [B, S, P + S]
+    -> suffix after it."""
+    y, gate = layer.input_layernorm(suffix, cond)
+    k, v = layer.kv(y, rope)
+    k, v = torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)
+    return layer.finish(suffix, attend(layer.q(y, rope), k, v, mask), gate, cond)

@@ -3,15 +3,17 @@
     prefix = image tokens of every camera, prompt tokens          -> the VLM's stack
     suffix = state token (pi0 only), action tokens                -> the action expert's stack
 
-B batch, N cameras, L prompt tokens, P prefix tokens, S suffix tokens, H horizon, A action dimensions. t = 1 is noise and
-t = 0 the actions. Parameter names are those of openpi's PyTorch checkpoints.
+B batch, N cameras, L prompt tokens, P prefix tokens, S suffix tokens, H horizon, A action dimensions. t = 1 is noise
+and t = 0 the actions. Parameter names are those of openpi's PyTorch checkpoints.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pi0_ros.model.config import Pi0Config
 from pi0_ros.model.flow import interpolate
-from pi0_ros.model.gemma import Gemma, GemmaLayer, Rope, attend, rope_table
+from pi0_ros.model.gemma import Gemma, prefix_layer, rope_table, suffix_layer
 from pi0_ros.model.siglip import Siglip
 
 KeysValues = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: k (rotated) and v, each [B, kv heads, P, head_dim]
@@ -29,7 +31,7 @@ KeysValues = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: k (rotated) a
 
 @dataclass(frozen=True)
 class Observation:
-    """What the model sees. N may be smaller than the number of configured cameras: see `drop_masked_cameras`."""
+    """What the model sees. N and L may be smaller than the config's numbers: see `drop_padding`."""
 
     images: torch.Tensor  # float [B, N, 3, S, S] in [-1, 1], cameras in the config's order
     image_masks: torch.Tensor  # bool [B, N]
@@ -173,31 +175,50 @@ class Pi0(nn.Module):
         ar[: self.config.suffix_len - self.config.action_horizon + 1] = True
         return ar
 
-    # --- training: one pass over prefix and suffix --------------------------------------------------------------------
+    # --- the network: the prefix once, then the suffix over its keys and values ---------------------------------------
+    #
+    # The prefix never sees the suffix, so this is also the whole of training: one prefix pass and one suffix pass give
+    # what a single attention over prefix and suffix would, without its masked corner.
 
-    def velocity(self, observation: Observation, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """x_t [B, H, A], time [B] or [B, H] -> v_t [B, H, A] float32, in one joint pass.
+    def prefix_kv(self, prefix: torch.Tensor, valid: torch.Tensor) -> KeysValues:
+        """Prefix tokens [B, P, vlm width] and validity [B, P] -> keys and values of every VLM layer.
 
-        After the last layer only the suffix counts, so the VLM's last layer gives keys and values and stops there.
+        Every row looks at all valid tokens, rows of padding too: nothing reads those, but they stay finite. With
+        nothing valid at all the tokens see one another, for the same reason.
         """
-        prefix, prefix_valid = self.embed_prefix(observation)
-        suffix, cond = self.embed_suffix(observation.state, x_t, time)
-        valid = torch.cat([prefix_valid, prefix_valid.new_ones(suffix.shape[:2])], dim=1)  # [B, P + S]
-        ar = torch.cat([valid.new_zeros(prefix.shape[1]), self.suffix_ar(valid.device)])
-        mask = make_attn_mask(valid, ar)  # [B, P + S, P + S]
-        rope = rope_table(valid.cumsum(dim=1) - 1, self.config.vlm.head_dim)
-        for i, layers in enumerate(zip(self.vlm.layers, self.expert.layers, strict=True)):
-            args = (*layers, prefix, suffix, cond, mask, rope, i == len(self.vlm.layers) - 1)
-            if self.gradient_checkpointing and self.training:
-                prefix, suffix = checkpoint(joint_layer, *args, use_reentrant=False)
-            else:
-                prefix, suffix = joint_layer(*args)
-        return self.project_velocity(suffix, cond)
+        mask = (valid | ~valid.any(dim=1, keepdim=True))[:, None]  # [B, 1, P]
+        rope = rope_table(valid.cumsum(dim=1) - 1, self.config.vlm.head_dim)  # padding and absent cameras count nothing
+        cache, last = [], len(self.vlm.layers) - 1
+        for i, layer in enumerate(self.vlm.layers):
+            prefix, k, v = self._run(prefix_layer, layer, prefix, mask, rope, i == last)
+            cache.append((k, v))
+        return cache
 
-    def project_velocity(self, suffix: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
-        """Suffix after the last layer [B, S, expert width] -> v_t [B, H, A] float32: final norm and projection."""
+    def suffix_velocity(
+        self, cache: KeysValues, valid: torch.Tensor, state: torch.Tensor, x_t: torch.Tensor, time: torch.Tensor
+    ) -> torch.Tensor:
+        """The velocity at x_t [B, H, A] and time [B] or [B, H], over the prefix's keys, values and validity [B, P]
+        -> v_t [B, H, A] float32."""
+        suffix, cond = self.embed_suffix(state, x_t, time)
+        suffix_valid = valid.new_ones(suffix.shape[:2])
+        own = make_attn_mask(suffix_valid, self.suffix_ar(valid.device))  # [B, S, S]
+        mask = torch.cat([valid[:, None].expand(-1, suffix.shape[1], -1), own], dim=2)  # [B, S, P + S]
+        positions = valid.sum(dim=1, keepdim=True) + suffix_valid.cumsum(dim=1) - 1
+        rope = rope_table(positions, self.config.expert.head_dim)
+        for layer, (k, v) in zip(self.expert.layers, cache, strict=True):
+            suffix = self._run(suffix_layer, layer, suffix, cond, k, v, mask, rope)
         suffix, _ = self.expert.norm(suffix[:, -self.config.action_horizon :], cond)
         return _linear(self.action_out_proj, suffix).float()
+
+    def velocity(self, observation: Observation, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """x_t [B, H, A], time [B] or [B, H] -> v_t [B, H, A] float32, with everything computed anew."""
+        prefix, valid = self.embed_prefix(observation)
+        return self.suffix_velocity(self.prefix_kv(prefix, valid), valid, observation.state, x_t, time)
+
+    def _run(self, layer: Callable[..., Any], *args: Any) -> Any:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
 
     def compute_loss(
         self,
@@ -217,44 +238,6 @@ class Pi0(nn.Module):
         error = (self.velocity(observation, x_t, time) - u_t).square()
         return error[..., :loss_dims].mean(dim=-1)
 
-    # --- sampling: the prefix once, the suffix at every step ----------------------------------------------------------
-
-    def prefix_kv(self, prefix: torch.Tensor, valid: torch.Tensor) -> KeysValues:
-        """Prefix tokens [B, P, vlm width] and validity [B, P] -> keys and values of every VLM layer."""
-        rope = rope_table(valid.cumsum(dim=1) - 1, self.config.vlm.head_dim)
-        mask = make_attn_mask(valid, valid.new_zeros(valid.shape[1]))
-        cache = []
-        for i, layer in enumerate(self.vlm.layers):
-            y, _ = layer.input_layernorm(prefix)
-            k, v = layer.kv(y, rope)
-            cache.append((k, v))
-            if i < len(self.vlm.layers) - 1:
-                prefix = layer.finish(prefix, attend(layer.q(y, rope), k, v, mask), None, None)
-        return cache
-
-    def suffix_velocity(
-        self,
-        cache: KeysValues,
-        prefix_valid: torch.Tensor,
-        state: torch.Tensor,
-        x_t: torch.Tensor,
-        time: torch.Tensor,
-    ) -> torch.Tensor:
-        """One denoising step over cached prefix keys and values: -> v_t [B, H, A] float32."""
-        suffix, cond = self.embed_suffix(state, x_t, time)
-        batch, length = suffix.shape[:2]
-        valid = prefix_valid.new_ones(batch, length)
-        positions = prefix_valid.sum(dim=1, keepdim=True) + valid.cumsum(dim=1) - 1
-        rope = rope_table(positions, self.config.expert.head_dim)
-        own = make_attn_mask(valid, self.suffix_ar(valid.device))  # [B, S, S]
-        mask = torch.cat([prefix_valid[:, None].expand(-1, length, -1), own], dim=2)  # [B, S, P + S]
-        for layer, (prefix_k, prefix_v) in zip(self.expert.layers, cache, strict=True):
-            y, gate = layer.input_layernorm(suffix, cond)
-            k, v = layer.kv(y, rope)
-            k, v = torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)
-            suffix = layer.finish(suffix, attend(layer.q(y, rope), k, v, mask), gate, cond)
-        return self.project_velocity(suffix, cond)
-
     @torch.no_grad()
     def sample_actions(
         self,
@@ -266,10 +249,11 @@ class Pi0(nn.Module):
         """Integrate the flow from noise [B, H, A] (given, or white from `generator`) to actions [B, H, A], float32.
 
         Euler steps of -1/num_steps from t = 1 (openpi: pi0.py, sample_actions). The same noise or the same generator
-        state gives the same bits. A camera that no sample has is not encoded; to find that out the masks are read once
-        on the host, before anything else. ValueError for a bad num_steps or a noise of the wrong shape.
+        state gives the same bits. A camera that no sample has is not encoded: `drop_padding` reads the masks once,
+        before anything else; from there on nothing waits for the device. ValueError for a bad num_steps, or a noise of
+        the wrong shape.
         """
-        observation = drop_masked_cameras(observation)
+        observation = drop_padding(observation)
         shape = (len(observation.state), self.config.action_horizon, self.config.action_dim)
         if noise is None:
             device = self.device if generator is None else generator.device
@@ -286,40 +270,14 @@ class Pi0(nn.Module):
         return x_t
 
 
-def joint_layer(
-    vlm: GemmaLayer,
-    expert: GemmaLayer,
-    prefix: torch.Tensor,
-    suffix: torch.Tensor,
-    cond: torch.Tensor | None,
-    mask: torch.Tensor,
-    rope: Rope,
-    last: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One layer of both stacks: prefix [B, P, vlm width], suffix [B, S, expert width], one attention over P + S."""
-    split = prefix.shape[1]
-    prefix_rope, suffix_rope = zip(*((table[:, :split], table[:, split:]) for table in rope), strict=True)
-    y_prefix, _ = vlm.input_layernorm(prefix)
-    y_suffix, gate = expert.input_layernorm(suffix, cond)
-    keys, values = zip(vlm.kv(y_prefix, prefix_rope), expert.kv(y_suffix, suffix_rope), strict=True)
-    k, v = torch.cat(keys, dim=2), torch.cat(values, dim=2)
-    q = expert.q(y_suffix, suffix_rope)
-    if last:
-        return prefix, expert.finish(suffix, attend(q, k, v, mask[:, split:]), gate, cond)
-    attended = attend(torch.cat([vlm.q(y_prefix, prefix_rope), q], dim=2), k, v, mask)
-    prefix = vlm.finish(prefix, attended[:, :split], None, None)
-    return prefix, expert.finish(suffix, attended[:, split:], gate, cond)
-
-
 def make_attn_mask(valid: torch.Tensor, ar: torch.Tensor) -> torch.Tensor:
     """valid bool [B, N], ar bool [N] (True: a new block begins here) -> bool [B, N, N], True where q may look at k.
 
-    A token sees the valid tokens of its own block and of all blocks before (openpi: pi0.py, make_attn_mask). A token
-    also sees itself, valid or not: no row is empty, so padding stays finite, and nothing valid can see it.
+    A token sees the valid tokens of its own block and of all blocks before (openpi: pi0.py, make_attn_mask, which also
+    empties the rows of padding; here they look like any other, and nobody looks at them).
     """
     block = ar.cumsum(dim=0)
-    mask = (block[None, :] <= block[:, None]) & valid[:, None, :]
-    return mask | torch.eye(len(ar), dtype=torch.bool, device=ar.device)
+    return (block[None, :] <= block[:, None]) & valid[:, None, :]
 
 
 def sinusoid(time: torch.Tensor, width: int, min_period: float, max_period: float) -> torch.Tensor:
@@ -344,15 +302,19 @@ def denoising_times(num_steps: int) -> list[float]:
     return [float(t) for t in times]
 
 
-def drop_masked_cameras(observation: Observation) -> Observation:
-    """Leave out the cameras that no sample of the batch has. Nothing changes but the work: positions count valid tokens
-    only. Reads the masks on the host, so call it before the observation goes to a GPU where that matters."""
+def drop_padding(observation: Observation) -> Observation:
+    """Leave out cameras and prompt columns that no sample of the batch has. The result is the same, with less work:
+    positions count valid tokens only. Reads the masks on the host, so a trainer calls it before the copy to the GPU."""
     present = observation.image_masks.any(dim=0).tolist()
-    if all(present):
-        return observation
     keep = [i for i, there in enumerate(present) if there]
-    return dataclasses.replace(
-        observation, images=observation.images[:, keep], image_masks=observation.image_masks[:, keep]
+    used = observation.token_masks.any(dim=0).tolist()
+    length = max([i + 1 for i, there in enumerate(used) if there], default=1)  # a prefix is never empty
+    return Observation(
+        images=observation.images if all(present) else observation.images[:, keep],
+        image_masks=observation.image_masks[:, keep],
+        tokens=observation.tokens[:, :length],
+        token_masks=observation.token_masks[:, :length],
+        state=observation.state,
     )
 
 

@@ -72,9 +72,7 @@ class Siglip(nn.Module):
         patch, position = self.embeddings["patch_embedding"], self.embeddings["position_embedding"]
         x = patch(images.to(patch.weight.dtype)).flatten(2).transpose(1, 2)  # [B, T, W]
         x = x + position.weight
+        recompute = self.gradient_checkpointing and self.training
         for layer in self.encoder["layers"]:
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, use_reentrant=False)
-            else:
-                x = layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         return self.post_layernorm(x)
