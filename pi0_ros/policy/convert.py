@@ -1,0 +1,205 @@
+"""Turn a checkpoint of any known layout into a checkpoint folder, or into openpi's PyTorch layout."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from pi0_ros.model import checkpoint as layouts
+from pi0_ros.model.checkpoint import Checkpoint, open_checkpoint
+from pi0_ros.model.config import PRESETS, ConfigError, Pi0Config
+from pi0_ros.model.files import CheckpointError, read_json, write_json
+from pi0_ros.model.infer import config_kind
+from pi0_ros.policy.bundle import (
+    CONFIG,
+    WEIGHTS,
+    Bundle,
+    BundleSettings,
+    load_bundle,
+    save_bundle,
+    whole_folder,
+)
+from pi0_ros.policy.statistics import NormStats, find_statistics, load_statistics
+from pi0_ros.robot import RobotFileError, load_robot
+
+DTYPES = {"as-stored": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_LEROBOT_NORMALISATION = {"MEAN_STD": "zscore", "QUANTILES": "quantile"}
+
+
+@dataclass
+class Options:
+    """Turn a checkpoint of any known layout into a checkpoint folder of this package, or into openpi's layout.
+
+    Known: openpi's PyTorch and JAX checkpoints, lerobot's pi0 and pi05, transformers' PI0, peft adapters of these, and
+    our own. The layout is recognised from the weights.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder, .safetensors file, or openpi's orbax checkpoint."""
+    output: Annotated[Path, tyro.conf.Positional]
+    """The folder to write. A checkpoint folder that stands there is replaced, anything else is an error."""
+    to: Literal["pi0_ros", "openpi"] = "pi0_ros"
+    """The layout to write."""
+    robot: Path | None = None
+    """Robot file to put into the folder. Without one it can be trained from, but not run."""
+    statistics: Path | None = None
+    """norm_stats.json, or a folder with statistics. Default: those found with the weights."""
+    asset_id: str | None = None
+    """Which of openpi's assets: of several robots' statistics to read, or to write for openpi."""
+    tokenizer: Path | None = None
+    """Folder with the tokenizer's files to put into the folder."""
+    dtype: Literal["as-stored", "bfloat16", "float32"] = "as-stored"
+    """Dtype of the weights to write."""
+    model_config: str | None = None
+    """The model's sizes where neither the weights nor a config.json tell them: a preset's name, or a JSON file."""
+    base: Path | None = None
+    """The checkpoint that a peft adapter folder is an update of."""
+    normalisation: Literal["zscore", "quantile"] | None = None
+    """How statistics are used. Default: what the source says, else zscore for pi0 and quantile for pi0.5."""
+
+
+def convert(options: Options) -> str:
+    """Do what the options ask for, telling what was recognised; returns the new folder's digest ("" for openpi's).
+
+    Raises:
+        CheckpointError, RobotFileError: see `open_checkpoint`, `save_bundle`, `load_statistics`, `load_robot`.
+    """
+    if options.output.resolve() == options.source.resolve():
+        raise CheckpointError(f"{options.output}: is the source itself; name another folder")
+    own = load_bundle(options.source, verify_weights=True) if _is_bundle(options.source) else None
+    config = _given_config(options.model_config)
+    checkpoint = own.weights() if own else open_checkpoint(options.source, config=config, base=options.base)
+    print(checkpoint.describe())
+    for note in checkpoint.notes:
+        print(f"  {note}")
+    robot = load_robot(options.robot) if options.robot else (own.robot if own else None)
+    stats = _statistics(options, own)
+    print("  statistics: " + ("none found" if stats is None else _describe(stats)))
+    if options.to == "openpi":
+        write_openpi(options.output, checkpoint, stats, options.asset_id or "pi0_ros", DTYPES[options.dtype], True)
+        return ""
+    settings = own.settings if own else foreign_settings(checkpoint, str(options.source), options.normalisation)
+    tokenizer = options.tokenizer or (own.tokenizer if own else None)
+    dtype = DTYPES[options.dtype]
+    digest = save_bundle(options.output, checkpoint, settings, robot, stats, tokenizer, dtype=dtype, progress=True)
+    print(f"{options.output}: checkpoint {digest}")
+    return digest
+
+
+def foreign_settings(checkpoint: Checkpoint, where: str, normalisation: str | None = None) -> BundleSettings:
+    """How the weights of another layout are to be used, from its config.json.
+
+    lerobot tells its normalisation and trains the robot's own action dimensions only; the others follow openpi.
+    """
+    config, data = checkpoint.config, checkpoint.data
+    if config_kind(data) != "lerobot":
+        return BundleSettings(config, normalisation=normalisation or "")
+    try:
+        mapping = data.get("normalization_mapping") or {}
+        said = {mapping[key] for key in ("STATE", "ACTION") if key in mapping}
+        dims = ((data.get("output_features") or {}).get("action") or {}).get("shape", [config.action_dim])[0]
+    except (AttributeError, TypeError, LookupError):
+        raise CheckpointError(f"{where}: config.json: normalization_mapping or output_features make no sense") from None
+    if normalisation is None and said:
+        if len(said) > 1 or not said <= set(_LEROBOT_NORMALISATION):
+            found = ", ".join(sorted(map(str, said)))
+            raise CheckpointError(
+                f"{where}: normalization_mapping is {found} for state and actions; MEAN_STD or QUANTILES for both is "
+                "known here; say --normalisation to use other statistics"
+            )
+        normalisation = _LEROBOT_NORMALISATION[said.pop()]
+    return BundleSettings(
+        config,
+        prompt_format="lerobot_pi05" if config.pi05 else "pi0",
+        normalisation=normalisation or "",
+        loss_dims=None if dims == config.action_dim else dims,
+    )
+
+
+def write_openpi(
+    folder: Path,
+    checkpoint: Checkpoint,
+    stats: NormStats | None,
+    asset_id: str = "pi0_ros",
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> None:
+    """A folder as openpi's own JAX-to-PyTorch conversion leaves it: model.safetensors, config.json, assets/.
+
+    Raises:
+        CheckpointError: the folder exists and is not empty, or the asset's name leads out of it.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: exists and is not empty; name another")
+    if Path(asset_id).is_absolute() or ".." in Path(asset_id).parts:
+        raise CheckpointError(f"asset id {asset_id!r} leads out of the folder")
+    config = checkpoint.config
+    known = {PRESETS["pi0"].vlm: "gemma_2b", PRESETS["pi0"].expert: "gemma_300m"}
+    data: dict[str, Any] = {
+        "action_dim": config.action_dim,
+        "action_horizon": config.action_horizon,
+        "paligemma_variant": known.get(config.vlm),
+        "action_expert_variant": known.get(config.expert),
+        "precision": str(dtype or checkpoint.dtype).removeprefix("torch."),
+        "model": config.to_dict(),  # ours: all sizes, so that the way back needs no guess
+    }
+    with whole_folder(folder) as temporary:
+        layouts.save_openpi(checkpoint, temporary / WEIGHTS, dtype, progress)
+        write_json(temporary / CONFIG, data)
+        if stats is not None:
+            asset = temporary / "assets" / asset_id
+            asset.mkdir(parents=True)
+            stats.save(asset / "norm_stats.json")
+
+
+def _is_bundle(path: Path) -> bool:
+    return path.is_dir() and (path / CONFIG).is_file() and read_json(path / CONFIG).get("format") is not None
+
+
+def _statistics(options: Options, own: Bundle | None) -> NormStats | None:
+    if options.statistics:
+        return load_statistics(options.statistics, options.asset_id)
+    if own:
+        return own.stats
+    return find_statistics(options.source if options.source.is_dir() else options.source.parent, options.asset_id)
+
+
+def _describe(stats: NormStats) -> str:
+    quantiles = "no quantiles" if stats.state.q01 is None or stats.actions.q01 is None else "quantiles"
+    constant = stats.constant()
+    flat = f"; never changed in the data: {', '.join(constant)}" if constant else ""
+    return f"state of {len(stats.state)}, actions of {len(stats.actions)}, {quantiles}{flat}"
+
+
+def _given_config(name: str | None) -> Pi0Config | None:
+    if name is None:
+        return None
+    if name in PRESETS:
+        return PRESETS[name]
+    if not Path(name).is_file():
+        raise CheckpointError(f"model config {name!r} is no file and no preset ({', '.join(PRESETS)})")
+    data = read_json(Path(name))
+    try:
+        return Pi0Config.from_dict(data.get("model", data))
+    except ConfigError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+
+
+def main() -> None:
+    """`convert SOURCE OUTPUT [options]`."""
+    options = tyro.cli(Options, prog="convert", description=Options.__doc__)
+    try:
+        convert(options)
+    except (CheckpointError, RobotFileError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()
