@@ -109,10 +109,10 @@ class Report:
             self.warn(f"{key} is {value:.4g}{unit}, above {warn:g}{unit}")
 
     def window(self, key: str, summary: Summary | None, scale: float = 1e3) -> None:
-        """Show p50, p95 and max of a window under `key`, times `scale` (seconds to ms by default)."""
+        """Show a window as `key`_p50, _p95 and _max, times `scale` (seconds to ms by default)."""
         if summary is not None:
             for part in ("p50", "p95", "max"):
-                self.add(f"{key} {part}", getattr(summary, part) * scale)
+                self.add(f"{key}_{part}", getattr(summary, part) * scale)
 
     def message(self, hardware_id: str) -> DiagnosticStatus:
         """The report as a message; its text is the reasons, or "OK"."""

@@ -132,3 +132,10 @@ class Parameters:
         mine = {parameter.name: self[parameter.name] for parameter in changed if parameter.name in self._specs}
         if mine:
             on_change(mine)
+
+
+def usage(program: str, specs: Sequence[Spec]) -> str:
+    """What `program --help` prints: every parameter with its default."""
+    lines = [f"usage: {program} --ros-args -p NAME:=VALUE ... --params-file FILE", "", "parameters:"]
+    lines += [f"  {spec.name} ({spec.default!r}): {spec.description}" for spec in specs]
+    return "\n".join(lines)

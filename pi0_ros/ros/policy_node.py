@@ -1,0 +1,322 @@
+"""policy_node: cameras, joint states and a prompt in, action chunks out.
+
+A lifecycle node. Its callbacks store messages and answer services; a worker thread (`worker.py`) owns the policy.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import rclpy
+from rclpy.clock import JumpThreshold, TimeJump
+from rclpy.duration import Duration
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.parameter import Parameter
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from std_msgs.msg import String
+from std_srvs.srv import SetBool, Trigger
+
+from pi0_ros.model.config import PRESETS
+from pi0_ros.msg import ActionChunk, PlayerStatus
+from pi0_ros.policy.policy import Policy
+from pi0_ros.robot import load_robot
+from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report
+from pi0_ros.ros.health import THRESHOLDS, gpu_memory
+from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
+from pi0_ros.ros.streams import Streams
+from pi0_ros.ros.worker import Worker
+from pi0_ros.srv import SetPrompt
+
+LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+NEWEST = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+HEARTBEAT = 5.0  # Hz: free-running ticks follow messages; this many a second come without any, to say what is missing
+
+SPECS = (
+    Spec("robot_file", "", "path of the robot file; empty: the one in the checkpoint folder", configured=True),
+    Spec("checkpoint", "", "checkpoint folder; empty: untrained random weights", configured=True),
+    Spec("preset", "nano", "size of the model with random weights", choices=tuple(PRESETS), configured=True),
+    Spec("device", "auto", "torch device: auto, cpu, cuda, cuda:0, ...", configured=True),
+    Spec("dtype", "auto", "of the weights on the device", choices=("auto", "float32", "bfloat16"), configured=True),
+    Spec("num_steps", 10, "denoising (Euler) steps", 1, 100, configured=True),
+    Spec("rate", 10.0, "chunks per second, Hz; 0: as fast as new messages and the model allow", 0, 1000),
+    Spec("on_demand_seconds", 0.0, "above 0: a chunk only when the player has less than this left, s", 0, 60),
+    Spec("prompt", "", "the instruction; empty: the robot file's default; topic and service change it"),
+    Spec("realtime_chunking", False, "keep the actions that will be executed before the new chunk arrives"),
+    Spec("autostart", False, "configure and activate without being told to", read_only=True),
+    *THRESHOLDS,
+)
+
+
+def load_policy(parameters: Parameters) -> Policy:
+    """The policy that the parameters ask for: a checkpoint, or random weights."""
+    robot = load_robot(Path(parameters["robot_file"]).expanduser()) if parameters["robot_file"] else None
+    common = {key: parameters[key] for key in ("device", "dtype", "num_steps")}
+    if parameters["checkpoint"]:
+        return Policy.load(Path(parameters["checkpoint"]).expanduser(), robot=robot, **common)
+    if robot is None:
+        raise ParameterError("parameter 'robot_file': found '', give a robot file or a checkpoint folder")
+    return Policy.random(robot, preset=parameters["preset"], **common)
+
+
+class PolicyNode(LifecycleNode):
+    """The node. `load` makes the policy from the parameters; tests give another."""
+
+    def __init__(self, load: Callable[[Parameters], Policy] = load_policy, **options: Any) -> None:
+        super().__init__("policy_node", **options)
+        self._load = load
+        self._worker: Worker | None = None
+        self._streams: Streams | None = None
+        self._entities: list[tuple[Callable[[Any], Any], Any]] = []  # how to destroy what configure made
+        self._timer = None
+        self._failure = ""  # why configure failed last
+        self._settings = Parameters(self, SPECS, self._changed)
+        self._diagnostics = DiagnosticsPublisher(self, self._reports, self.get_name())
+        self._faulted = self.create_guard_condition(self._stop_after_fault)
+        self._jumps = self.get_clock().create_jump_callback(
+            JumpThreshold(min_forward=None, min_backward=Duration(nanoseconds=-1), on_clock_change=True),
+            post_callback=self._clock_jumped,
+        )
+        self.create_service(Trigger, "~/start", self._start)
+        self.create_service(Trigger, "~/stop", self._stop)
+        self.create_service(Trigger, "~/reset", self._reset)
+        self.create_service(SetBool, "~/pause", self._pause)
+        self.create_service(SetPrompt, "~/set_prompt", self._set_prompt)
+
+    # Transitions. rclpy swallows what they raise, so each says itself what went wrong.
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load the policy, warm it up, subscribe."""
+        self._teardown()
+        try:
+            self._worker = Worker(
+                lambda: self._load(self._settings), self._now, self.get_logger(), self._faulted.trigger
+            )
+            policy = self._worker.wait_until_loaded(self.context.ok)
+            self._connect(policy)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the reason why configure fails
+            self._failure = f"configure failed: {' '.join(str(error).split()) or type(error).__name__}"
+            self.get_logger().error(self._failure)
+            self.get_logger().debug(traceback.format_exc())
+            self._teardown()
+            self._diagnostics.publish()
+            return TransitionCallbackReturn.FAILURE
+        self._failure = ""
+        self._settings.frozen = True
+        if policy.digest == "random":
+            self.get_logger().warning("no checkpoint given: untrained random weights, the arm will move without aim")
+        self.get_logger().info(
+            f"configured for robot '{policy.robot.name}', checkpoint {policy.digest}, prompt '{self._worker.prompt}'"
+        )
+        return super().on_configure(state)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Begin to tick."""
+        self._worker.activate()
+        self._set_timer()
+        return super().on_activate(state)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop; a chunk that is being inferred is dropped."""
+        self._worker.deactivate()
+        self._drop_timer()
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free the policy."""
+        return super().on_cleanup(state) if self._teardown() else TransitionCallbackReturn.ERROR
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free the policy, for good."""
+        self._teardown()
+        return super().on_shutdown(state)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Back to unconfigured."""
+        self._teardown()
+        return super().on_error(state)
+
+    def destroy_node(self) -> None:
+        """Free the policy, then the node."""
+        self._teardown()
+        self._jumps.unregister()
+        super().destroy_node()
+
+    def _connect(self, policy: Policy) -> None:
+        publisher = self.create_publisher(ActionChunk, "action_chunk", NEWEST)
+        self._entities.append((self.destroy_publisher, publisher))
+        self._streams = Streams(self, policy.robot, self._message_stored)
+        self._worker.connect(self._streams, publisher.publish)
+        self._apply(self._settings.values())
+        for kind, topic, callback, qos in (
+            (PlayerStatus, "chunk_player/status", self._player_spoke, LATCHED),
+            (String, policy.robot.prompt.topic, self._prompt_heard, LATCHED),
+        ):
+            subscription = self.create_subscription(kind, topic, callback, qos)
+            self._entities.append((self.destroy_subscription, subscription))
+
+    def _teardown(self) -> bool:
+        self._drop_timer()
+        self._settings.frozen = False
+        if self._streams is not None:
+            self._streams.close()
+        for destroy, entity in self._entities:
+            destroy(entity)
+        worker, self._worker, self._streams = self._worker, None, None
+        self._entities.clear()
+        if worker is None or worker.close():
+            return True
+        self.get_logger().error("the inference thread does not end, its memory is not freed; restart the process")
+        return False
+
+    # Ticks
+
+    def _set_timer(self) -> None:
+        self._drop_timer()
+        rate = self._settings["rate"]
+        tick = self._worker.tick_due if rate else self._worker.wake
+        self._timer = self.create_timer(1.0 / (rate or HEARTBEAT), tick)  # on the node's clock
+
+    def _drop_timer(self) -> None:
+        if self._timer is not None:
+            self.destroy_timer(self._timer)
+            self._timer = None
+
+    def _message_stored(self) -> None:
+        if self._worker is not None and not self._settings["rate"]:
+            self._worker.wake()
+
+    def _player_spoke(self, status: PlayerStatus) -> None:
+        self._worker.handover.heard(status, self._now())
+
+    def _clock_jumped(self, jump: TimeJump) -> None:
+        if self._worker is not None and self._streams is not None:
+            self.get_logger().warning("the clock was set back: buffers cleared, chunks so far are void")
+            self._worker.set_back()
+
+    def _stop_after_fault(self) -> None:
+        self._diagnostics.publish()
+        if self._active():
+            self.trigger_deactivate()
+
+    def _active(self) -> bool:
+        return self._state_machine.current_state[1] == "active"
+
+    def _now(self) -> int:
+        return self.get_clock().now().nanoseconds
+
+    # Parameters, prompt, services
+
+    def _changed(self, values: dict[str, Any]) -> None:
+        if self._worker is not None:
+            self._apply(values)
+            if "rate" in values and self._active():
+                self._set_timer()
+
+    def _apply(self, values: dict[str, Any]) -> None:
+        if "prompt" in values:
+            self._worker.set_prompt(values["prompt"] or self._worker.policy.robot.prompt.default)
+        for name in ("on_demand_seconds", "realtime_chunking"):
+            if name in values:
+                setattr(self._worker, name, values[name])
+
+    def _prompt_heard(self, message: String) -> None:
+        self._keep_prompt(message.data)
+
+    def _keep_prompt(self, prompt: str) -> None:
+        # Through the parameter, so that `ros2 param get` tells the prompt however it was set.
+        self.set_parameters([Parameter("prompt", value=prompt)])
+
+    def _set_prompt(self, request: SetPrompt.Request, response: SetPrompt.Response) -> SetPrompt.Response:
+        if not request.prompt.strip():
+            response.message = "the prompt is empty"
+            return response
+        self._keep_prompt(request.prompt)
+        if request.drop_current and self._worker is not None:
+            self._worker.bump(forget=False)
+        response.success, response.message = True, f"from the next tick on: {request.prompt}"
+        return response
+
+    def _answer(self, response: Any, act: Callable[[Worker], None], done: str) -> Any:
+        response.success = self._active()
+        response.message = done if response.success else "the node is not active: configure and activate it first"
+        if response.success:
+            act(self._worker)
+        return response
+
+    def _start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        return self._answer(response, lambda worker: worker.run(True), "ticking")
+
+    def _stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        def stop(worker: Worker) -> None:
+            worker.run(False)
+            worker.bump(forget=True)
+
+        return self._answer(response, stop, "stopped, chunks so far are void")
+
+    def _pause(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        done = "paused, the player finishes its chunk" if request.data else "ticking"
+        return self._answer(response, lambda worker: worker.run(not request.data), done)
+
+    def _reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        return self._answer(response, Worker.set_back, "buffers and caches cleared, chunks so far are void")
+
+    # Diagnostics
+
+    def _reports(self) -> list[Report]:
+        name, now, worker = self.get_name(), self._now(), self._worker
+        if worker is None or self._streams is None:
+            report = Report(f"{name}: policy")
+            report.add("state", self._state_machine.current_state[1])
+            if self._failure:
+                report.error(self._failure)
+            return [report]
+        limits, robot = self._settings.values(), worker.policy.robot
+        report = worker.health.report(f"{name}: policy", now, limits, robot.max_skew)
+        report.add("state", self._state_machine.current_state[1])
+        report.add("running", worker.ticking)
+        report.add("prompt", worker.prompt)
+        report.add("checkpoint", worker.policy.digest)
+        report.add("epoch", worker.epoch)
+        left = worker.handover.seconds_left(now)
+        report.add("player_seconds_left", "no player" if left is None else left)
+        report.add("delay_actions", worker.handover.delay())
+        gpu_memory(report, limits["diagnostics.gpu_warn"], limits["diagnostics.gpu_error"])
+        return [report, *self._streams.reports(name, now, limits)]
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the node until it is told to end; 1 and one line on stderr when it cannot start."""
+    args = sys.argv if args is None else args
+    if "--help" in args or "-h" in args:
+        print(usage("policy_node", SPECS))
+        return 0
+    rclpy.init(args=args)
+    node, code = None, 0
+    try:
+        node = PolicyNode()
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
+        if node.get_parameter("autostart").value:
+            started = node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+            if not started or node.trigger_activate() != TransitionCallbackReturn.SUCCESS:
+                raise RuntimeError(node._failure or "could not activate")
+        executor.spin()
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    except (ParameterError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    finally:
+        if node is not None:
+            node.destroy_node()
+        rclpy.try_shutdown()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""What the sensors said last: one subscription and one buffer per stream, and the observation at an instant.
+
+The callbacks only store messages; decoding happens where the observation is taken up (the worker thread), and
+only for frames that were not decoded before. Two threads share `Streams`: each buffer has its own lock, the table of
+joint state buffers is under `_lock`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rclpy.node import Node
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.subscription import Subscription
+from sensor_msgs.msg import CompressedImage, Image, JointState
+
+from pi0_ros.policy.alignment import Rejected, Sample, StreamBuffer, align
+from pi0_ros.policy.images import ImageError, decode_image, orient
+from pi0_ros.robot import Camera, Robot
+from pi0_ros.ros.conversions import SECOND, stamp_ns
+from pi0_ros.ros.diagnostics import Report, Window
+
+# A few frames and many states: under simulated time the tick lags behind the newest stamps by a clock period.
+CAMERA_DEPTH, STATE_DEPTH = 6, 64
+MOST_GROUPS = 16  # sets of names on one JointState topic; more means names that change all the time
+RELIABILITY = {"best_effort": ReliabilityPolicy.BEST_EFFORT, "reliable": ReliabilityPolicy.RELIABLE}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The messages that make up the observation at one instant."""
+
+    frames: dict[str, Sample]  # slot -> sample of an Image or CompressedImage
+    state: np.ndarray  # float64 [J] robot units, model order
+    skew: float  # seconds between the oldest and the newest stream
+
+
+def camera_topic(camera: Camera) -> str:
+    """The topic that is subscribed to."""
+    return f"{camera.topic}/compressed" if camera.transport == "compressed" else camera.topic
+
+
+class Streams:
+    """Subscriptions and buffers for the streams of a robot file.
+
+    Args:
+        node: gets the subscriptions.
+        on_message: called after each stored message, in the executor's thread.
+    """
+
+    def __init__(self, node: Node, robot: Robot, on_message: Callable[[], None]) -> None:
+        self._node, self._robot, self._on_message = node, robot, on_message
+        self._lock = threading.Lock()
+        self._cameras: dict[str, StreamBuffer] = {}
+        # One buffer for each topic and set of names on it: drivers of arm and gripper often share a topic.
+        self._states: dict[tuple[str, tuple[str, ...]], StreamBuffer] = {}
+        self._subscriptions: list[Subscription] = []
+        self._topics: dict[str, str] = {}
+        self.windows: dict[str, Window] = {}
+        for slot, camera in robot.present_cameras.items():
+            self._cameras[slot] = StreamBuffer(
+                slot, round(camera.max_age * SECOND), round(camera.latency * SECOND), CAMERA_DEPTH
+            )
+            kind = CompressedImage if camera.transport == "compressed" else Image
+            qos = QoSProfile(depth=1, reliability=RELIABILITY[camera.reliability])
+            self._listen(kind, camera_topic(camera), qos, slot, self._frame(slot))
+        for topic in robot.state.topics:
+            qos = QoSProfile(depth=50, reliability=ReliabilityPolicy.BEST_EFFORT)
+            self._listen(JointState, topic, qos, topic, self._joints(topic))
+
+    def _listen(self, kind: type, topic: str, qos: QoSProfile, name: str, store: Callable[[Any], None]) -> None:
+        window = self.windows[name] = Window()
+        self._topics[name] = topic
+
+        def callback(message: Any) -> None:
+            store(message)
+            window.add(self._node.get_clock().now().nanoseconds / SECOND)
+            self._on_message()
+
+        self._subscriptions.append(self._node.create_subscription(kind, topic, callback, qos))
+
+    def _frame(self, slot: str) -> Callable[[Any], None]:
+        def store(message: Image | CompressedImage) -> None:
+            self._cameras[slot].push(stamp_ns(message.header.stamp), message)
+
+        return store
+
+    def _joints(self, topic: str) -> Callable[[JointState], None]:
+        state, ours = self._robot.state, set(self._robot.joint_names)
+
+        def store(message: JointState) -> None:
+            names = tuple(message.name)
+            if ours.isdisjoint(names) or len(message.position) != len(names):
+                return  # of other joints, or velocities only
+            with self._lock:
+                buffer = self._states.get((topic, names))
+                if buffer is None:
+                    if len(self._states) >= MOST_GROUPS:
+                        self._states.pop(next(iter(self._states)))
+                    alone = all(known != topic for known, _ in self._states)
+                    name = topic if alone else f"{topic} ({', '.join(names[:3])})"
+                    buffer = StreamBuffer(
+                        name, round(state.max_age * SECOND), round(state.latency * SECOND), STATE_DEPTH
+                    )
+                    self._states[topic, names] = buffer
+            buffer.push(stamp_ns(message.header.stamp), message)
+
+        return store
+
+    def observe(self, tick_ns: int) -> Snapshot | Rejected:
+        """The newest messages at the tick, or the stream to blame."""
+        with self._lock:
+            states = [(names, buffer) for (_, names), buffer in self._states.items()]
+        found = [(names, buffer, buffer.newest_at(tick_ns)) for names, buffer in states]
+        held = [(sample.time_ns, names, buffer) for names, buffer, sample in found if sample is not None]
+        held.sort(key=lambda entry: entry[0], reverse=True)
+        source: dict[str, StreamBuffer] = {}  # joint -> the newest buffer that has it
+        for joint in self._robot.joint_names:
+            buffer = next((buffer for _, names, buffer in held if joint in names), None)
+            if buffer is not None:
+                source[joint] = buffer
+        missing = [joint for joint in self._robot.joint_names if joint not in source]
+        used = list({id(buffer): buffer for buffer in source.values()}.values())
+        # Joints that nobody names are told after the cameras' faults only if those have none.
+        aligned = align([*self._cameras.values(), *used], tick_ns, round(self._robot.max_skew * SECOND))
+        if isinstance(aligned, Rejected):
+            return aligned
+        if missing:
+            topics = ", ".join(self._robot.state.topics)
+            if not used:
+                return Rejected(topics, f"no message yet with joints {', '.join(missing)}", "missing")
+            seen = sorted({name for _, names, _ in held for name in names})
+            return Rejected(topics, f"no message has joints {', '.join(missing)}; found {', '.join(seen)}", "missing")
+        state = np.empty(len(self._robot.joint_names))
+        for i, joint in enumerate(self._robot.joint_names):
+            message = aligned.samples[source[joint].name].payload
+            state[i] = message.position[message.name.index(joint)]
+        if not np.isfinite(state).all():
+            bad = int(np.flatnonzero(~np.isfinite(state))[0])
+            joint = self._robot.joint_names[bad]
+            return Rejected(source[joint].name, f"joint {joint!r}: position is {state[bad]}", "missing")
+        return Snapshot({slot: aligned.samples[slot] for slot in self._cameras}, state, aligned.skew_ns / SECOND)
+
+    def reports(self, node: str, now: int, limits: dict[str, Any]) -> list[Report]:
+        """One diagnostic status for each stream: rate, age, and whether it is too old."""
+        with self._lock:
+            states = list(self._states.items())
+        buffers = {slot: [buffer] for slot, buffer in self._cameras.items()}
+        buffers |= {topic: [b for (known, _), b in states if known == topic] for topic in self._robot.state.topics}
+        reports = []
+        for name, window in self.windows.items():
+            report = Report(f"{node}: {name}")
+            report.add("topic", self._topics[name])
+            report.add("rate_hz", window.rate(now / SECOND))
+            samples = [sample for buffer in buffers[name] if (sample := buffer.newest_at(now)) is not None]
+            if samples:
+                age = (now - max(sample.time_ns for sample in samples)) / SECOND
+                report.add("age_s", age)
+                share = age / self._max_age(name)
+                report.judge("age_share", share, limits["diagnostics.age_warn"], limits["diagnostics.age_error"])
+            else:
+                report.error(f"no message yet on {self._topics[name]}")
+            reports.append(report)
+        return reports
+
+    def _max_age(self, name: str) -> float:
+        camera = self._robot.cameras.get(name)
+        return camera.max_age if camera else self._robot.state.max_age
+
+    def clear(self) -> None:
+        """Forget every message: the clock was set back, or the scene was changed."""
+        with self._lock:
+            self._states.clear()
+        for buffer in self._cameras.values():
+            buffer.clear()
+        for window in self.windows.values():
+            window.clear()
+
+    def close(self) -> None:
+        """Give the subscriptions back."""
+        for subscription in self._subscriptions:
+            self._node.destroy_subscription(subscription)
+        self._subscriptions.clear()
+        self.clear()
+
+
+class Frames:
+    """Decoded camera frames; each frame is decoded once. Belongs to one thread."""
+
+    def __init__(self, robot: Robot) -> None:
+        self._cameras = robot.present_cameras
+        self._decoded: dict[str, tuple[int, np.ndarray]] = {}
+
+    def decode(self, frames: dict[str, Sample]) -> dict[str, np.ndarray] | Rejected:
+        """slot -> uint8 [H, W, 3] RGB as the robot file turns it, or the camera whose frame cannot be decoded."""
+        for slot, sample in frames.items():
+            if slot in self._decoded and self._decoded[slot][0] == sample.stamp_ns:
+                continue
+            try:
+                image = orient(decode_image(sample.payload), self._cameras[slot])
+            except ImageError as error:
+                return Rejected(slot, f"frame cannot be decoded: {error}", "missing")
+            self._decoded[slot] = (sample.stamp_ns, image)
+        return {slot: self._decoded[slot][1] for slot in frames}
+
+    def clear(self) -> None:
+        """Forget the frames: after a reset the same stamp may mean other pixels."""
+        self._decoded.clear()

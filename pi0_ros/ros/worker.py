@@ -1,0 +1,262 @@
+"""The thread that owns the policy, and with it the GPU: from configure to cleanup, it alone touches them.
+
+It sleeps until it is woken (a timer, a message), takes the observation of that instant, infers and publishes. What
+it shares with the executor's thread (`_active`, `_running`, `_epoch`, `_sequence`, `_prompt`, `_fresh`) is under
+`_lock`, and a chunk is published under it as well: once `deactivate` or `bump` has returned, nothing older goes out.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rclpy.impl.rcutils_logger import RcutilsLogger
+
+from pi0_ros.msg import ActionChunk
+from pi0_ros.policy.alignment import Rejected
+from pi0_ros.policy.policy import RobotObservation
+from pi0_ros.ros.conversions import SECOND, chunk_message, void_message
+from pi0_ros.ros.handover import Handover, Published
+from pi0_ros.ros.health import Health
+from pi0_ros.ros.streams import Frames, Streams
+
+if TYPE_CHECKING:
+    from pi0_ros.policy.policy import Policy
+
+
+class Worker:
+    """The inference thread.
+
+    Args:
+        load: makes the policy, in this thread.
+        now: the node's clock, ns.
+        logger: the node's.
+        on_fault: called in this thread when a tick failed for good; `health.fault` says why.
+    """
+
+    def __init__(
+        self, load: Callable[[], Policy], now: Callable[[], int], logger: RcutilsLogger, on_fault: Callable[[], None]
+    ) -> None:
+        self._load, self._now, self._logger, self._on_fault = load, now, logger, on_fault
+        self.health, self.handover = Health(), Handover()
+        self.on_demand_seconds = 0.0  # > 0: a chunk only when the player has less left
+        self.realtime_chunking = False
+        self.policy: Policy | None = None
+        self._streams: Streams | None = None
+        self._publish: Callable[[ActionChunk], None] | None = None
+        self._lock = threading.Lock()
+        self._wake, self._ready, self._closing = threading.Event(), threading.Event(), False
+        self._error: BaseException | None = None
+        self._busy = self._active = False
+        self._running = True  # while active; what the services start, stop and pause change
+        self._fresh = True  # forget caches before the next tick
+        # From the wall clock, so that a restarted node's epochs are newer than any that the player knows.
+        self._epoch, self._sequence, self._prompt = int(time.time()) & 0x7FFFFFFF, 0, ""
+        self._thread = threading.Thread(target=self._run, name="policy_worker", daemon=True)
+        self._thread.start()
+
+    def wait_until_loaded(self, alive: Callable[[], bool]) -> Policy:
+        """The policy, loaded and warm. Raises what loading raised; InterruptedError when `alive` says no."""
+        while not self._ready.wait(0.1):
+            if not alive():
+                raise InterruptedError("interrupted while the policy was loading")
+        if self._error is not None:
+            raise self._error
+        return self.policy
+
+    def connect(self, streams: Streams, publish: Callable[[ActionChunk], None]) -> None:
+        """Where observations come from and chunks go to; before the first activation."""
+        self._streams, self._publish = streams, publish
+
+    def activate(self) -> None:
+        """Begin to tick: a new epoch, chunks counted from 0."""
+        self.health.fault = self.health.blame = ""
+        self.handover.forget_all()
+        with self._lock:
+            self._active, self._running, self._sequence, self._fresh = True, True, 0, True
+            self._epoch += 1
+        self.wake()
+
+    def deactivate(self) -> None:
+        """Stop: nothing is published any more, not even what is being inferred now."""
+        with self._lock:
+            self._active = False
+
+    def run(self, running: bool) -> None:
+        """Tick or not while active; caches and epoch stay. After `run(False)` nothing is published any more."""
+        with self._lock:
+            self._running = running
+        self.wake()
+
+    @property
+    def ticking(self) -> bool:
+        """Whether ticks lead to chunks."""
+        return self._active and self._running
+
+    def set_prompt(self, prompt: str) -> None:
+        """Counts from the next tick on."""
+        with self._lock:
+            self._prompt = prompt
+
+    def bump(self, forget: bool) -> None:
+        """Void every chunk so far, the one in flight and the player's too; `forget`: and every cache."""
+        with self._lock:
+            self._epoch += 1
+            self._fresh = self._fresh or forget
+            self.handover.forget()
+            if self._active:
+                self._publish(
+                    void_message(
+                        self.policy.robot,
+                        now=self._now(),
+                        sequence=self._sequence,
+                        epoch=self._epoch,
+                        prompt=self._prompt,
+                        checkpoint=self.policy.digest,
+                    )
+                )
+                self._sequence += 1
+
+    @property
+    def prompt(self) -> str:
+        """The prompt of the next tick."""
+        return self._prompt
+
+    @property
+    def epoch(self) -> int:
+        """The present epoch."""
+        return self._epoch
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._wake.set()
+
+    def tick_due(self) -> None:
+        """A tick of the rate timer; it is missed when the one before is still at work."""
+        if self.ticking and self._due():
+            missed = self._busy or self._wake.is_set()
+            self.health.misses += missed
+            self.health.missed.add(self._now() / SECOND, float(missed))
+            self.wake()
+
+    def close(self, seconds: float = 60.0) -> bool:
+        """End the thread and free the policy. False when it did not end within `seconds`."""
+        with self._lock:
+            self._active, self._closing = False, True
+        self.wake()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self.policy = self._load()
+            self.policy.warm_up()
+        except BaseException as error:  # noqa: BLE001 - raised again by wait_until_loaded, in the caller's thread
+            self._error = error
+        self._ready.set()
+        self._frames = Frames(self.policy.robot) if self.policy is not None else None
+        while self._error is None:
+            self._wake.wait()
+            self._busy = True
+            self._wake.clear()
+            if self._closing:
+                break
+            if self.ticking and self._due():
+                try:
+                    self._tick()
+                except Exception as error:  # noqa: BLE001 - whatever it is, the node stays controllable and says so
+                    self._fail(error)
+            self._busy = False
+        if self.policy is not None:
+            self.policy.close()
+            self.policy = None
+
+    def _due(self) -> bool:
+        if self.on_demand_seconds <= 0:
+            return True
+        left = self.handover.seconds_left(self._now())
+        return left is None or left < self.on_demand_seconds
+
+    def _fail(self, error: Exception) -> None:
+        with self._lock:
+            self._active = False
+        self.health.fault = (
+            f"inference failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        )
+        self._logger.error(f"{self.health.fault}; stopped, activate to try again")
+        self._logger.debug("".join(traceback.format_exception(type(error), error, error.__traceback__)))
+        self._on_fault()
+
+    def _reject(self, now: int, rejected: Rejected) -> None:
+        reason = f"no observation: {rejected.stream}: {rejected.reason}"
+        self.health.reject(now, reason)
+        self._logger.warning(reason, throttle_duration_sec=5.0)
+        if rejected.kind == "clock":
+            self.set_back()
+
+    def set_back(self) -> None:
+        """The clock was set back: nothing of before counts."""
+        if self._streams is not None:
+            self._streams.clear()
+        self.handover.forget_all()
+        self.health.clear_windows()
+        self.bump(forget=True)
+
+    def _tick(self) -> None:
+        policy, begin, clock = self.policy, self._now(), time.perf_counter
+        with self._lock:
+            epoch, prompt, fresh, self._fresh = self._epoch, self._prompt, self._fresh, False
+        if fresh:
+            policy.reset()
+            self._frames.clear()
+        self.health.ticks += 1
+        if begin == 0:
+            return self._reject(begin, Rejected("clock", "use_sim_time is set and nothing came on /clock yet", "missing"))
+        started = clock()
+        snapshot = self._streams.observe(begin)
+        images = snapshot if isinstance(snapshot, Rejected) else self._frames.decode(snapshot.frames)
+        if isinstance(images, Rejected):
+            return self._reject(begin, images)
+        decoded = clock()
+        observation = RobotObservation(
+            stamp=begin,
+            images=images,
+            frames={slot: sample.stamp_ns for slot, sample in snapshot.frames.items()},
+            state=snapshot.state,
+            prompt=prompt,
+        )
+        options: dict[str, Any] = {}
+        if self.realtime_chunking:
+            options["executed"] = self.handover.executed(begin, epoch, prompt)
+        chunk = policy.infer(observation, **options)
+        if not np.isfinite(chunk.actions).all():
+            raise FloatingPointError("the policy's actions are not finite")
+        end, inferred = self._now(), clock()
+        with self._lock:
+            if not self.ticking or epoch != self._epoch:
+                self.health.dropped += 1
+                return None
+            message = chunk_message(
+                chunk,
+                policy.robot,
+                observed=begin,
+                begin=begin,
+                end=end,
+                sequence=self._sequence,
+                epoch=epoch,
+                prompt=prompt,
+                checkpoint=policy.digest,
+            )
+            published = Published(self._sequence, epoch, prompt, begin, end, chunk.actions, policy.robot.dt)
+            self.handover.published(published)
+            self._publish(message)
+            self._sequence += 1
+        done = clock()
+        stages = {**chunk.latency, "decode": decoded - started, "publish": done - inferred, "total": done - started}
+        self.health.accept(begin, snapshot.skew)
+        self.health.publish(end, begin, stages, chunk.prefix_reused)
+        return None
