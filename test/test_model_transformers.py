@@ -1,21 +1,15 @@
 """transformers' PI0 as an independent oracle: same weights, same inputs, same actions and loss."""
 
+import dataclasses
+
 import pytest
 import torch
+from model_cases import TINY, random_chunk, random_model, random_observation
 
-from pi0_ros.model.config import GemmaConfig, Pi0Config, VisionConfig
+from pi0_ros.model.config import GemmaConfig, Pi0Config
 from pi0_ros.model.flow import interpolate
 from pi0_ros.model.pi0 import Observation, Pi0
 
-CONFIG = Pi0Config(
-    vision=VisionConfig(width=32, depth=2, mlp_dim=48, num_heads=2, patch_size=14, image_size=28),
-    vlm=GemmaConfig(width=48, depth=3, mlp_dim=96, num_heads=4, num_kv_heads=1, head_dim=16),
-    expert=GemmaConfig(width=32, depth=3, mlp_dim=64, num_heads=4, num_kv_heads=1, head_dim=16),
-    vocab_size=90,
-    action_dim=6,
-    action_horizon=8,
-    max_token_len=10,
-)
 PALIGEMMA, EXPERT = "paligemma_with_expert.paligemma.model.", "paligemma_with_expert.gemma_expert.model."
 EMBEDDED_ACTIONS = ("state_proj.", "action_in_proj.", "action_time_mlp_")
 
@@ -91,30 +85,21 @@ def peer_inputs(config: Pi0Config, observation: Observation) -> dict[str, torch.
     }
 
 
-def random_observation(config: Pi0Config, generator: torch.Generator, batch: int = 2) -> Observation:
-    size, cameras = config.vision.image_size, len(config.cameras)
-    lengths = torch.tensor([[config.max_token_len], [config.max_token_len // 2]])[:batch]
-    return Observation(
-        images=torch.rand((batch, cameras, 3, size, size), generator=generator) * 2 - 1,
-        image_masks=torch.ones(batch, cameras, dtype=torch.bool),
-        tokens=torch.randint(1, config.vocab_size, (batch, config.max_token_len), generator=generator),
-        token_masks=torch.arange(config.max_token_len).expand(batch, -1) < lengths,
-        state=torch.randn((batch, config.action_dim), generator=generator),
-    )
-
-
-@pytest.mark.parametrize("masked", [(), ((0, 1),), ((0, 0), (1, 2))], ids=["all cameras", "one masked", "ragged"])
-def test_transformers_pi0_gives_the_same_actions_and_loss(masked):
-    generator = torch.Generator().manual_seed(0)
-    model = Pi0(CONFIG, generator).eval()
-    peer = to_transformers(CONFIG, model)
-    observation = random_observation(CONFIG, generator)
+@pytest.mark.parametrize(
+    ("kv_heads", "masked"),
+    [(1, ()), (1, ((0, 1),)), (1, ((0, 0), (1, 2))), (2, ())],
+    ids=["all cameras", "one masked", "ragged", "two kv heads"],
+)
+def test_transformers_pi0_gives_the_same_actions_and_loss(kv_heads, masked):
+    stacks = {name: dataclasses.replace(getattr(TINY, name), num_kv_heads=kv_heads) for name in ("vlm", "expert")}
+    config = dataclasses.replace(TINY, **stacks)
+    model = random_model(config).eval()
+    peer = to_transformers(config, model)
+    observation = random_observation(config)
     for sample, camera in masked:
         observation.image_masks[sample, camera] = False
-    noise = torch.randn((2, 8, 6), generator=generator)
-    actions = torch.randn((2, 8, 6), generator=generator)
-    time = torch.tensor([0.9, 0.2])
-    inputs = peer_inputs(CONFIG, observation)
+    noise, actions, time = random_chunk(config, 1), random_chunk(config, 2), torch.tensor([0.9, 0.2])
+    inputs = peer_inputs(config, observation)
 
     sampled = model.sample_actions(observation, num_steps=10, noise=noise)
     torch.testing.assert_close(sampled, peer.sample_actions(**inputs, noise=noise, num_steps=10), atol=2e-4, rtol=0)

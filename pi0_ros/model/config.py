@@ -96,8 +96,13 @@ class Pi0Config:
                 raise ConfigError(f"vlm and expert share their attention, but {name} is {vlm} and {expert}")
         if self.expert.width % 2:
             raise ConfigError(f"expert.width {self.expert.width} must be even, the time sinusoid has sines and cosines")
-        if not self.cameras or len(set(self.cameras)) < len(self.cameras):
-            raise ConfigError(f"cameras must be different names, at least one, found {list(self.cameras)}")
+        if not isinstance(self.pi05, bool):
+            raise ConfigError(f"pi05 must be true or false, found {self.pi05!r}")
+        for name in ("min_period", "max_period"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ConfigError(f"{name} must be a number, found {getattr(self, name)!r}")
+        if not isinstance(self.cameras, tuple) or not self.cameras or len(set(self.cameras)) < len(self.cameras):
+            raise ConfigError(f"cameras must be different names, at least one, found {self.cameras!r}")
         if not 0 < self.min_period < self.max_period:
             raise ConfigError(f"need 0 < min_period < max_period, found {self.min_period} and {self.max_period}")
 
