@@ -1,0 +1,34 @@
+"""`pip install .` on a host without ROS: robot files, model, policy and training, and the programs' names.
+
+With ROS the package is built by colcon from CMakeLists.txt, which has the messages as well.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def lines(name: str) -> list[str]:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def in_tree(program: str) -> bool:
+    module = program.split("=")[1].split(":")[0].strip()
+    return (ROOT / f"{module.replace('.', '/')}.py").exists()
+
+
+setup(
+    name="pi0_ros",
+    version=re.search("<version>(.*)</version>", (ROOT / "package.xml").read_text(encoding="utf-8"))[1],
+    description="Runs a pi0 or pi0.5 policy on a real arm over ROS 2, and trains it from the robot's bags",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["pi0_ros", "pi0_ros.*"], exclude=["pi0_ros.msg*", "pi0_ros.srv*"]),
+    data_files=[("share/pi0_ros/config", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("config/*.yaml")))],
+    install_requires=lines("requirements/run.txt"),
+    entry_points={"console_scripts": [program for program in lines("programs.txt") if in_tree(program)]},
+)
