@@ -91,8 +91,8 @@ class Limiter:
         high, low = np.maximum(limits.high, q), np.minimum(limits.low, q)
         # Largest w with (v + w) h / 2 + w h / 2 + w^2 / (2 a) <= room; room < 0 only by rounding.
         coast = q + v * (0.5 * h)
-        up = a * (np.sqrt(h * h + 2.0 * np.maximum(high - coast, 0.0) / a) - h)
-        down = a * (np.sqrt(h * h + 2.0 * np.maximum(coast - low, 0.0) / a) - h)
+        up = a * np.maximum(np.sqrt(h * h + 2.0 * np.maximum(high - coast, 0.0) / a) - h, 0.0)
+        down = a * np.maximum(np.sqrt(h * h + 2.0 * np.maximum(coast - low, 0.0) / a) - h, 0.0)
         top = np.minimum(np.minimum(v + self._ah, limits.velocity), up)
         bottom = np.maximum(np.maximum(v - self._ah, -limits.velocity), -down)
         w = np.minimum(np.maximum(wanted, bottom), top)

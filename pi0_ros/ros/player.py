@@ -1,0 +1,393 @@
+"""What to command at a time, and why: the chunk player without ROS.
+
+`Player` takes what arrives (chunks, joint states, epochs, start and stop) as plain values and says at each tick what to
+send. Times are nanoseconds of the node's clock, positions in message units. One thread uses it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pi0_ros.robot import Robot
+from pi0_ros.ros.limiter import robot_limits
+from pi0_ros.ros.motion import Stream, Window
+from pi0_ros.ros.playback import SECOND, Offer, Playback, Rules, TimedActions, fault_of, joint_index
+
+# The numbers of PlayerStatus.
+STOPPED, HOLDING, PLAYING, APPROACHING, DRY_RUN = range(5)
+STATES = ("STOPPED", "HOLDING", "PLAYING", "APPROACHING", "DRY_RUN")
+
+JUMP_BACK = 0.1  # s; less is a clock being adjusted, more is another time (bag loop, simulator reset)
+FUTURE_STATE = 0.5  # s; joint states stamped further ahead of the clock are from another clock
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to play; the node's parameters of the same names say more."""
+
+    rate: float = 100.0
+    interpolation: str = "linear"
+    handover: str = "blend"
+    blend_time: float = 0.15
+    ensemble_decay: float = 0.01
+    hold_after: float = 0.0
+    policy_timeout: float = 2.0
+    chunk_max_age: float = 1.0
+    chunk_max_ahead: float = 0.05
+    limits: str = "clamp"
+    velocity_scale: float = 1.0
+    acceleration_scale: float = 1.0
+    approach_threshold: float = 0.25
+    approach_speed: float = 0.2
+    window: float = 0.4
+    lead: float = 0.02
+    resend: float = 0.1
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A trajectory for the joints of `Player.window`: [n] times in ns, [n, j] positions and velocities."""
+
+    times: np.ndarray
+    positions: np.ndarray
+    velocities: np.ndarray
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What to send now."""
+
+    stream: bool  # the position of `Player.commanded` to the joints of `Player.stream`
+    plan: Plan | None
+
+
+class Player:
+    """Chunks in, commands out.
+
+    Args:
+        streamed: names of the joints that get a position each tick; the others get trajectories.
+    """
+
+    def __init__(self, robot: Robot, settings: Settings, streamed: Sequence[str]) -> None:
+        self.settings = settings
+        self.joint_names = robot.joint_names
+        self.limits = robot_limits(robot, settings.velocity_scale, settings.acceleration_scale)
+        self._state_age = robot.state.max_age
+        self._hold_after = settings.hold_after * SECOND
+        self._rules = Rules(
+            self.joint_names,
+            self.limits,
+            settings.chunk_max_age,
+            settings.chunk_max_ahead,
+            settings.limits == "refuse",
+        )
+        # Opening or closing a gripper at once is no jump of the arm: grippers start no approach.
+        self._arm = np.array([joint.kind != "gripper" for joint in robot.joints])
+
+        step = 1.0 / settings.rate
+        self._period = round(step * SECOND)
+        first = [k for k, name in enumerate(self.joint_names) if name in streamed]
+        rest = [k for k, name in enumerate(self.joint_names) if name not in streamed]
+        self.stream = Stream(self.limits, np.array(first, dtype=np.intp), step) if first else None
+        # The grid lies up to half a period beside the clock: two periods ahead are never less than one.
+        self._lead = max(2, math.ceil(settings.lead * settings.rate)) if rest else 0
+        window = max(1, round(settings.window * settings.rate))
+        self.window = Window(self.limits, np.array(rest, dtype=np.intp), step, window, self._lead) if rest else None
+        self._resend = max(1, round(settings.resend * settings.rate))
+
+        joints = len(self.joint_names)
+        self.playback = Playback(joints, settings.handover, settings.blend_time, settings.ensemble_decay)
+        self.played = self.refused = self.holds = 0
+        self.sequence = self.epoch = 0  # of the chunk that is played, or was last
+        self.handover_delay = 0.0  # actions of that chunk that were past when it took over
+        self.commanded: np.ndarray | None = None  # [J]
+
+        self.measured = np.full(joints, np.nan)
+        self._measured_at = np.full(joints, -1, dtype=np.int64)  # ns, by joint
+        self._state_note = ""
+        self._mode, self._why, self._refusal = STOPPED, "not started", ""
+        self._running = False  # between start and stop
+        self._following = False  # a chunk moves the arm
+        self._speed = 1.0
+        self._pending: TimedActions | None = None  # accepted, taken over at the next tick
+        self._heard = -1  # ns, when the last chunk was accepted; -1: none
+        self._epoch, self._sequence = 0, -1  # of the last accepted
+        self._dropped = ""  # why there is no chunk, where that is known
+        self._last = -1  # ns, time of the last tick
+        self._grid = 0  # ns, time of grid index 0
+        self._index = 0  # grid index of now
+        self._plan_at = 0  # grid index when to plan again
+        self._plan_now = False
+
+    # What arrives.
+
+    def observe(self, names: Sequence[str], positions: Sequence[float], stamp: int, now: int) -> None:
+        """Take in measured positions, of some joints or all, in any order; not finite ones are left out."""
+        self._watch_clock(now)
+        if stamp - now > FUTURE_STATE * SECOND:
+            self._state_note = f"; they are stamped {(stamp - now) / SECOND:.1f} s ahead of this node's clock"
+            return
+        here, mine = joint_index(names, self.joint_names)
+        if not len(mine) or int(here.max()) >= len(positions):
+            return
+        values = np.asarray(positions, dtype=np.float64)[here]
+        good = np.isfinite(values)
+        self.measured[mine[good]] = values[good]
+        self._measured_at[mine[good]] = stamp
+        self._state_note = ""
+
+    def offer(self, offer: Offer, now: int) -> str:
+        """Judge a chunk; it takes over at the next tick. Returns why it was refused, or ""."""
+        self._watch_clock(now)
+        if offer.horizon == 0 and offer.actions.size == 0:  # only tells that older epochs are void
+            if offer.epoch > self._epoch:
+                self.announce_epoch(offer.epoch)
+            return ""
+        fault = self._out_of_order(offer, now) or fault_of(offer, self._rules, now)
+        if fault is None and offer.stamp + (offer.horizon - 1) * offer.dt * SECOND < now - self._hold_after:
+            fault = "all its actions are past"
+        if fault is not None:
+            self.refused += 1
+            self._refusal = f"refused chunk {offer.sequence}: {fault}"
+            return self._refusal
+        if offer.epoch != self._epoch:
+            self._drop("the policy started afresh")
+        self._epoch, self._sequence, self._heard = offer.epoch, offer.sequence, now
+        self._refusal = ""
+        if self._running:
+            self._pending = TimedActions(offer, self.limits, self.settings.interpolation)
+        return ""
+
+    def announce_epoch(self, epoch: int) -> None:
+        """The policy says which epoch counts: chunks of others are dropped, and its sequence may start over."""
+        if epoch != self._epoch:
+            self._drop("the policy dropped it")
+        self._epoch, self._sequence = epoch, -1
+
+    def start(self) -> None:
+        """Play from the next chunk on."""
+        if not self._running:
+            self._running, self._refusal = True, ""
+            self._drop("no chunk yet")
+            self._halt(HOLDING, "no chunk yet")
+
+    def stop(self, reason: str) -> None:
+        """Come to rest and play nothing until `start`."""
+        self._running = False
+        self._drop(reason)
+        self._halt(STOPPED, reason)
+
+    # How it stands.
+
+    @property
+    def state(self) -> int:
+        """One of the states of PlayerStatus."""
+        return DRY_RUN if self.settings.dry_run and self._mode != STOPPED else self._mode
+
+    @property
+    def reason(self) -> str:
+        """Why it holds, is stopped or approaches, and why the newest chunk was refused; empty while all is well."""
+        return "; ".join(part for part in (self._why, self._refusal) if part)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing moves by command."""
+        moving = self.stream is not None and self.stream.v.any()
+        return not (moving or (self.window is not None and self.window.state()[1].any()))
+
+    def seconds_left(self, now: int) -> float:
+        """Until the last action of the newest accepted chunk, s; 0 without one."""
+        chunk = self._pending or self.playback.chunk
+        return max(0.0, (chunk.end - now) / SECOND) if chunk else 0.0
+
+    def state_age(self, now: int) -> float:
+        """Age of the oldest joint state, s; infinite while one is missing."""
+        oldest = int(self._measured_at.min())
+        return (now - oldest) / SECOND if oldest >= 0 else math.inf
+
+    # What goes out.
+
+    def tick(self, now: int) -> Commands | None:
+        """What to send now; None when there is nothing to send. Call at about the control rate."""
+        self._watch_clock(now)
+        steps = self._due(now)
+        if steps <= 0:
+            return None
+        self._index += steps
+        if self.window is not None:
+            self.window.advance(self._index)
+        self._decide(now)
+        if self.commanded is None:
+            return None
+        send, plan = self.stream is not None and (self._running or not self.at_rest), None
+        if self.stream is not None:
+            self.stream.advance(self._index, steps, self._guide, self._speed)
+            self.commanded[self.stream.joints] = self.stream.q
+        if self.window is not None:
+            plan = self._plan()
+            self.commanded[self.window.joints] = self.window.state()[0]
+        return Commands(send, plan)
+
+    def _due(self, now: int) -> int:
+        """Control periods since the last tick, to the nearest."""
+        if self._last < 0:
+            self._grid = now - (self._index + 1) * self._period
+        self._last = now
+        return (now - self._grid + self._period // 2) // self._period - self._index
+
+    def _time(self, index: int) -> int:
+        return self._grid + index * self._period
+
+    def _guide(self, index: int) -> tuple[np.ndarray, np.ndarray] | None:
+        time = self._time(index)
+        if not self._following or time > self.playback.chunk.end + self._hold_after:
+            return None
+        return self.playback.at(time)
+
+    def _plan(self) -> Plan | None:
+        if not (self._plan_now or (self._following and self._index >= self._plan_at)):
+            return None
+        self._plan_now, self._plan_at = False, self._index + self._resend
+        first = self.window.plan(self._guide, self._speed)
+        positions, velocities = self.window.sent(first)
+        return Plan(self._time(first) + self._period * np.arange(len(positions)), positions, velocities)
+
+    # How it is decided.
+
+    def _decide(self, now: int) -> None:
+        """Follow or hold, with the reason."""
+        if not self._running:
+            return
+        if fault := self._state_fault(now):
+            self._halt(HOLDING, fault)
+            return
+        if self.commanded is None:
+            self._seed()
+        chunk, self._pending = self._pending, None
+        at = self._time(self._index + self._lead)
+        if chunk is not None and chunk.end + self._hold_after >= now:
+            self._take_over(chunk, at)
+        if ended := self._ended(now):
+            self.holds += self._following
+            self._drop(ended)
+            self._halt(HOLDING, ended)
+        elif not self._following:  # a hold for another reason is over
+            self._take_over(self.playback.chunk, at)
+        elif self._mode == APPROACHING:
+            self._approach(at)
+
+    def _state_fault(self, now: int) -> str:
+        """Why the joint states cannot be relied on, or ""."""
+        old = (self._measured_at < 0) | (now - self._measured_at > self._state_age * SECOND)
+        if not old.any():
+            return ""
+        missing = [name for name, late in zip(self.joint_names, old, strict=True) if late]
+        which = "" if len(missing) == len(old) else f" of {', '.join(missing)}"
+        return f"no joint state{which} for more than {self._state_age:g} s{self._state_note}"
+
+    def _ended(self, now: int) -> str:
+        """Why there is nothing to play, or ""."""
+        chunk, timeout = self.playback.chunk, self.settings.policy_timeout
+        if chunk is None:
+            return self._dropped
+        if now > chunk.end + self._hold_after:
+            return "the chunk ended and no new one came"
+        if timeout and now - self._heard > timeout * SECOND:
+            return f"no chunk from the policy for {timeout:g} s"
+        return ""
+
+    def _take_over(self, chunk: TimedActions, at: int) -> None:
+        """Follow `chunk` from time `at` on, or approach it when its position then is far away."""
+        playing = self._following and self._mode == PLAYING and self.playback.chunk is not None
+        if playing and not self.settings.dry_run:
+            position, velocity = self.playback.at(at)
+        else:
+            position, velocity = self._commanded()
+            self.playback.clear()
+        if chunk is not self.playback.chunk:
+            self.playback.push(chunk, at)
+        if (chunk.epoch, chunk.sequence) != (self.epoch, self.sequence) or not self.played:
+            self.played += 1
+            self.epoch, self.sequence, self.handover_delay = chunk.epoch, chunk.sequence, chunk.past(at)
+        self._following = self._plan_now = True
+        gaps = np.abs(chunk.at(at)[0] - position) * self._arm
+        worst = int(np.argmax(gaps))
+        if gaps[worst] > self.settings.approach_threshold:
+            self.playback.alone()
+            self._mode, self._speed = APPROACHING, self.settings.approach_speed
+            self._why = (
+                f"approaching at limited speed: joint '{self.joint_names[worst]}' is {gaps[worst]:.3g} from where "
+                f"chunk {chunk.sequence} begins, more than {self.settings.approach_threshold:g}"
+            )
+            return
+        if not playing or self.settings.handover == "blend":
+            self.playback.join(at, position, velocity)
+        self._mode, self._speed, self._why = PLAYING, 1.0, ""
+
+    def _approach(self, at: int) -> None:
+        """Go over to playing when near enough."""
+        position, velocity = self._commanded_at_lead()
+        gaps = np.abs(self.playback.at(at)[0] - position) * self._arm
+        if gaps.max() <= 0.25 * self.settings.approach_threshold:
+            self.playback.join(at, position, velocity)
+            self._mode, self._speed, self._why, self._plan_now = PLAYING, 1.0, "", True
+
+    def _commanded(self) -> tuple[np.ndarray, np.ndarray]:
+        """[J] position and velocity that a new motion starts from.
+
+        What is commanded, unless the arm rests somewhere else (moved by hand or by another program, a simulator's
+        reset): then where it is. A dry run always starts where the arm is.
+        """
+        far = np.abs(self.measured - self.commanded) * self._arm > self.settings.approach_threshold
+        if self.settings.dry_run or (not self._following and self.at_rest and far.any()):
+            self._seed()
+        return self._commanded_at_lead()
+
+    def _commanded_at_lead(self) -> tuple[np.ndarray, np.ndarray]:
+        position, velocity = self.commanded.copy(), np.zeros(len(self.commanded))
+        if self.stream is not None:
+            position[self.stream.joints], velocity[self.stream.joints] = self.stream.q, self.stream.v
+        if self.window is not None:
+            position[self.window.joints], velocity[self.window.joints] = self.window.state(self._lead)
+        return position, velocity
+
+    def _seed(self) -> None:
+        """Command from where the arm is, at rest."""
+        self.commanded = self.measured.copy()
+        for group in (self.stream, self.window):
+            if group is not None:
+                group.seed(self.measured)
+
+    def _halt(self, mode: int, why: str) -> None:
+        """Brake and keep still."""
+        self._plan_now = self._plan_now or self._following
+        self._following, self._speed = False, 1.0
+        self._mode, self._why = mode, why
+
+    def _drop(self, why: str) -> None:
+        self.playback.clear()
+        self._pending, self._dropped = None, why
+
+    def _watch_clock(self, now: int) -> None:
+        """Forget what was meant for another time when the clock jumps back."""
+        if self._last < 0 or now >= self._last - JUMP_BACK * SECOND:
+            return
+        self._drop("the clock jumped back")
+        self._measured_at[:] = -1
+        self._heard = min(self._heard, now)
+        self._last = -1
+
+    def _out_of_order(self, offer: Offer, now: int) -> str | None:
+        quiet = max(self.settings.policy_timeout, self.settings.chunk_max_age) * SECOND
+        if self._heard >= 0 and now - self._heard > quiet:
+            return None  # a policy that started again counts from 0 again; what is on its way from before is too old
+        if offer.epoch < self._epoch:
+            return f"its epoch {offer.epoch} is older than {self._epoch}"
+        if offer.epoch == self._epoch and offer.sequence <= self._sequence:
+            return f"its sequence is not above {self._sequence}, the last one's"
+        return None
