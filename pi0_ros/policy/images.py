@@ -64,7 +64,7 @@ def resize_with_pad(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 [H, W, 3] -> uint8 [size, size, 3]: aspect kept, antialiased bilinear, centred on black.
 
     openpi: openpi_client/image_tools.py, resize_with_pad. Pillow on purpose: its filter widens when it shrinks, which
-    none of OpenCV's do alike, and the policy was trained on its pixels. An image of that size already is returned itself.
+    none of OpenCV's does alike, and policies were trained on its pixels. An image of that size is returned as it is.
     """
     height, width = image.shape[:2]
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
