@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pi0_ros.model.config import GemmaConfig
+from pi0_ros.model.linear import Linear
 
 RMS_EPS = 1e-6
 ROPE_THETA = 10_000.0
@@ -28,7 +29,7 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, adaptive: bool = False) -> None:
         super().__init__()
         if adaptive:
-            self.dense = nn.Linear(width, 3 * width)
+            self.dense = Linear(width, 3 * width)
         else:
             self.weight = nn.Parameter(torch.zeros(width))
         self.adaptive = adaptive
@@ -51,18 +52,18 @@ class GemmaAttention(nn.Module):
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.width, config.num_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.width, bias=False)
+        self.q_proj = Linear(config.width, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.width, bias=False)
 
 
 class GemmaMLP(nn.Module):
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.mlp_dim, bias=False)
-        self.up_proj = nn.Linear(config.width, config.mlp_dim, bias=False)
-        self.down_proj = nn.Linear(config.mlp_dim, config.width, bias=False)
+        self.gate_proj = Linear(config.width, config.mlp_dim, bias=False)
+        self.up_proj = Linear(config.width, config.mlp_dim, bias=False)
+        self.down_proj = Linear(config.mlp_dim, config.width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from pi0_ros.model.config import Pi0Config
 from pi0_ros.model.flow import interpolate
 from pi0_ros.model.gemma import Gemma, prefix_layer, rope_table, suffix_layer
+from pi0_ros.model.linear import Linear
 from pi0_ros.model.siglip import Siglip
 
 KeysValues = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: k (rotated) and v, each [B, kv heads, P, head_dim]
@@ -58,7 +59,7 @@ class Pi0(nn.Module):
                         "model": nn.ModuleDict(
                             {
                                 "vision_tower": nn.ModuleDict({"vision_model": Siglip(vision)}),
-                                "multi_modal_projector": nn.ModuleDict({"linear": nn.Linear(vision.width, vlm.width)}),
+                                "multi_modal_projector": nn.ModuleDict({"linear": Linear(vision.width, vlm.width)}),
                                 "language_model": Gemma(vlm, vocab_size=config.vocab_size),
                             }
                         )
@@ -67,15 +68,15 @@ class Pi0(nn.Module):
                 "gemma_expert": nn.ModuleDict({"model": Gemma(config.expert, adaptive=config.pi05)}),
             }
         )
-        self.action_in_proj = nn.Linear(config.action_dim, width)
-        self.action_out_proj = nn.Linear(width, config.action_dim)
+        self.action_in_proj = Linear(config.action_dim, width)
+        self.action_out_proj = Linear(width, config.action_dim)
         if config.pi05:
-            self.time_mlp_in = nn.Linear(width, width)
-            self.time_mlp_out = nn.Linear(width, width)
+            self.time_mlp_in = Linear(width, width)
+            self.time_mlp_out = Linear(width, width)
         else:
-            self.state_proj = nn.Linear(config.action_dim, width)
-            self.action_time_mlp_in = nn.Linear(2 * width, width)
-            self.action_time_mlp_out = nn.Linear(width, width)
+            self.state_proj = Linear(config.action_dim, width)
+            self.action_time_mlp_in = Linear(2 * width, width)
+            self.action_time_mlp_out = Linear(width, width)
         self.gradient_checkpointing = False
         self.init_weights(generator)
         for parameter in self.unread_parameters():

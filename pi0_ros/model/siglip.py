@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pi0_ros.model.config import VisionConfig
+from pi0_ros.model.linear import Linear
 
 LAYER_NORM_EPS = 1e-6
 
@@ -16,10 +17,10 @@ class SiglipAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.q_proj = nn.Linear(config.width, config.width)
-        self.k_proj = nn.Linear(config.width, config.width)
-        self.v_proj = nn.Linear(config.width, config.width)
-        self.out_proj = nn.Linear(config.width, config.width)
+        self.q_proj = Linear(config.width, config.width)
+        self.k_proj = Linear(config.width, config.width)
+        self.v_proj = Linear(config.width, config.width)
+        self.out_proj = Linear(config.width, config.width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, W] -> [B, T, W]
         q, k, v = (
@@ -32,8 +33,8 @@ class SiglipAttention(nn.Module):
 class SiglipMLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.mlp_dim)
-        self.fc2 = nn.Linear(config.mlp_dim, config.width)
+        self.fc1 = Linear(config.width, config.mlp_dim)
+        self.fc2 = Linear(config.mlp_dim, config.width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
