@@ -1,56 +1,193 @@
-"""Every step and rank has its own three streams of randomness, and they do not influence one another."""
+"""The observation at an instant, from messages on real topics."""
 
+import cv2
+import numpy as np
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from rclpy.qos import QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
+from sensor_msgs.msg import CompressedImage, Image, JointState
 
-from pi0_ros.training.streams import step_streams
+from pi0_ros.policy.alignment import Rejected
+from pi0_ros.robot import parse_robot
+from pi0_ros.ros.conversions import SECOND, to_stamp
+from pi0_ros.ros.streams import Frames, Snapshot, Streams
 
-NAMES = ("augmentation", "noise", "time")
-key = st.tuples(st.integers(0, 2**40), st.integers(0, 2**31), st.integers(0, 63))
-
-
-def draws(streams):
-    return {name: torch.rand(4, generator=getattr(streams, name)).tolist() for name in NAMES}
-
-
-@given(key)
-def test_the_same_seed_step_and_rank_draw_the_same(at):
-    assert draws(step_streams(*at)) == draws(step_streams(*at))
-
-
-@given(key, key)
-def test_any_other_seed_step_or_rank_draws_otherwise(one, other):
-    if one != other:
-        first, second = draws(step_streams(*one)), draws(step_streams(*other))
-        assert all(first[name] != second[name] for name in NAMES)
+MS = 1_000_000
+NOW = 1_000 * SECOND
+ROBOT = """
+name: arm
+control_rate: 10
+cameras: {base_0_rgb: {topic: camera/image, transport: TRANSPORT, max_age: 0.2, latency: 0.03, flip: horizontal}}
+joints:
+  - {name: shoulder, position: [-2, 2], velocity: 1, acceleration: 5}
+  - {name: finger, position: [-2, 2], velocity: 1, acceleration: 5}
+state: {topics: [arm/joint_states, gripper/joint_states], max_age: 0.1, latency: 0.01}
+commands: [{topic: c, type: Float64MultiArray}]
+max_skew: 0.1
+"""
 
 
-def test_neighbouring_steps_ranks_and_seeds_have_nothing_in_common():
-    seen = set()
-    for seed in range(3):
-        for step in range(200):
-            for rank in range(3):
-                for values in draws(step_streams(seed, step, rank)).values():
-                    seen.add(tuple(values))
-    assert len(seen) == 3 * 200 * 3 * 3
+class World:
+    """Publishes into a Streams and waits for what it sent."""
+
+    def __init__(self, ros, transport: str = "raw") -> None:
+        self.ros, self.transport = ros, transport
+        self.robot = parse_robot(ROBOT.replace("TRANSPORT", transport))
+        self.stored = 0
+        self.streams = Streams(ros.node("reader"), self.robot, self._count)
+        node = ros.node("sender")
+        kind, topic = (
+            (CompressedImage, "camera/image/compressed") if transport == "compressed" else (Image, "camera/image")
+        )
+        self.publishers = {"camera": node.create_publisher(kind, topic, qos_profile_sensor_data)}
+        for topic in self.robot.state.topics:
+            self.publishers[topic] = node.create_publisher(JointState, topic, 10)
+        ros.spin_until(lambda: all(p.get_subscription_count() for p in self.publishers.values()))
+
+    def _count(self) -> None:
+        self.stored += 1
+
+    def send(self, where: str, message, stamp: int) -> None:
+        message.header.stamp = to_stamp(stamp)
+        before = self.stored
+        self.publishers[where].publish(message)
+        self.ros.spin_until(lambda: self.stored > before)
+
+    def frame(self, stamp: int, value: int = 1) -> None:
+        pixels = np.zeros((4, 6, 3), np.uint8)
+        pixels[:, :3] = value  # the left half
+        if self.transport == "compressed":
+            data = cv2.imencode(".png", pixels[..., ::-1])[1].tobytes()
+            return self.send("camera", CompressedImage(format="png", data=data), stamp)
+        image = Image(height=4, width=6, encoding="rgb8", step=18, data=pixels.tobytes())
+        return self.send("camera", image, stamp)
+
+    def joints(self, where: str, stamp: int, **positions: float) -> None:
+        self.send(where, JointState(name=list(positions), position=list(positions.values())), stamp)
+
+    def all(self, stamp: int) -> None:
+        self.frame(stamp)
+        self.joints("arm/joint_states", stamp, wheel=9.0, shoulder=1.0)
+        self.joints("gripper/joint_states", stamp, finger=0.5)
 
 
-def test_leaving_augmentation_out_changes_neither_noise_nor_time():
-    with_it, without = step_streams(7, 3), step_streams(7, 3)
-    torch.rand(1000, generator=with_it.augmentation)
-    noise = torch.randn(5, generator=with_it.noise)
-    assert torch.equal(noise, torch.randn(5, generator=without.noise))
-    assert torch.equal(torch.rand(5, generator=with_it.time), torch.rand(5, generator=without.time))
+@pytest.fixture
+def world(ros):
+    return World(ros)
 
 
-def test_the_global_generator_is_not_touched():
-    before = torch.get_rng_state()
-    draws(step_streams(1, 2, 3))
-    assert torch.equal(before, torch.get_rng_state())
+def test_joint_states_of_several_topics_are_merged_by_name_whatever_their_order(world):
+    world.all(NOW)
+    snapshot = world.streams.observe(NOW + 50 * MS)
+    assert isinstance(snapshot, Snapshot)
+    assert snapshot.state.tolist() == [1.0, 0.5]
 
 
-def test_negative_keys_are_refused():
-    with pytest.raises(ValueError, match="must not be negative, found 0, -1, 0"):
-        step_streams(0, -1)
+def test_two_drivers_on_one_topic_are_merged_too_and_the_newer_value_counts(world):
+    world.frame(NOW)
+    world.joints("arm/joint_states", NOW, shoulder=1.0)
+    world.joints("arm/joint_states", NOW, finger=0.5)
+    world.joints("gripper/joint_states", NOW + 20 * MS, finger=0.7)
+    assert world.streams.observe(NOW + 50 * MS).state.tolist() == [1.0, 0.7]
+
+
+def test_a_joint_that_nobody_names_is_blamed_by_name(world):
+    world.frame(NOW)
+    world.joints("arm/joint_states", NOW, shoulder=1.0, fingr=0.5)
+    rejected = world.streams.observe(NOW + 50 * MS)
+    assert rejected.stream == "arm/joint_states, gripper/joint_states"
+    assert rejected.reason == "no message has joints finger; found fingr, shoulder"
+
+
+def test_without_any_joint_state_both_joints_are_missing(world):
+    world.frame(NOW)
+    rejected = world.streams.observe(NOW + 50 * MS)
+    assert rejected.reason == "no message yet with joints shoulder, finger"
+
+
+def test_a_position_that_is_not_a_number_is_blamed(world):
+    world.all(NOW)
+    world.joints("gripper/joint_states", NOW + 1 * MS, finger=float("nan"))
+    rejected = world.streams.observe(NOW + 50 * MS)
+    assert (rejected.stream, rejected.reason) == ("gripper/joint_states", "joint 'finger': position is nan")
+
+
+def test_messages_with_velocities_only_are_passed_over(world):
+    world.all(NOW)
+    world.send("arm/joint_states", JointState(name=["shoulder"], velocity=[1.0]), NOW + 5 * MS)
+    assert world.streams.observe(NOW + 50 * MS).state.tolist() == [1.0, 0.5]
+
+
+def test_age_and_skew_of_the_robot_file_hold(world):
+    world.all(NOW)
+    assert isinstance(world.streams.observe(NOW + 90 * MS), Snapshot)
+    assert world.streams.observe(NOW + 91 * MS).stream == "arm/joint_states"  # latency 10 ms + 91 ms > 100 ms
+    world.joints("arm/joint_states", NOW + 81 * MS, shoulder=1.0)
+    world.joints("gripper/joint_states", NOW + 81 * MS, finger=1.0)
+    rejected = world.streams.observe(NOW + 95 * MS)
+    assert (rejected.stream, rejected.kind) == ("base_0_rgb", "skew")  # 81 - 10 - (0 - 30) = 101 ms
+
+
+def test_what_lies_ahead_of_the_tick_does_not_count_yet(world):
+    world.all(NOW)
+    world.joints("gripper/joint_states", NOW + 61 * MS, finger=3.0)
+    assert world.streams.observe(NOW + 50 * MS).state.tolist() == [1.0, 0.5]
+    assert world.streams.observe(NOW + 51 * MS).state.tolist() == [1.0, 3.0]  # its latency is 10 ms
+
+
+def test_after_clear_nothing_is_left(world):
+    world.all(NOW)
+    world.streams.clear()
+    assert isinstance(world.streams.observe(NOW + 50 * MS), Rejected)
+
+
+@pytest.mark.parametrize("transport", ["raw", "compressed"])
+def test_frames_come_decoded_and_turned_and_each_is_decoded_once(ros, transport):
+    world = World(ros, transport)
+    world.all(NOW)
+    frames = Frames(world.robot)
+    snapshot = world.streams.observe(NOW + 50 * MS)
+    image = frames.decode(snapshot.frames)["base_0_rgb"]
+    assert image.shape == (4, 6, 3) and (image[:, 3:] == 1).all() and (image[:, :3] == 0).all()
+    assert snapshot.frames["base_0_rgb"].stamp_ns == NOW
+    assert frames.decode(world.streams.observe(NOW + 60 * MS).frames)["base_0_rgb"] is image
+    world.frame(NOW + 10 * MS, value=2)
+    assert (frames.decode(world.streams.observe(NOW + 60 * MS).frames)["base_0_rgb"][:, 3:] == 2).all()
+
+
+def test_a_broken_frame_is_its_cameras_fault(ros):
+    world = World(ros, "compressed")
+    world.all(NOW)
+    world.send("camera", CompressedImage(format="jpeg", data=b"no picture"), NOW + 1 * MS)
+    rejected = Frames(world.robot).decode(world.streams.observe(NOW + 50 * MS).frames)
+    assert rejected.stream == "base_0_rgb" and "cannot be decoded" in rejected.reason
+
+
+def test_cameras_are_heard_best_effort_by_default_and_reliably_where_the_robot_file_says(ros):
+    robot = parse_robot(ROBOT.replace("transport: TRANSPORT", "reliability: reliable"))
+    for described, topic, expected in (
+        (parse_robot(ROBOT.replace("TRANSPORT", "raw")), "camera/image", ReliabilityPolicy.BEST_EFFORT),
+        (robot, "camera/image", ReliabilityPolicy.RELIABLE),
+    ):
+        node = ros.node("reader")
+        streams = Streams(node, described, lambda: None)
+        info = next(s for s in node.subscriptions if s.topic_name == f"/{topic}")
+        assert (info.qos_profile.reliability, info.qos_profile.depth) == (expected, 1)
+        streams.close()
+        assert all(s.topic_name != f"/{topic}" for s in node.subscriptions)
+
+
+def test_reports_tell_rate_and_age_and_blame_the_silent(world):
+    limits = {"diagnostics.age_warn": 0.8, "diagnostics.age_error": 1.0}
+    world.frame(NOW)
+    reports = {report.name: report for report in world.streams.reports("node", NOW + 200 * MS, limits)}
+    assert reports["node: base_0_rgb"].values["age_s"] == "0.23"
+    assert reports["node: base_0_rgb"].level == 2  # 230 ms of 200
+    assert reports["node: arm/joint_states"].reasons == ["no message yet on arm/joint_states"]
+
+
+def test_a_best_effort_camera_reaches_us(ros):
+    world = World(ros)
+    qos = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+    assert world.publishers["camera"].qos_profile.reliability == qos.reliability
+    world.frame(NOW)
+    assert world.stored == 1

@@ -74,7 +74,11 @@ class PolicyNode(LifecycleNode):
         self._entities: list[tuple[Callable[[Any], Any], Any]] = []  # how to destroy what configure made
         self._timer = None
         self._failure = ""  # why configure failed last
-        self._settings = Parameters(self, SPECS, self._changed)
+        try:
+            self._settings = Parameters(self, SPECS, self._changed)
+        except ParameterError:
+            super().destroy_node()
+            raise
         self._diagnostics = DiagnosticsPublisher(self, self._reports, self.get_name())
         self._faulted = self.create_guard_condition(self._stop_after_fault)
         self._jumps = self.get_clock().create_jump_callback(

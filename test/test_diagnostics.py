@@ -1,0 +1,141 @@
+"""Sliding windows, judged values, parameters that refuse."""
+
+import numpy as np
+import pytest
+from diagnostic_msgs.msg import DiagnosticArray
+from hypothesis import given
+from hypothesis import strategies as st
+from rclpy.parameter import Parameter
+
+from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window
+from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
+
+
+def test_a_window_forgets_what_is_older_than_its_length():
+    window = Window(seconds=10.0)
+    for now, value in ((0.0, 100.0), (5.0, 1.0), (10.0, 2.0), (11.0, 3.0)):
+        window.add(now, value)
+    summary = window.summary(11.0)
+    assert (summary.count, summary.p50, summary.max) == (3, 2.0, 3.0)
+    assert summary.p95 == pytest.approx(2.9)
+    assert window.summary(30.0) is None
+
+
+def test_a_clock_set_back_empties_the_window():
+    window = Window()
+    window.add(100.0, 1.0)
+    window.add(50.0, 2.0)
+    assert window.values(51.0).tolist() == [2.0]
+
+
+@given(st.lists(st.floats(0, 100), max_size=40), st.floats(0, 120))
+def test_a_window_equals_looking_at_all_values(times, now):
+    window = Window(seconds=10.0)
+    for i, time in enumerate(sorted(times)):
+        window.add(time, float(i))
+    expected = [float(i) for i, time in enumerate(sorted(times)) if now - 10.0 <= time <= now]
+    assert window.values(now).tolist() == expected
+
+
+def test_the_rate_is_that_of_the_intervals_and_falls_when_the_stream_stops():
+    window = Window(seconds=10.0)
+    assert window.rate(0.0) == 0.0
+    for now in np.arange(0, 2.01, 0.1):
+        window.add(float(now))
+    assert window.rate(2.0) == pytest.approx(10.0)
+    assert window.rate(8.0) == pytest.approx(2.5)
+    assert window.rate(50.0) == 0.0
+
+
+def test_the_worst_value_decides_the_level_and_comes_first():
+    report = Report("node: thing")
+    report.judge("fine", 1.0, 2.0, 3.0)
+    report.judge("odd", 2.5, 2.0, 3.0, " s")
+    report.judge("bad", 3.5, 2.0, 3.0, " s")
+    report.judge("unjudged", 9.0, 0.0, 0.0)
+    message = report.message("arm")
+    assert message.level == b"\x02" and message.hardware_id == "arm"
+    assert message.message == "bad is 3.5 s, above 3 s; odd is 2.5 s, above 2 s"
+    assert {pair.key: pair.value for pair in message.values}["unjudged"] == "9"
+    assert Report("x").message("").message == "OK"
+
+
+def test_a_waiting_node_still_reports_while_simulated_time_stands_still(ros):
+    node = ros.node("reporter", parameter_overrides=[Parameter("use_sim_time", value=True)])
+    seen: list[DiagnosticArray] = []
+    ros.node("listener").create_subscription(DiagnosticArray, "/diagnostics", seen.append, 10)
+    publisher = DiagnosticsPublisher(node, lambda: [Report("a"), Report("b")], "arm", period=0.05)
+    ros.spin_until(lambda: len(seen) > 2)
+    assert [status.name for status in seen[0].status] == ["a", "b"] and publisher.hardware_id == "arm"
+
+
+SPECS = (
+    Spec("speed", 1.0, "how fast", 0, 10),
+    Spec("count", 3, "how many", 1, 5),
+    Spec("mode", "a", "which", choices=("a", "b")),
+    Spec("names", ["x"], "of what"),
+    Spec("on", True, "whether", read_only=True),
+    Spec("file", "", "from where", configured=True),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("speed", -1, "parameter 'speed': found -1, must be from 0 to 10"),
+        ("speed", float("nan"), "speed"),
+        ("speed", "x", "parameter 'speed': found 'x', must be a number"),
+        ("speed", True, "parameter 'speed': found True, must be a number"),
+        ("count", 1.5, "parameter 'count': found 1.5, must be a whole number"),
+        ("count", 6, "count"),
+        ("mode", "c", "parameter 'mode': found 'c', must be one of 'a', 'b'"),
+        ("names", "x", "parameter 'names': found 'x', must be a list"),
+        ("on", False, "read-only"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_reason_and_the_old_one_stays(ros, name, value, reason):
+    node = ros.node()
+    parameters = Parameters(node, SPECS)
+    before = parameters[name]
+    answer = node.set_parameters([Parameter(name, value=value)])[0]
+    assert not answer.successful and reason in answer.reason
+    assert parameters[name] == before
+
+
+def test_a_whole_number_is_taken_for_a_float_and_changes_are_told(ros):
+    node, told = ros.node(parameter_overrides=[Parameter("speed", value=2)]), []
+    parameters = Parameters(node, SPECS, told.append)
+    assert parameters["speed"] == 2.0 and isinstance(parameters["speed"], float) and not told
+    node.set_parameters([Parameter("speed", value=4)])
+    assert told == [{"speed": 4.0}]
+
+
+def test_a_wrong_value_at_start_is_an_error(ros):
+    with pytest.raises(ParameterError, match="^parameter 'mode': found 'z', must be one of 'a', 'b'$"):
+        Parameters(ros.node(parameter_overrides=[Parameter("mode", value="z")]), SPECS)
+
+
+def test_a_rule_across_parameters_sees_the_values_as_they_would_be(ros):
+    node = ros.node()
+
+    def rule(values):
+        return "speed must not exceed count" if values["speed"] > values["count"] else None
+
+    Parameters(node, SPECS, check=rule)
+    assert node.set_parameters([Parameter("speed", value=4.0)])[0].reason == "speed must not exceed count"
+    both = [Parameter("speed", value=4.0), Parameter("count", value=5)]
+    assert node.set_parameters_atomically(both).successful
+
+
+def test_frozen_parameters_can_change_again_later(ros):
+    node = ros.node()
+    parameters = Parameters(node, SPECS)
+    parameters.frozen = True
+    assert "cleanup first" in node.set_parameters([Parameter("file", value="f")])[0].reason
+    assert node.set_parameters([Parameter("speed", value=2.0)])[0].successful
+    parameters.frozen = False
+    assert node.set_parameters([Parameter("file", value="f")])[0].successful
+
+
+def test_usage_names_every_parameter():
+    assert all(f"  {spec.name} ({spec.default!r}): {spec.description}" in usage("p", SPECS) for spec in SPECS)

@@ -1,0 +1,356 @@
+"""policy_node over real topics: observations in, chunks out; prompt, rate, services, clock, real-time chunking."""
+
+import threading
+
+import numpy as np
+import pytest
+import rclpy
+from policy_node_kit import HORIZON, LATCHED, Bench
+from rclpy.parameter import Parameter
+from rosgraph_msgs.msg import Clock
+from std_msgs.msg import String
+from std_srvs.srv import SetBool, Trigger
+
+from pi0_ros.msg import PlayerStatus
+from pi0_ros.ros.conversions import SECOND, chunk_actions, stamp_ns, to_stamp
+from pi0_ros.srv import SetPrompt
+
+POLICY = "policy_node: policy"
+
+
+@pytest.fixture
+def bench():
+    """Makes a Bench from parameters; closes it after the test."""
+    context, made = rclpy.Context(), []
+    rclpy.init(context=context)
+
+    def make(**parameters) -> Bench:
+        made.append(Bench(context, **parameters))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+    context.try_shutdown()
+
+
+def real(chunks):
+    """Without the void ones."""
+    return [chunk for chunk in chunks if chunk.horizon]
+
+
+def test_a_chunk_carries_all_that_a_player_needs(bench):
+    b = bench(rate=50.0)
+    b.start()
+    chunk = b.chunks[0]
+    assert list(chunk.joint_names) == ["shoulder", "elbow"]
+    np.testing.assert_allclose(chunk_actions(chunk)[0], [0.1, 0.2])  # sent as elbow, shoulder
+    np.testing.assert_allclose(chunk_actions(chunk)[-1], [0.19, 0.29])
+    assert (chunk.horizon, chunk.dt, chunk.sequence) == (HORIZON, 0.05, 0)
+    assert (chunk.prompt, chunk.num_steps, chunk.checkpoint) == ("wave", 3, "stub")
+    assert (chunk.prefix_reused, chunk.cameras_encoded, chunk.header.frame_id) == (False, 2, "two_joints")
+    assert stamp_ns(chunk.header.stamp) == stamp_ns(chunk.inference_begin) == b.policy.asked[0].stamp
+    assert stamp_ns(chunk.inference_begin) < stamp_ns(chunk.inference_end)
+    b.until(lambda: len(b.chunks) >= 3, doing=b.send)
+    assert [c.sequence for c in b.chunks[:3]] == [0, 1, 2]
+
+
+def test_the_policy_is_only_ever_touched_by_one_thread_that_is_not_the_executors(bench):
+    b = bench(rate=50.0)
+    b.start()
+    b.until(lambda: len(b.chunks) >= 3, doing=b.send)
+    assert len(b.policy.threads) == 1 and threading.get_ident() not in b.policy.threads
+
+
+def test_frames_are_named_by_their_stamps_and_an_unchanged_one_is_the_same_array(bench):
+    b = bench(rate=50.0)
+    b.node.trigger_configure(), b.node.trigger_activate()
+    stamp = b.now()
+    b.send_frame("left_wrist_0_rgb", 7, stamp)
+
+    def moving_base():
+        b.send_frame("base_0_rgb")
+        b.send_joints()
+        b.send_frame("left_wrist_0_rgb", 7, stamp)
+
+    b.until(lambda: len(b.chunks) >= 3, doing=moving_base, seconds=5)
+    first, second = b.policy.asked[0], b.policy.asked[-1]
+    assert first.frames["left_wrist_0_rgb"] == second.frames["left_wrist_0_rgb"] == stamp
+    assert first.images["left_wrist_0_rgb"] is second.images["left_wrist_0_rgb"]
+    assert first.frames["base_0_rgb"] < second.frames["base_0_rgb"]
+    assert first.images["left_wrist_0_rgb"].shape == (6, 8, 3) and (first.images["left_wrist_0_rgb"] == 7).all()
+
+
+def test_without_one_camera_nothing_is_published_and_that_camera_is_blamed(bench):
+    b = bench(rate=50.0)
+    b.node.trigger_configure(), b.node.trigger_activate()
+
+    def no_wrist():
+        b.send_frame("base_0_rgb")
+        b.send_joints()
+
+    b.until(lambda: "left_wrist_0_rgb: no message yet" in b.messages.get(POLICY, ""), doing=no_wrist)
+    assert b.levels[POLICY] == 2 and not b.chunks
+    assert b.messages["policy_node: left_wrist_0_rgb"] == "no message yet on wrist/image_raw"
+    assert b.levels["policy_node: base_0_rgb"] == 0
+
+
+def test_a_stream_that_stops_is_blamed_with_its_age_and_chunks_stop(bench):
+    b = bench(rate=50.0)
+    b.start()
+
+    def no_joints():
+        b.send_frame("base_0_rgb")
+        b.send_frame("left_wrist_0_rgb")
+
+    b.until(lambda: "joint_states: newest message is" in b.node._worker.health.blame, doing=no_joints)
+    count = b.node._worker.health.chunks
+    b.until(lambda: b.node._worker.health.rejections > 5, doing=no_joints)
+    assert b.node._worker.health.chunks == count
+
+
+def test_the_prompt_comes_from_robot_file_parameter_topic_and_service_the_newest_wins(bench):
+    b = bench(rate=50.0)
+    b.start()
+    assert b.chunks[-1].prompt == "wave"
+    b.node.set_parameters([Parameter("prompt", value="bow")])
+    b.until(lambda: b.chunks[-1].prompt == "bow", doing=b.send)
+    b.other.create_publisher(String, "prompt", LATCHED).publish(String(data="nod"))
+    b.until(lambda: b.chunks[-1].prompt == "nod", doing=b.send)
+    assert b.node.get_parameter("prompt").value == "nod"
+    assert b.call(SetPrompt, "set_prompt", SetPrompt.Request(prompt="jump")).success
+    b.until(lambda: b.chunks[-1].prompt == "jump", doing=b.send)
+    assert len({c.epoch for c in b.chunks}) == 1
+    assert not b.call(SetPrompt, "set_prompt", SetPrompt.Request(prompt=" ")).success
+
+
+def test_a_latched_prompt_is_found_by_a_node_that_starts_later(bench):
+    b = bench(rate=50.0)
+    b.other.create_publisher(String, "prompt", LATCHED).publish(String(data="was there before"))
+    b.start()
+    b.until(lambda: b.chunks[-1].prompt == "was there before", doing=b.send)
+
+
+def test_drop_current_tells_the_player_at_once_and_drops_the_chunk_in_flight(bench):
+    b = bench(rate=50.0)
+    b.start()
+    old = b.chunks[-1].epoch
+    b.policy.go.clear()
+    asked = len(b.policy.asked)
+    b.until(lambda: len(b.policy.asked) > asked, doing=b.send)
+    answer = b.call(SetPrompt, "set_prompt", SetPrompt.Request(prompt="jump", drop_current=True))
+    assert answer.success
+    b.until(lambda: b.chunks[-1].epoch > old)  # while the policy is still at work
+    assert b.chunks[-1].horizon == 0
+    b.policy.go.set()
+    b.until(lambda: b.chunks[-1].horizon, doing=b.send)
+    assert b.node._worker.health.dropped == 1
+    assert {c.prompt for c in real(b.chunks) if c.epoch > old} == {"jump"}
+    assert all(a.sequence + 1 == z.sequence for a, z in zip(b.chunks, b.chunks[1:], strict=False))
+
+
+def test_start_stop_pause_work_beside_the_lifecycle(bench):
+    b = bench(rate=50.0)
+    assert "not active" in b.call(Trigger, "start").message
+    b.start()
+    health, epoch = b.node._worker.health, b.chunks[-1].epoch
+    assert b.call(SetBool, "pause", SetBool.Request(data=True)).success
+    published = health.chunks
+    b.until(lambda: len(b.chunks) == published, doing=b.send)
+    begin = b.now()
+    b.until(lambda: b.now() - begin > 0.2 * SECOND, doing=b.send)
+    assert health.chunks == published and b.policy.resets == 1
+    b.call(SetBool, "pause", SetBool.Request(data=False))
+    b.until(lambda: health.chunks > published, doing=b.send)
+    assert b.call(Trigger, "stop").success
+    b.until(lambda: b.chunks[-1].horizon == 0)  # the player holds at once
+    assert b.chunks[-1].epoch == epoch + 1
+    published = health.chunks
+    assert b.call(Trigger, "start").success
+    b.until(lambda: health.chunks > published, doing=b.send)
+    assert b.policy.resets == 2
+
+
+def test_reset_clears_buffers_and_caches_and_voids_the_chunks(bench):
+    b = bench(rate=50.0)
+    b.start()
+    epoch = b.chunks[-1].epoch
+    assert b.call(Trigger, "reset").success
+    b.until(lambda: b.chunks[-1].epoch > epoch and b.chunks[-1].horizon, doing=b.send)
+    assert b.policy.resets == 2
+
+
+def test_deactivate_drops_the_chunk_that_is_being_made(bench):
+    b = bench(rate=50.0)
+    b.start()
+    b.policy.go.clear()
+    asked = len(b.policy.asked)
+    b.until(lambda: len(b.policy.asked) > asked, doing=b.send)
+    published = b.node._worker.health.chunks
+    b.node.trigger_deactivate()
+    b.policy.go.set()
+    b.until(lambda: b.node._worker.health.dropped == 1)
+    assert b.node._worker.health.chunks == published
+
+
+def test_free_running_makes_chunks_as_messages_come_and_none_faster(bench):
+    b = bench(rate=0.0)
+    b.start()
+    b.until(lambda: len(b.chunks) >= 10, doing=b.send)
+    stamps = [asked.stamp for asked in b.policy.asked]
+    assert len(set(stamps)) == len(stamps)
+    assert b.node._worker.health.ticks <= 3 * b.frame  # two frames and a state per round
+
+
+def test_on_demand_makes_a_chunk_only_when_the_player_runs_short(bench):
+    b = bench(rate=50.0, on_demand_seconds=0.3)
+
+    def status(left: float):
+        last = real(b.chunks)[-1]
+        message = PlayerStatus(state=PlayerStatus.PLAYING, seconds_left=left, sequence=last.sequence, epoch=last.epoch)
+        message.header.stamp = to_stamp(b.now())
+        b.status.publish(message)
+        b.send()
+
+    b.start()  # without a player there is demand
+    b.until(lambda: b.node._worker.handover.seconds_left(b.now()) is not None, doing=lambda: status(9.0))
+    count = len(b.chunks)
+    begin = b.now()
+    b.until(lambda: b.now() - begin > 0.3 * SECOND, doing=lambda: status(9.0))
+    assert len(b.chunks) <= count + 1  # at most one that was under way
+    count = len(b.chunks)
+    b.until(lambda: len(b.chunks) > count, doing=lambda: status(0.1))
+
+
+def test_a_tick_that_comes_while_the_one_before_is_at_work_is_a_deadline_miss(bench):
+    b = bench(rate=50.0)
+    b.start()
+    b.policy.go.clear()
+    b.until(lambda: b.node._worker.health.misses > 3, doing=b.send)
+    b.policy.go.set()
+    b.until(lambda: int(b.values.get(POLICY, {}).get("deadline_misses", 0)) > 3, doing=b.send)
+
+
+def test_a_clock_that_jumps_back_clears_the_buffers_and_drops_the_chunk_in_flight(bench):
+    b = bench(rate=50.0, use_sim_time=True)
+    clock, sim = b.other.create_publisher(Clock, "/clock", 10), [1000 * SECOND]
+
+    def advance(send: bool = True):
+        sim[0] += SECOND // 50
+        clock.publish(Clock(clock=to_stamp(sim[0])))
+        if send:
+            for slot in b.cameras:
+                b.send_frame(slot, stamp=sim[0])
+            b.send_joints(stamp=sim[0])
+
+    b.until(lambda: b.node._now() > 0, doing=advance)
+    assert b.node.trigger_configure().name == b.node.trigger_activate().name == "SUCCESS"
+    b.until(lambda: b.chunks, doing=advance)
+    assert 1000 * SECOND < stamp_ns(b.chunks[0].header.stamp) <= sim[0]
+    b.policy.go.clear()
+    asked, old = len(b.policy.asked), b.chunks[-1].epoch
+    b.until(lambda: len(b.policy.asked) > asked, doing=advance)
+    sim[0] = 500 * SECOND
+    b.until(lambda: b.node._worker.epoch > old, doing=lambda: advance(send=False))
+    b.policy.go.set()
+    b.until(lambda: b.node._worker.health.dropped == 1, doing=lambda: advance(send=False))
+    b.until(lambda: b.chunks[-1].epoch > old and b.chunks[-1].horizon, doing=advance)
+    new = [c for c in real(b.chunks) if c.epoch > old]
+    assert all(500 * SECOND < stamp_ns(c.header.stamp) < 600 * SECOND for c in new)
+
+
+def test_before_the_first_clock_message_the_clock_is_blamed(bench):
+    b = bench(rate=0.0, use_sim_time=True)
+    assert b.node.trigger_configure().name == b.node.trigger_activate().name == "SUCCESS"
+    b.until(lambda: "/clock" in b.node._worker.health.blame, doing=b.send)
+    assert not b.chunks
+
+
+def test_real_time_chunking_hands_over_what_will_have_been_executed(bench):
+    b = bench(rate=20.0, realtime_chunking=True)
+
+    def status():
+        last = real(b.chunks)[-1]
+        message = PlayerStatus(
+            state=PlayerStatus.PLAYING, handover_delay=2.4, sequence=last.sequence, epoch=last.epoch, seconds_left=0.4
+        )
+        message.header.stamp = to_stamp(b.now())
+        b.status.publish(message)
+        b.send()
+
+    b.start()
+    b.until(lambda: b.chunks[-1].frozen == 3, doing=status)
+    k = max(i for i, executed in enumerate(b.policy.executed) if executed is not None)
+    executed, asked = b.policy.executed[k], b.policy.asked[k]
+    # Every chunk is state + 0.01 a step, so what runs 50 ms * s after its observation is state + 0.01 * s.
+    before = (asked.stamp - b.policy.asked[k - 1].stamp) / SECOND / 0.05
+    np.testing.assert_allclose(executed[:, 0], 0.1 + 0.01 * (before + np.arange(3)), atol=1e-9)
+    assert b.call(SetPrompt, "set_prompt", SetPrompt.Request(prompt="jump")).success
+    b.until(lambda: b.chunks[-1].prompt == "jump", doing=status)
+    first = next(i for i, asked in enumerate(b.policy.asked) if asked.prompt == "jump")
+    assert b.policy.executed[first] is None
+
+
+def test_an_exception_in_inference_stops_the_node_visibly_and_leaves_it_controllable(bench):
+    b = bench(rate=50.0)
+    b.start()
+    b.policy.error = ValueError("the network is upset\nvery")
+    b.until(lambda: b.node._state_machine.current_state[1] == "inactive", doing=b.send)
+    b.until(lambda: b.levels.get(POLICY) == 2, doing=b.send)
+    assert b.messages[POLICY].startswith("inference failed: ValueError: the network is upset")
+    count = b.node._worker.health.chunks
+    b.policy.error = None
+    assert b.node.trigger_activate().name == "SUCCESS"
+    b.until(lambda: b.node._worker.health.chunks > count, doing=b.send)
+    assert not b.node._worker.health.fault
+
+
+def test_actions_that_are_not_finite_are_never_published(bench):
+    b = bench(rate=50.0)
+    b.start()
+    infer, published = b.policy.infer, b.node._worker.health.chunks
+
+    def spoiled(observation, **options):
+        chunk = infer(observation, **options)
+        chunk.actions[3, 1] = np.nan
+        return chunk
+
+    b.policy.infer = spoiled
+    b.until(lambda: "not finite" in b.node._worker.health.fault, doing=b.send)
+    b.until(lambda: len(b.chunks) >= b.node._worker.health.chunks)
+    assert all(np.isfinite(c.actions).all() for c in b.chunks) and b.node._worker.health.chunks >= published
+
+
+def test_diagnostics_tell_rates_ages_latencies_and_what_runs(bench):
+    b = bench(rate=50.0)
+    b.start()
+    b.until(lambda: int(b.values.get(POLICY, {}).get("chunks", 0)) > 20, doing=b.send)
+    values = b.values[POLICY]
+    for stage in ("decode", "vision", "prefix", "denoise", "publish", "total"):
+        for part in ("p50", "p95", "max"):
+            assert float(values[f"latency_{stage}_ms_{part}"]) > 0
+    assert float(values["latency_vision_ms_p50"]) == pytest.approx(1.0)
+    assert (values["prompt"], values["checkpoint"], values["state"]) == ("wave", "stub", "active")
+    assert values["player_seconds_left"] == "no player"
+    for key in ("skew_ms_max", "observation_age_ms_p95", "deadline_misses", "prefix_reused", "prefix_reuse_share"):
+        assert float(values[key]) >= 0
+    for stream in ("base_0_rgb", "left_wrist_0_rgb", "joint_states"):
+        assert float(b.values[f"policy_node: {stream}"]["rate_hz"]) > 5
+        assert float(b.values[f"policy_node: {stream}"]["age_s"]) < 0.5
+
+
+def test_thresholds_are_parameters(bench):
+    b = bench(rate=50.0, diagnostics__latency_warn=1e-9)
+    b.start()
+    b.until(lambda: "latency_p95_s" in b.messages.get(POLICY, ""), doing=b.send)
+    assert b.levels[POLICY] == 1
+    b.node.set_parameters([Parameter("diagnostics.latency_error", value=1e-9)])
+    b.until(lambda: b.levels[POLICY] == 2, doing=b.send)
+
+
+def test_the_rate_can_change_while_the_node_runs(bench):
+    b = bench(rate=1.0)
+    b.start()
+    assert b.node.set_parameters([Parameter("rate", value=100)])[0].successful
+    count = len(b.chunks)
+    b.until(lambda: len(b.chunks) > count + 10, doing=b.send, seconds=5)

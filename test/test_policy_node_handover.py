@@ -1,0 +1,90 @@
+"""What policy_node knows of the player: seconds left, delay, actions that will have been executed."""
+
+import numpy as np
+import pytest
+
+from pi0_ros.msg import PlayerStatus
+from pi0_ros.ros.conversions import SECOND, actions_from, chunk_actions, to_stamp
+from pi0_ros.ros.handover import Handover, Published
+
+MS = 1_000_000
+NOW = 1_000 * SECOND
+
+
+def status(now=NOW, **fields) -> PlayerStatus:
+    message = PlayerStatus(**{"state": PlayerStatus.PLAYING, "sequence": 7, "epoch": 1, **fields})
+    message.header.stamp = to_stamp(now)
+    return message
+
+
+def published(at=NOW, sequence=7, epoch=1, prompt="go") -> Published:
+    actions = np.stack([np.arange(10.0), -np.arange(10.0)], axis=1)
+    return Published(sequence, epoch, prompt, at, at, actions, 0.1)
+
+
+def test_actions_of_a_chunk_at_other_times_are_interpolated_and_end_with_it():
+    actions = published().actions
+    rows = actions_from(actions, NOW, 0.1, NOW + 250 * MS, 3)
+    np.testing.assert_allclose(rows, [[2.5, -2.5], [3.5, -3.5], [4.5, -4.5]], atol=1e-6)
+    assert len(actions_from(actions, NOW, 0.1, NOW + 850 * MS, 3)) == 1
+    assert actions_from(actions, NOW, 0.1, NOW + 950 * MS, 3).shape == (0, 2)
+    assert actions_from(actions, NOW, 0.1, NOW - 1, 3).shape == (0, 2)
+
+
+def test_executed_is_what_the_last_chunk_commands_for_the_measured_delay():
+    handover = Handover()
+    handover.published(published())
+    handover.heard(status(handover_delay=1.3), NOW)
+    np.testing.assert_allclose(handover.executed(NOW + 200 * MS, 1, "go"), [[2, -2], [3, -3]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "epoch", "prompt"),
+    [({}, 2, "go"), ({}, 1, "stop"), ({"state": PlayerStatus.HOLDING}, 1, "go"), ({"epoch": 0}, 1, "go")],
+)
+def test_nothing_is_known_across_epochs_prompts_and_holds(change, epoch, prompt):
+    handover = Handover()
+    handover.published(published())
+    handover.heard(status(handover_delay=1.3), NOW)
+    handover.heard(status(handover_delay=1.3, **change), NOW)
+    assert handover.executed(NOW + 200 * MS, epoch, prompt) is None
+
+
+def test_the_delay_is_the_largest_of_the_last_ten_hand_overs_and_never_a_running_maximum():
+    handover = Handover()
+    handover.heard(status(sequence=1, handover_delay=20.2), NOW)
+    assert handover.delay() == 21
+    for sequence in range(2, 12):
+        for _ in range(3):  # said again and again, it is still one hand-over
+            handover.heard(status(sequence=sequence, handover_delay=2.5), NOW)
+        assert handover.delay() == (21 if sequence < 11 else 3)
+    handover.heard(status(sequence=12, handover_delay=float("nan")), NOW)
+    assert handover.delay() == 3
+
+
+def test_seconds_left_run_down_between_the_players_words():
+    handover = Handover()
+    assert handover.seconds_left(NOW) is None
+    handover.heard(status(seconds_left=0.5), NOW)
+    assert handover.seconds_left(NOW + 200 * MS) == pytest.approx(0.3)
+    assert handover.seconds_left(NOW + 900 * MS) == 0.0
+    assert handover.seconds_left(NOW + 1100 * MS) is None  # silent: gone
+
+
+def test_a_chunk_on_its_way_counts_as_left_for_a_moment():
+    handover = Handover()
+    handover.heard(status(seconds_left=0.05, sequence=6), NOW)
+    handover.published(published(sequence=7))
+    assert handover.seconds_left(NOW + 100 * MS) == pytest.approx(0.8)
+    handover.heard(status(NOW + 600 * MS, seconds_left=0.0, sequence=6), NOW + 600 * MS)
+    assert handover.seconds_left(NOW + 600 * MS) == 0.0  # it never took it
+
+
+def test_a_chunk_message_of_the_wrong_size_is_an_error():
+    from pi0_ros.msg import ActionChunk
+
+    message = ActionChunk(sequence=4, joint_names=["a", "b"], horizon=2, actions=[1.0, 2.0, 3.0, 4.0])
+    assert chunk_actions(message).tolist() == [[1, 2], [3, 4]]
+    message.horizon = 3
+    with pytest.raises(ValueError, match="chunk 4: 4 values are not horizon 3 times 2 joints"):
+        chunk_actions(message)

@@ -1,0 +1,192 @@
+"""policy_node's transitions, parameters and process."""
+
+import gc
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import rclpy
+from policy_node_kit import ROBOT, Bench, StubPolicy, robot
+from rclpy.parameter import Parameter
+
+from pi0_ros.ros.parameters import ParameterError
+from pi0_ros.ros.policy_node import PolicyNode
+
+POLICY = "policy_node: policy"
+
+
+@pytest.fixture
+def context():
+    made = rclpy.Context()
+    rclpy.init(context=made)
+    yield made
+    made.try_shutdown()
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_a_hundred_rounds_in_any_order_leak_neither_threads_nor_memory(context):
+    policies = []
+
+    class Heavy(StubPolicy):
+        def __init__(self):
+            super().__init__(robot())
+            self.weights = bytearray(os.urandom(1 << 20) * 2)  # 2 MB each: a leak of it shows
+            policies.append(self)
+
+    node = PolicyNode(lambda _: Heavy(), context=context)
+    draw = random.Random(0)
+    threads, memory, warm, opened = threading.active_count(), [], [], []
+    for round_ in range(100):
+        for verb in draw.choices(["configure", "activate", "deactivate", "cleanup"], weights=[4, 3, 2, 1], k=5):
+            getattr(node, f"trigger_{verb}")()
+        if node._state_machine.current_state[1] == "active":
+            node.trigger_deactivate()
+        if node._state_machine.current_state[1] == "inactive":
+            node.trigger_cleanup()
+        assert node._state_machine.current_state[1] == "unconfigured"
+        assert threading.active_count() == threads
+        warm += [policy.warm for policy in policies]
+        assert all(policy.closed == 1 for policy in policies)
+        opened.append(len(policies))
+        policies.clear()
+        if round_ % 10 == 9:
+            gc.collect()
+            memory.append(resident_mb())
+    node.destroy_node()
+    assert sum(opened) > 50 and set(warm) == {1}
+    assert memory[-1] - memory[2] < 10, memory
+
+
+def test_transitions_over_the_graph_work_like_direct_ones(context):
+    from lifecycle_msgs.msg import Transition
+    from lifecycle_msgs.srv import ChangeState, GetState
+
+    b = Bench(context, rate=50.0)
+    for transition, state in (
+        (Transition.TRANSITION_CONFIGURE, "inactive"),
+        (Transition.TRANSITION_ACTIVATE, "active"),
+        (Transition.TRANSITION_DEACTIVATE, "inactive"),
+        (Transition.TRANSITION_CLEANUP, "unconfigured"),
+        (Transition.TRANSITION_CONFIGURE, "inactive"),
+        (Transition.TRANSITION_INACTIVE_SHUTDOWN, "finalized"),
+    ):
+        request = ChangeState.Request()
+        request.transition.id = transition
+        assert b.call(ChangeState, "change_state", request).success
+        assert b.call(GetState, "get_state").current_state.label == state
+    assert b.policy.closed == 1
+    b.close()
+
+
+def test_configure_fails_with_the_reason_in_diagnostics_and_can_be_tried_again(context):
+    good = []
+
+    def load(_):
+        if not good:
+            raise ValueError("checkpoint folder 'nowhere':\nno model.safetensors in it")
+        return StubPolicy(robot())
+
+    b = Bench(context, load=load)
+    threads = threading.active_count()
+    assert b.node.trigger_configure().name == "FAILURE"
+    assert b.node._state_machine.current_state[1] == "unconfigured" and threading.active_count() == threads
+    b.until(lambda: b.levels.get(POLICY) == 2)
+    assert b.messages[POLICY] == "configure failed: checkpoint folder 'nowhere': no model.safetensors in it"
+    good.append(True)
+    assert b.node.trigger_configure().name == "SUCCESS"
+    b.until(lambda: b.levels[POLICY] == 0)
+    b.close()
+
+
+def test_a_robot_file_that_is_wrong_fails_configure_with_its_line(context, tmp_path):
+    path = tmp_path / "robot.yaml"
+    path.write_text(ROBOT.replace("max_skew", "maximum_skew"))
+    for value, reason in (
+        ("", "parameter 'robot_file': found '', give a robot file or a checkpoint folder"),
+        (str(tmp_path / "no.yaml"), "cannot be read"),
+        (str(path), "maximum_skew: unknown field"),
+    ):
+        node = PolicyNode(context=context, parameter_overrides=[Parameter("robot_file", value=value)])
+        assert node.trigger_configure().name == "FAILURE"
+        assert reason in node._failure
+        node.destroy_node()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("rate", -1.0, "rate"),
+        ("rate", "fast", "parameter 'rate': found 'fast', must be a number"),
+        ("num_steps", 0, "num_steps"),
+        ("preset", "huge", "parameter 'preset': found 'huge', must be one of 'pi0'"),
+        ("autostart", True, "read-only"),
+        ("dtype", "int8", "must be one of 'auto', 'float32', 'bfloat16'"),
+    ],
+)
+def test_wrong_values_are_refused_with_the_reason(context, name, value, reason):
+    node = PolicyNode(lambda _: StubPolicy(robot()), context=context)
+    answer = node.set_parameters([Parameter(name, value=value)])[0]
+    assert not answer.successful and reason in answer.reason
+    node.destroy_node()
+
+
+def test_what_configure_reads_is_refused_until_cleanup(context):
+    node = PolicyNode(lambda _: StubPolicy(robot()), context=context)
+    assert node.set_parameters([Parameter("num_steps", value=5)])[0].successful
+    node.trigger_configure()
+    answer = node.set_parameters([Parameter("num_steps", value=6)])[0]
+    assert not answer.successful and "cleanup first" in answer.reason
+    assert node.set_parameters([Parameter("rate", value=5)])[0].successful
+    node.trigger_cleanup()
+    assert node.set_parameters([Parameter("num_steps", value=6)])[0].successful
+    node.destroy_node()
+
+
+def test_a_wrong_value_at_start_is_one_error(context):
+    with pytest.raises(ParameterError, match="parameter 'preset': found 'huge', must be one of"):
+        PolicyNode(context=context, parameter_overrides=[Parameter("preset", value="huge")])
+
+
+def test_every_parameter_is_described(context):
+    node = PolicyNode(lambda _: StubPolicy(robot()), context=context)
+    for name in node._settings.values():
+        assert len(node.describe_parameter(name).description) > 10
+    assert node.describe_parameter("rate").floating_point_range[0].to_value == 1000
+    assert node.describe_parameter("num_steps").integer_range[0].from_value == 1
+    assert node.describe_parameter("autostart").read_only
+    node.destroy_node()
+
+
+def process(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pi0_ros.ros.policy_node", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_program_ends_with_one_line_when_it_cannot_start():
+    both = process("--ros-args", "-p", "rate:=-3.0"), process("--ros-args", "-p", "autostart:=true")
+    for program, reason in zip(both, ("rate", "give a robot file or a checkpoint folder"), strict=True):
+        out, err = program.communicate(timeout=60)
+        assert program.returncode == 1
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and reason in errors[0] and "Traceback" not in err + out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_program_cleanly(ros, number):
+    name = f"policy_{number.name.lower()}"
+    program = process("--ros-args", "-r", f"__node:={name}")
+    listener = ros.node("listener")
+    ros.spin_until(lambda: name in listener.get_node_names(), 60.0, "the program's node is there")
+    program.send_signal(number)
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 0, err
+    assert "Traceback" not in err
