@@ -1,0 +1,175 @@
+"""Training samples from the cache: random access, a split by episode, a shuffle that needs no memory, statistics."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pi0_ros.policy.bundle import BundleSettings
+from pi0_ros.policy.statistics import NormStats, Stats
+from pi0_ros.policy.transforms import build_transforms
+from pi0_ros.robot import CAMERA_SLOTS, Robot
+from pi0_ros.training.cache import Unit
+
+CHUNK_ROWS = 4096  # samples of the statistics that are worked on at once
+MOST_ROWS = 4_000_000  # actions that quantiles are taken of; of a larger set, every so many-th sample
+
+
+class Dataset:
+    """Samples (observation at a tick, action chunk from that tick) of the episodes of cached bags.
+
+    A sample begins at every usable tick whose chunk holds a known action. Action k of the chunk is what was commanded
+    for k ticks later; past the end of the episode the last action is repeated (as openpi and lerobot do), before the
+    first command the first one stands, and `action_mask` is False for both.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        horizon: int,
+        *,
+        episodes: Sequence[tuple[int, int]] | None = None,
+        cameras: Sequence[str] = CAMERA_SLOTS,
+    ) -> None:
+        """`episodes`: (unit, episode) pairs to take, as `split` gives them; None for all."""
+        self.units, self.horizon, self.cameras = list(units), horizon, tuple(cameras)
+        self.episodes = list(all_episodes(units) if episodes is None else episodes)
+        begins = [self._begins(unit, episode) for unit, episode in self.episodes]
+        self._offsets = np.concatenate([[0], np.cumsum([len(ticks) for ticks in begins], dtype=np.int64)])
+        self._tick = np.concatenate(begins) if begins else np.empty(0, np.int64)
+
+    def _begins(self, unit: int, episode: int) -> np.ndarray:
+        span, arrays = self.units[unit].episodes[episode], self.units[unit].arrays
+        window = slice(span["begin"], span["end"])
+        usable, known = arrays["usable"][window], arrays["known"][window]
+        ends = np.minimum(np.arange(len(known)) + self.horizon, len(known)) - 1
+        return span["begin"] + np.flatnonzero(usable & known[ends])  # known from the first command on
+
+    def __len__(self) -> int:
+        return len(self._tick)
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """Sample `index` of `len(self)`.
+
+        images: uint8 [N, S, S, 3], N cameras in the order given, black where the robot has none; image_masks: bool [N];
+        state: float64 [J]; actions: float64 [H, J], absolute; action_mask: bool [H]; prompt: str. Robot units.
+        """
+        unit, tick, rows, mask = self._chunk(index)
+        arrays, size = unit.arrays, unit.index["image_size"]
+        images = np.zeros((len(self.cameras), size, size, 3), np.uint8)
+        masks = np.zeros(len(self.cameras), bool)
+        for column, slot in enumerate(unit.slots):
+            if slot in self.cameras:
+                at = self.cameras.index(slot)
+                images[at], masks[at] = unit.frames[slot][arrays["rows"][tick, column]], True
+        return {
+            "images": images,
+            "image_masks": masks,
+            "state": np.array(arrays["state"][tick]),
+            "actions": arrays["actions"][rows],
+            "action_mask": mask,
+            "prompt": unit.prompts[arrays["prompt"][tick]],
+        }
+
+    def where(self, index: int) -> tuple[int, int, int]:
+        """(unit, episode of the unit, tick within the episode) of a sample."""
+        unit, episode = self.episodes[self._place(index)]
+        return unit, episode, int(self._tick[index]) - self.units[unit].episodes[episode]["begin"]
+
+    def _place(self, index: int) -> int:
+        return int(np.searchsorted(self._offsets, index, side="right")) - 1
+
+    def _chunk(self, index: int) -> tuple[Unit, int, np.ndarray, np.ndarray]:
+        number, episode = self.episodes[self._place(index)]
+        unit, tick = self.units[number], int(self._tick[index])
+        rows = tick + np.arange(self.horizon)
+        end = unit.episodes[episode]["end"]
+        inside = rows < end
+        rows = np.minimum(rows, end - 1)
+        return unit, tick, rows, inside & unit.arrays["known"][rows]
+
+    def chunks(self, stride: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Every stride-th sample without images, in blocks: state [B, J], actions [B, H, J], action_mask [B, H]."""
+        for place, (number, episode) in enumerate(self.episodes):
+            unit = self.units[number]
+            arrays, end = unit.arrays, unit.episodes[episode]["end"]
+            ticks = self._tick[self._offsets[place] : self._offsets[place + 1]][::stride]
+            for first in range(0, len(ticks), CHUNK_ROWS):
+                at = ticks[first : first + CHUNK_ROWS]
+                rows = at[:, None] + np.arange(self.horizon)
+                inside = rows < end
+                rows = np.minimum(rows, end - 1)
+                yield arrays["state"][at], arrays["actions"][rows], inside & arrays["known"][rows]
+
+
+def all_episodes(units: Sequence[Unit]) -> list[tuple[int, int]]:
+    """(unit, episode) of every episode."""
+    return [(i, k) for i, unit in enumerate(units) for k in range(len(unit.episodes))]
+
+
+def split(units: Sequence[Unit], held_out: float, seed: int = 0) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Episodes to train on and episodes to hold out, both as (unit, episode), by a hash of bag, episode and seed.
+
+    At least one is held out when `held_out` > 0 and there are two; the same bags and seed give the same split, whatever
+    folder they lie in. Episodes without a usable tick are in neither.
+    """
+    useful = [
+        (i, k)
+        for i, k in all_episodes(units)
+        if units[i].arrays["usable"][units[i].episodes[k]["begin"] : units[i].episodes[k]["end"]].any()
+    ]
+    count = 0 if held_out <= 0 or len(useful) < 2 else min(max(round(held_out * len(useful)), 1), len(useful) - 1)
+    ranked = sorted(useful, key=lambda pair: _hash(seed, units[pair[0]].index["digest"], pair[1]))
+    return sorted(ranked[count:]), sorted(ranked[:count])
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()
+
+
+def batch_indices(samples: int, step: int, batch: int, *, seed: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
+    """Which samples rank `rank` trains on at optimizer step `step`: int64 [batch]. Needs no state to resume.
+
+    All ranks together walk through one endless row of permutations, one an epoch, each from (seed, epoch): rank r takes
+    the r-th block of the step's ranks * batch places. So one process with a batch of 64 sees what two with 32 see.
+    """
+    if samples < 1:
+        raise ValueError("there are no samples to draw from")
+    places = np.arange(batch, dtype=np.int64) + (step * ranks + rank) * batch
+    epochs, at = np.divmod(places, samples)
+    drawn = np.empty(batch, np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        drawn[here] = _permutation(samples, seed, int(epoch))[at[here]]
+    return drawn
+
+
+@lru_cache(maxsize=4)
+def _permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(samples)
+
+
+def statistics(dataset: Dataset, robot: Robot, settings: BundleSettings) -> NormStats:
+    """Mean, std and exact 1 % and 99 % quantiles of states and of actions, in the space that is normalised.
+
+    Over every sample, and of its actions over every step of the chunk that is not padding (openpi:
+    scripts/compute_norm_stats.py, which counts the padding and bins the quantiles).
+    """
+    if not len(dataset):
+        raise ValueError("there are no samples to take statistics of")
+    group = build_transforms(robot, None, settings)
+    states, actions = [], []
+    for state, chunk, mask in dataset.chunks(stride=1 + len(dataset) * dataset.horizon // MOST_ROWS):
+        data = group.encode(state, chunk)
+        states.append(data["state"])
+        actions.append(data["actions"][mask])
+    return NormStats(_stats(np.concatenate(states)), _stats(np.concatenate(actions)))
+
+
+def _stats(rows: np.ndarray) -> Stats:
+    q01, q99 = np.quantile(rows, [0.01, 0.99], axis=0)
+    return Stats(rows.mean(axis=0), rows.std(axis=0), q01, q99)

@@ -1,0 +1,187 @@
+"""From a recording to episodes on the action grid: what was observed and commanded at every tick, and what was dropped.
+
+Ticks lie `1 / control_rate` apart, from the first moment at which every observation stream has spoken to the last
+message of any. Which message belongs to a tick is decided by `policy.alignment`, as on the robot. Commands do not gate
+the start: before the first one the action is marked unknown.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pi0_ros.policy.alignment import StreamTimes, align_ticks
+from pi0_ros.robot import Robot
+from pi0_ros.training.commands import commanded
+from pi0_ros.training.recording import Recording
+
+IDLE_MARGIN = 0.25  # seconds kept before the first and after the last movement
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to take from recordings.
+
+    `idle`: start and end of an episode are trimmed while no joint's state or command is further than this share of its
+    position range from where it began (ended); 0 keeps everything. `prompt` replaces every recorded one.
+    """
+
+    idle: float = 0.005
+    prompt: str | None = None
+
+
+@dataclass
+class Episode:
+    """One demonstration on its action grid of T ticks.
+
+    ticks_ns int64 [T]; state, actions float64 [T, J] in robot units; known bool [T], False while a joint had no command
+    yet; frames: slot -> int64 [T], ordinal of the image message on its topic, -1 without; usable bool [T]: observation
+    complete and not trimmed, so that a sample may begin there; prompts: one text per tick; skew_ns int64 [T];
+    dropped: reason -> ticks.
+    """
+
+    label: str
+    ticks_ns: np.ndarray
+    state: np.ndarray
+    actions: np.ndarray
+    known: np.ndarray
+    frames: dict[str, np.ndarray]
+    usable: np.ndarray
+    prompts: list[str]
+    skew_ns: np.ndarray
+    dropped: Counter[str] = field(default_factory=Counter)
+    idle_start: float = 0.0  # seconds
+    idle_end: float = 0.0
+    waited: float = 0.0  # seconds from its beginning until every observation stream had spoken
+
+
+def cut_episodes(recording: Recording, robot: Robot, selection: Selection = Selection()) -> list[Episode]:  # noqa: B008
+    """The episodes of a recording without problems; an episode in which nothing was observed is left out."""
+    if recording.problems or any(not len(stream.time_ns) for stream in recording.observed):
+        return []
+    first = min(int(stream.time_ns.min()) for stream in recording.observed)
+    last = max(int(stream.time_ns.max()) for stream in recording.observed)
+    episodes = []
+    for begin, end, label in _spans(recording.marks, first, last):
+        if (episode := _episode(recording, robot, selection, begin, end, label)) is not None:
+            episodes.append(episode)
+    return episodes
+
+
+def _spans(marks: list[tuple[int, str]], first: int, last: int) -> list[tuple[int, int, str]]:
+    """(begin, end, label) in ns. Without marks all of it is one episode; a mark that begins ends the one before."""
+    if not any(text for _, text in marks):
+        return [(first, last, "")]
+    spans, begun = [], None
+    for time, text in [*marks, (last + 1, "")]:
+        if begun is not None:
+            spans.append((begun[0], min(time - 1, last), begun[1]))
+        begun = (time, text) if text else None
+    return [span for span in spans if span[0] < span[1]]
+
+
+def _episode(
+    recording: Recording, robot: Robot, selection: Selection, begin: int, end: int, label: str
+) -> Episode | None:
+    streams = _stream_times(recording, robot)
+    firsts = [_first_at(stream, begin, end) for stream in streams]
+    lasts = [_last_at(stream, begin, end) for stream in streams]
+    if None in firsts or None in lasts:
+        return None
+    start, stop = max(firsts), max(lasts)
+    if stop < start:
+        return None
+    count = int((stop - start) * robot.control_rate // 1e9) + 1
+    ticks = start + np.round(np.arange(count) * (1e9 / robot.control_rate)).astype(np.int64)
+    aligned = align_ticks(streams, ticks, round(robot.max_skew * 1e9))
+    dropped = Counter({f"{name}: {kind}": count for (name, kind), count in aligned.dropped().items()})
+    state = _state(recording, aligned.indices, len(ticks), len(robot.joints))
+    actions, known = commanded(recording.commands, ticks, len(robot.joints))
+    usable = aligned.ok.copy()
+    head, tail = _active(state, actions, robot, selection.idle)
+    trimmed = np.zeros(len(ticks), bool)
+    trimmed[:head], trimmed[tail:] = True, True
+    dropped["idle"] += int((usable & trimmed).sum())
+    usable &= ~trimmed
+    frames = {}
+    for slot, stream in recording.cameras.items():
+        at = aligned.indices[slot]
+        frames[slot] = np.where(at >= 0, stream.ordinal[at], -1)
+    return Episode(
+        label=label,
+        ticks_ns=ticks,
+        state=state,
+        actions=actions,
+        known=known.all(axis=1),
+        frames=frames,
+        usable=usable,
+        prompts=_prompts(recording, robot, selection, ticks),
+        skew_ns=aligned.skew_ns,
+        dropped=+dropped,
+        idle_start=head / robot.control_rate,
+        idle_end=(len(ticks) - tail) / robot.control_rate,
+        waited=(start - begin) / 1e9,
+    )
+
+
+def _stream_times(recording: Recording, robot: Robot) -> list[StreamTimes]:
+    state_age, state_latency = round(robot.state.max_age * 1e9), round(robot.state.latency * 1e9)
+    streams = [StreamTimes(s.name, s.time_ns, state_age, state_latency) for s in recording.states]
+    for slot, camera in robot.present_cameras.items():
+        times = recording.cameras[slot].time_ns
+        streams.append(StreamTimes(slot, times, round(camera.max_age * 1e9), round(camera.latency * 1e9)))
+    return streams
+
+
+def _first_at(stream: StreamTimes, begin: int, end: int) -> int | None:
+    """When the stream can first answer within [begin, end]: at once if it spoke shortly before."""
+    times = stream.stamps_ns - stream.latency_ns
+    if ((times <= begin) & (times >= begin - stream.max_age_ns)).any():
+        return begin
+    inside = times[(times > begin) & (times <= end)]
+    return int(inside.min()) if len(inside) else None
+
+
+def _last_at(stream: StreamTimes, begin: int, end: int) -> int | None:
+    times = stream.stamps_ns - stream.latency_ns
+    if not (times <= end).any():
+        return None
+    return end if (times > end).any() else max(int(times.max()), begin)
+
+
+def _state(recording: Recording, indices: dict[str, np.ndarray], ticks: int, joints: int) -> np.ndarray:
+    """float64 [T, J]; a joint of several streams comes from the newest. NaN where none has spoken."""
+    state, newest = np.full((ticks, joints), np.nan), np.full((ticks, joints), np.iinfo(np.int64).min)
+    for stream in recording.states:
+        at, columns = indices[stream.name], list(stream.joints)
+        times = np.where(at >= 0, stream.time_ns[at], np.iinfo(np.int64).min)[:, None]
+        better = times > newest[:, columns]
+        state[:, columns] = np.where(better, stream.positions[at], state[:, columns])
+        newest[:, columns] = np.where(better, times, newest[:, columns])
+    return state
+
+
+def _active(state: np.ndarray, actions: np.ndarray, robot: Robot, idle: float) -> tuple[int, int]:
+    """[head, tail) of ticks around the movement, with a margin; (T, T) when nothing ever moves."""
+    if idle <= 0:
+        return 0, len(state)
+    spans = np.array([joint.position[1] - joint.position[0] for joint in robot.joints])
+    both = np.concatenate([state, actions], axis=1) / np.concatenate([spans, spans])  # [T, 2J]
+    moved = np.flatnonzero((np.abs(both - both[0]) > idle).any(axis=1))
+    resting = np.flatnonzero((np.abs(both - both[-1]) > idle).any(axis=1))
+    if not len(moved):
+        return len(state), len(state)
+    margin = round(IDLE_MARGIN * robot.control_rate)
+    return max(moved[0] - margin, 0), min((resting[-1] if len(resting) else moved[-1]) + 1 + margin, len(state))
+
+
+def _prompts(recording: Recording, robot: Robot, selection: Selection, ticks: np.ndarray) -> list[str]:
+    """Command line, else the newest on the topic at or before the tick, else the bag's metadata, else the default."""
+    fixed = selection.prompt or recording.custom_data.get("prompt") or robot.prompt.default
+    spoken = [(time, text) for time, text in recording.prompts if text]
+    if selection.prompt or not spoken:
+        return [fixed] * len(ticks)
+    at = np.searchsorted(np.array([time for time, _ in spoken]), ticks, side="right") - 1
+    return [spoken[max(i, 0)][1] for i in at]  # a latched prompt is recorded a little after the start

@@ -1,0 +1,428 @@
+"""One pass over a bag: every stream that the robot file names, with its stamps, and the message faults by reason.
+
+Images are not decoded here, only looked at (stamp, size, truncation), so memory stays small whatever the bag holds.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pi0_ros.policy.alignment import CLOCK_RESET_NS
+from pi0_ros.robot import Robot
+from pi0_ros.training.bags import Bag, BagError, decode, header_stamp
+from pi0_ros.training.commands import Command
+
+IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
+JOINT_STATE, STRING = "sensor_msgs/msg/JointState", "std_msgs/msg/String"
+ACTION_TYPES = {
+    "JointState": JOINT_STATE,
+    "JointTrajectory": "trajectory_msgs/msg/JointTrajectory",
+    "Float64MultiArray": "std_msgs/msg/Float64MultiArray",
+}
+NAN_SHARE = 0.01  # a larger share of messages with NaN joints is a fault of the robot, not of a start-up
+BIN_NS = 1_000_000_000
+
+
+@dataclass
+class Stream:
+    """Times of the sound messages of one stream in the order of recording.
+
+    `ordinal`: which message of its topic each is, counting all; `header_ns` is 0 where a message has no stamp.
+    """
+
+    name: str
+    topic: str
+    type: str
+    bag_ns: np.ndarray
+    header_ns: np.ndarray
+    ordinal: np.ndarray
+    joints: tuple[int, ...] = ()  # state only: model indices
+    positions: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))  # state only: float64 [M, len(joints)]
+    time_ns: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # by the robot file's clock
+
+
+@dataclass
+class Recording:
+    """A bag as the robot file sees it. `problems` are why it cannot be trained on; `faults` counts bad messages."""
+
+    source: str
+    cameras: dict[str, Stream] = field(default_factory=dict)
+    states: list[Stream] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
+    commands_ns: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # bag time of each command
+    prompts: list[tuple[int, str]] = field(default_factory=list)
+    marks: list[tuple[int, str]] = field(default_factory=list)  # episode begins (text) and ends ("")
+    custom_data: dict[str, str] = field(default_factory=dict)
+    topics: dict[str, str | None] = field(default_factory=dict)  # what the robot file names -> the recorded topic
+    faults: Counter[tuple[str, str]] = field(default_factory=Counter)  # (stream, reason) -> messages
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def observed(self) -> list[Stream]:
+        """State streams and cameras."""
+        return [*self.states, *self.cameras.values()]
+
+
+def read_recording(bag: Bag, robot: Robot) -> Recording:
+    """Everything but the pixels. BagError when the bag itself cannot be read."""
+    reader = _Reader(bag, robot)
+    return reader.read()
+
+
+class _Rows:
+    """Times, and positions where there are any, of many messages: 24 bytes and 8 a joint each, not a Python object."""
+
+    def __init__(self) -> None:
+        self.times, self.values = array("q"), array("d")
+
+    def add(self, stamp: int, header: int, ordinal: int, values: np.ndarray | None = None) -> None:
+        self.times.extend((stamp, header, ordinal))
+        if values is not None:
+            self.values.frombytes(values.tobytes())
+
+    def columns(self) -> np.ndarray:
+        return np.array(self.times, np.int64).reshape(-1, 3).T  # bag, header, ordinal
+
+
+class _Reader:
+    def __init__(self, bag: Bag, robot: Robot) -> None:
+        self.bag, self.robot = bag, robot
+        self.recording = Recording(str(bag.files.path), custom_data=bag.files.custom_data)
+        self.images: dict[str, _Rows] = {}
+        self.states: dict[tuple[str, tuple[int, ...]], _Rows] = {}
+        self.actions: list[tuple[int, int, Any]] = []  # bag, header, payload
+        self.texts: dict[str, list[tuple[int, str]]] = {}
+        self.handlers: dict[str, list[Any]] = {}
+        self.index = {name: i for i, name in enumerate(robot.joint_names)}
+        self.columns: dict[tuple[str, ...], tuple[tuple[int, ...], list[int]]] = {}
+        self.seen_names: dict[str, set[str]] = {}
+        self.nan: Counter[str] = Counter()
+
+    def read(self) -> Recording:
+        robot, recording = self.robot, self.recording
+        cameras = {
+            slot: self._find(f"camera {slot}", _image_names(camera.topic, camera.transport), (IMAGE, COMPRESSED))
+            for slot, camera in robot.present_cameras.items()
+        }
+        states = [self._find("state", [topic], (JOINT_STATE,)) for topic in robot.state.topics]
+        actions = self._find_actions()
+        prompt = self._find("prompt", [robot.prompt.topic], (STRING,), needed=False) if robot.prompt.topic else None
+        marks = self._find("episodes", [robot.episode_topic], (STRING,), needed=False) if robot.episode_topic else None
+        for topic, handler in [
+            *((topic, self._on_image) for topic in cameras.values()),
+            *((topic, self._on_state) for topic in states),
+            (actions, self._on_action),
+            (prompt, self._on_text),
+            (marks, self._on_text),
+        ]:
+            if topic and handler not in self.handlers.setdefault(topic, []):
+                self.handlers[topic].append(handler)
+        self._pass()
+        for slot, topic in cameras.items():
+            recording.cameras[slot] = self._stream(slot, topic, self.images.get(topic, _Rows()))
+        for topic in states:
+            recording.states += self._state_streams(topic)
+        recording.notes += self.bag.notes
+        self._check_joints(states, actions)
+        offset = _ClockOffset(recording.observed)
+        self._set_times(offset)
+        self._set_commands(actions, offset)
+        recording.prompts = self._texts(prompt, offset)
+        recording.marks = self._texts(marks, offset)
+        recording.notes = list(dict.fromkeys(recording.notes))
+        recording.problems = list(dict.fromkeys(recording.problems))
+        return recording
+
+    # -- which topics ---------------------------------------------------------------------------------------------
+
+    def _find(self, what: str, names: list[str], types: tuple[str, ...], needed: bool = True) -> str | None:
+        topics = self.bag.topics
+        for name in names:
+            for topic in _matching(name, topics):
+                if topics[topic].type in types and topics[topic].count:
+                    if topic != "/" + name.lstrip("/") or name != names[0]:
+                        self.recording.notes.append(f"{what}: {topic} was read for {names[0]}")
+                    self.recording.topics[names[0]] = topic
+                    return topic
+        self.recording.topics[names[0]] = None
+        if needed:
+            self.recording.problems.append(f"{what}: {self._absence(names, types)}")
+        return None
+
+    def _absence(self, names: list[str], types: tuple[str, ...]) -> str:
+        topics = self.bag.topics
+        allowed = " or ".join(kind.split("/")[-1] for kind in types)
+        for name in names:
+            for topic in _matching(name, topics):
+                if topics[topic].type not in types:
+                    return f"topic {topic} is a {topics[topic].type}, expected {allowed}"
+                return f"topic {topic} has no message"
+        there = [topic.name for topic in topics.values() if topic.type in types and topic.count]
+        hint = f"topics of that type: {', '.join(there)}" if there else f"no topic has {allowed}"
+        return f"topic {names[0]} is not in the recording; {hint}"
+
+    def _find_actions(self) -> str | None:
+        actions = self.robot.actions
+        if actions is None:
+            self.recording.problems.append("actions: the robot file does not say where recorded actions come from")
+            return None
+        return self._find("actions", [actions.topic], (ACTION_TYPES[actions.type],))
+
+    # -- the messages ---------------------------------------------------------------------------------------------
+
+    def _pass(self) -> None:
+        counts: Counter[str] = Counter()
+        for topic, stamp, raw in self.bag.messages(set(self.handlers)):
+            ordinal = counts[topic]
+            counts[topic] += 1
+            for handler in self.handlers[topic]:
+                try:
+                    handler(topic, stamp, ordinal, raw)
+                except BagError as error:
+                    self.recording.faults[topic, str(error)] += 1
+
+    def _on_image(self, topic: str, stamp: int, ordinal: int, raw: bytes) -> None:
+        header = header_stamp(raw)
+        if fault := image_fault(decode(raw, self.bag.topics[topic].type)):
+            raise BagError(fault)
+        self.images.setdefault(topic, _Rows()).add(stamp, header, ordinal)
+
+    def _on_state(self, topic: str, stamp: int, ordinal: int, raw: bytes) -> None:
+        message = decode(raw, JOINT_STATE)
+        if found := self._joints(topic, message.name, message.position):
+            self.states.setdefault((topic, found[0]), _Rows()).add(stamp, _stamp(message), ordinal, found[1])
+
+    def _on_action(self, topic: str, stamp: int, ordinal: int, raw: bytes) -> None:
+        message = decode(raw, self.bag.topics[topic].type)
+        kind = self.robot.actions.type
+        if kind == "JointState":
+            if found := self._joints(topic, message.name, message.position):
+                self.actions.append((stamp, _stamp(message), found))
+        elif kind == "JointTrajectory":
+            self._on_trajectory(topic, stamp, message)
+        else:
+            names = self.robot.actions.joints or self.robot.joint_names
+            if len(message.data) != len(names):
+                raise BagError(f"{len(message.data)} numbers for {len(names)} joints")
+            self.actions.append((stamp, 0, self._joints(topic, names, message.data)))
+
+    def _on_trajectory(self, topic: str, stamp: int, message: Any) -> None:
+        if not message.points:
+            return  # an empty trajectory stops the arm where it is; there is no target to learn
+        if any(len(point.positions) != len(message.joint_names) for point in message.points):
+            raise BagError("a trajectory point without a position for every joint")
+        found = [self._joints(topic, message.joint_names, point.positions) for point in message.points]
+        if found[0] is None:
+            return
+        due = [point.time_from_start.sec * 1_000_000_000 + point.time_from_start.nanosec for point in message.points]
+        if any(b <= a for a, b in zip(due, due[1:], strict=False)):
+            raise BagError("time_from_start does not increase")
+        payload = found[0][0], np.stack([row for _, row in found]), np.array(due, np.int64)
+        self.actions.append((stamp, _stamp(message), payload))
+
+    def _on_text(self, topic: str, stamp: int, ordinal: int, raw: bytes) -> None:
+        self.texts.setdefault(topic, []).append((stamp, decode(raw, STRING).data.strip()))
+
+    def _joints(self, topic: str, names: Iterable[str], positions: Any) -> tuple[tuple[int, ...], np.ndarray] | None:
+        """(model indices, positions) of the robot's joints in a message, None when it has none of them."""
+        key = tuple(names)
+        if key not in self.columns:
+            at = sorted((i for i, name in enumerate(key) if name in self.index), key=lambda i: self.index[key[i]])
+            self.columns[key] = tuple(self.index[key[i]] for i in at), at
+            if at != sorted(at):
+                self.recording.notes.append(
+                    f"{topic}: joints come in another order than in the robot file; read by name"
+                )
+        self.seen_names.setdefault(topic, set()).update(key)
+        joints, at = self.columns[key]
+        if not joints:
+            return None
+        if len(positions) < len(key):
+            raise BagError(f"{len(positions)} positions for {len(key)} joint names")
+        row = np.asarray(positions, np.float64)[at]
+        if not np.isfinite(row).all():
+            bad = [self.robot.joint_names[j] for j, value in zip(joints, row, strict=True) if not np.isfinite(value)]
+            self.nan.update(f"{topic} joint {name!r}" for name in bad)
+            raise BagError("NaN or infinite position")
+        return joints, row
+
+    # -- from rows to streams -------------------------------------------------------------------------------------
+
+    def _stream(self, name: str, topic: str | None, rows: _Rows) -> Stream:
+        return Stream(name, topic or "", self.bag.topics[topic].type if topic else "", *rows.columns())
+
+    def _state_streams(self, topic: str | None) -> list[Stream]:
+        """One stream for each set of joints on a topic: drivers of arm and gripper often share one."""
+        groups = {joints: rows for (where, joints), rows in self.states.items() if where == topic}
+        # A set within a larger one adds nothing, and a joint that a driver named once must not age everything else.
+        whole = [joints for joints in groups if not any(set(joints) < set(other) for other in groups)]
+        streams = []
+        for joints in whole:
+            names = ", ".join(self.robot.joint_names[joint] for joint in joints)
+            stream = self._stream(topic if len(whole) == 1 else f"{topic} ({names})", topic, groups[joints])
+            stream.joints, stream.positions = joints, np.array(groups[joints].values).reshape(-1, len(joints))
+            streams.append(stream)
+        return streams
+
+    def _check_joints(self, states: list[str | None], actions: str | None) -> None:
+        recording, names = self.recording, self.robot.joint_names
+        for what, topics in (("state", [t for t in states if t]), ("actions", [actions] if actions else [])):
+            seen = set().union(*(self.seen_names.get(topic, set()) for topic in topics))
+            if topics and (missing := [name for name in names if name not in seen]):
+                found = ", ".join(sorted(seen)[:12]) or "none"
+                recording.problems.append(f"{what}: no message names joint {', '.join(missing)}; names found: {found}")
+        for where, count in self.nan.items():
+            topic = where.split(" joint ")[0]
+            share = count / max(self.bag.topics[topic].count, 1)
+            text = f"{where}: NaN or infinite in {share:.1%} of messages"
+            (recording.problems if share > NAN_SHARE else recording.notes).append(text)
+
+    def _set_times(self, offset: _ClockOffset) -> None:
+        recording = self.recording
+        for stream in recording.observed:
+            what = stream.name if stream.name == stream.topic else f"{stream.name} ({stream.topic})"
+            if stream.topic and not len(stream.bag_ns):
+                recording.problems.append(f"{what}: no message can be used{self._reasons(stream.topic)}")
+            if self.robot.clock == "bag":
+                stream.time_ns = stream.bag_ns
+                continue
+            stamped = stream.header_ns != 0
+            if len(stamped) and not stamped.any():
+                recording.problems.append(
+                    f"{what}: every header stamp is 0; set `clock: bag` in the robot file to align by time of recording"
+                )
+            elif (zeros := int((~stamped).sum())) > 0:
+                recording.faults[stream.topic, "header stamp 0"] += zeros
+                for name in ("bag_ns", "header_ns", "ordinal"):
+                    setattr(stream, name, getattr(stream, name)[stamped])
+                stream.positions = stream.positions[stamped] if len(stream.positions) else stream.positions
+            stream.time_ns = stream.header_ns
+            back = stream.header_ns[:-1] - stream.header_ns[1:]
+            if len(back) and back.max() > CLOCK_RESET_NS:
+                recording.problems.append(
+                    f"{what}: header stamps jump back by {back.max() / 1e9:.1f} s (simulation reset?); split the "
+                    "recording there or set `clock: bag` in the robot file"
+                )
+        self._note_clocks(offset)
+
+    def _note_clocks(self, offset: _ClockOffset) -> None:
+        spans = [s for s in self.recording.observed if len(s.bag_ns) > 1 and s.header_ns.all()]
+        for stream in spans:
+            delay = (stream.bag_ns - stream.header_ns) / 1e9
+            if delay.max() - delay.min() > 0.5:
+                self.recording.notes.append(
+                    f"{stream.topic}: header and bag clocks drift {delay.max() - delay.min():.2f} s apart; "
+                    f"aligned by {self.robot.clock} time"
+                )
+            if stream.header_ns.max() < 365 * 86_400 * BIN_NS:
+                self.recording.notes.append(f"{stream.topic}: header stamps near 0: simulated or monotonic time")
+            duplicates = len(stream.header_ns) - len(np.unique(stream.header_ns))
+            if duplicates:
+                self.recording.notes.append(
+                    f"{stream.topic}: {duplicates} duplicate header stamps; of equals the last recorded counts"
+                )
+
+    def _reasons(self, topic: str) -> str:
+        reasons = [f"{count} x {reason}" for (where, reason), count in self.recording.faults.items() if where == topic]
+        return f" ({'; '.join(reasons[:3])})" if reasons else ""
+
+    def _set_commands(self, topic: str | None, offset: _ClockOffset) -> None:
+        rows = self.actions
+        if topic and not rows:
+            reasons = self._reasons(topic)
+            self.recording.problems.append(f"actions: no command on {topic} can be used{reasons}")
+        if not rows:
+            return
+        latency = round(self.robot.actions.latency * 1e9)
+        arrivals = np.array([row[0] for row in rows], np.int64)
+        stamps = np.array([row[1] for row in rows], np.int64)
+        now = arrivals - offset.at(arrivals)  # arrival by the header clock
+        stamps = np.where(stamps == 0, now, stamps)
+        by_header = self.robot.clock == "header"
+        bases = (stamps if by_header else stamps + (arrivals - now)) - latency
+        begins = np.minimum(bases, (now if by_header else arrivals) - latency)
+        for row, base, begin in zip(rows, bases, begins, strict=True):
+            joints, positions = row[2][0], np.atleast_2d(row[2][1])
+            if len(row[2]) == 3:  # a trajectory: due at stamp + time_from_start
+                self.recording.commands.append(Command(int(begin), joints, base + row[2][2], positions))
+            else:
+                self.recording.commands.append(Command(int(base), joints, np.array([base], np.int64), positions))
+        self.recording.commands_ns = arrivals
+
+    def _texts(self, topic: str | None, offset: _ClockOffset) -> list[tuple[int, str]]:
+        rows = self.texts.get(topic, []) if topic else []
+        stamps = np.array([row[0] for row in rows], np.int64)
+        if self.robot.clock == "header" and len(stamps):
+            stamps = stamps - offset.at(stamps)
+        return sorted(((int(t), row[1]) for t, row in zip(stamps, rows, strict=True)), key=lambda item: item[0])
+
+
+class _ClockOffset:
+    """Bag time minus header time over a recording: the median of every second, straight lines between.
+
+    Messages without a header have only a time of recording; this is how they find their place among stamps when the
+    two clocks differ or drift (a simulator slower than real time).
+    """
+
+    def __init__(self, streams: list[Stream]) -> None:
+        self.knots, self.offsets = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        stream = max(streams, key=lambda s: np.count_nonzero(s.header_ns), default=None)
+        if stream is None or not stream.header_ns.any():
+            return
+        bag_ns, header_ns = stream.bag_ns[stream.header_ns != 0], stream.header_ns[stream.header_ns != 0]
+        bins = (bag_ns - bag_ns.min()) // BIN_NS
+        places = [np.flatnonzero(bins == b) for b in np.unique(bins)]
+        self.knots = np.array([int(np.median(bag_ns[at] - bag_ns[0])) for at in places], np.int64) + bag_ns[0]
+        delay = bag_ns - header_ns
+        self.offsets = np.array([int(np.median(delay[at] - delay[0])) for at in places], np.int64) + delay[0]
+
+    def at(self, bag_ns: np.ndarray) -> np.ndarray:
+        """Offset in ns, int64, at times of recording."""
+        return np.interp(bag_ns - self.knots[0], self.knots - self.knots[0], self.offsets - self.offsets[0]).astype(
+            np.int64
+        ) + int(self.offsets[0])
+
+
+def image_fault(message: Any) -> str | None:
+    """What makes an image message useless, seen without decoding it."""
+    data = message.data
+    if hasattr(message, "format"):
+        head = bytes(data[:4])
+        if head[:2] == b"\xff\xd8" and bytes(data[-65536:]).rfind(b"\xff\xd9") < 0:
+            return "JPEG data end too early"
+        if head == b"\x89PNG" and bytes(data[-64:]).rfind(b"IEND") < 0:
+            return "PNG data end too early"
+        return None if len(data) else "empty image"
+    if not message.height or not message.width:
+        return "empty image"
+    if len(data) < message.height * message.step:
+        return "image data shorter than height x step"
+    return None
+
+
+def _image_names(topic: str, transport: str) -> list[str]:
+    compressed = f"{topic}/compressed"
+    return [compressed, topic] if transport == "compressed" else [topic, compressed]
+
+
+def _matching(name: str, topics: Iterable[str]) -> list[str]:
+    """Recorded topics for a name of the robot file; a relative name also matches below one namespace."""
+    exact = "/" + name.lstrip("/")
+    if exact in topics:
+        return [exact]
+    if name.startswith("/"):
+        return []
+    below = [topic for topic in topics if topic.endswith(exact)]
+    return below if len(below) == 1 else []
+
+
+def _stamp(message: Any) -> int:
+    stamp = message.header.stamp
+    return stamp.sec * 1_000_000_000 + stamp.nanosec

@@ -1,0 +1,295 @@
+"""What is in recordings, as numbers: for a person before training, and to say no when nothing can be learnt."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pi0_ros.robot import Robot
+from pi0_ros.training.bags import Bag, BagError, BagFiles
+from pi0_ros.training.cache import image_messages, model_frame, require_usable
+from pi0_ros.training.episodes import Episode, Selection, cut_episodes
+from pi0_ros.training.recording import Recording, Stream, read_recording
+
+NEAR_CONSTANT = 1e-3  # standard deviation as a share of the joint's position range
+OUTSIDE_WARNING = 0.05
+GAP_FACTOR = 3.0  # a gap is a silence longer than this many usual periods
+
+
+@dataclass
+class BagReport:
+    """One bag. `numbers` is plain JSON; the arrays serve plots and the statistics of all bags together."""
+
+    numbers: dict[str, Any]
+    state: np.ndarray  # float64 [T, J] at usable ticks
+    actions: np.ndarray
+    episode: dict[str, np.ndarray] | None = None  # seconds, state, actions, usable of the first episode
+    skew_ms: np.ndarray = field(default_factory=lambda: np.empty(0))
+    samples: list[tuple[str, float, np.ndarray]] = field(default_factory=list)  # slot, seconds, uint8 [S, S, 3]
+
+
+def inspect_bag(files: BagFiles, robot: Robot, selection: Selection, image_size: int, samples: int) -> BagReport:
+    """The report of one bag; a bag that cannot be read or trained on has a `refused` reason. `samples`: frames a camera."""
+    joints = len(robot.joints)
+    numbers: dict[str, Any] = {"bag": str(files.path), "refused": None, "notes": list(files.notes)}
+    report = BagReport(numbers, np.empty((0, joints)), np.empty((0, joints)))
+    try:
+        with Bag(files) as bag:
+            recording = read_recording(bag, robot)
+            episodes = cut_episodes(recording, robot, selection)
+            numbers |= _numbers(bag, recording, episodes, robot)
+            numbers["notes"] = recording.notes + _still(recording, robot)
+            require_usable(recording, episodes)
+            report.state = np.concatenate([e.state[e.usable] for e in episodes])
+            report.actions = np.concatenate([e.actions[e.usable & e.known] for e in episodes])
+            report.skew_ms = np.concatenate([e.skew_ns[e.usable] for e in episodes]) / 1e6
+            report.episode = _curve(next(e for e in episodes if e.usable.any()))
+            if samples:
+                report.samples = _samples(bag, recording, episodes, robot, image_size, samples)
+    except BagError as error:
+        numbers["refused"] = str(error).removeprefix(f"{files.path}: ")
+    return report
+
+
+def _numbers(bag: Bag, recording: Recording, episodes: list[Episode], robot: Robot) -> dict[str, Any]:
+    streams = {s.name: _stream(s) for s in recording.observed if len(s.bag_ns)}
+    if len(recording.commands_ns):
+        topic = recording.topics.get(robot.actions.topic) or robot.actions.topic
+        streams["actions"] = {"topic": topic, **_pace(np.sort(recording.commands_ns))}
+    usable = sum(int(e.usable.sum()) for e in episodes)
+    return {
+        "duration": max((s["duration"] for s in streams.values()), default=0.0),
+        "messages": sum(topic.count for topic in bag.topics.values()),
+        "topics": {name: topic for name, topic in recording.topics.items()},
+        "missing": [name for name, topic in recording.topics.items() if topic is None],
+        "streams": streams,
+        "notes": recording.notes,
+        "problems": recording.problems,
+        "bad_messages": {f"{where}: {reason}": n for (where, reason), n in recording.faults.items()},
+        "ticks": sum(len(e.ticks_ns) for e in episodes),
+        "kept": usable,
+        "dropped": dict(sum((e.dropped for e in episodes), Counter())),
+        "skew_ms": _percentiles(np.concatenate([e.skew_ns[e.usable] for e in episodes]) / 1e6) if usable else None,
+        "episodes": [
+            {
+                "label": e.label,
+                "seconds": len(e.ticks_ns) / robot.control_rate,
+                "kept": int(e.usable.sum()),
+                "idle_start": e.idle_start,
+                "idle_end": e.idle_end,
+                "waited": e.waited,
+                "without_action": int((e.usable & ~e.known).sum()),
+                "prompts": list(dict.fromkeys(e.prompts)),
+            }
+            for e in episodes
+        ],
+    }
+
+
+def _stream(stream: Stream) -> dict[str, Any]:
+    numbers = {"topic": stream.topic, **_pace(np.sort(stream.time_ns if len(stream.time_ns) else stream.bag_ns))}
+    stamped = stream.header_ns != 0
+    if stamped.any():
+        delay = (stream.bag_ns - stream.header_ns)[stamped] / 1e6
+        numbers["bag_minus_header_ms"] = _percentiles(delay)
+    return numbers
+
+
+def _pace(times_ns: np.ndarray) -> dict[str, Any]:
+    """Messages, true rate (one over the median period), and silences longer than three periods."""
+    periods = np.diff(times_ns) / 1e9
+    periods = periods[periods > 0]
+    if not len(periods):
+        return {"messages": len(times_ns), "duration": 0.0, "rate": None, "gaps": 0, "longest_gap": None}
+    usual = float(np.median(periods))
+    return {
+        "messages": len(times_ns),
+        "duration": float(times_ns[-1] - times_ns[0]) / 1e9,
+        "rate": 1.0 / usual,
+        "mean_rate": (len(times_ns) - 1) / (float(times_ns[-1] - times_ns[0]) / 1e9),
+        "gaps": int((periods > GAP_FACTOR * usual).sum()),
+        "longest_gap": float(periods.max()),
+    }
+
+
+def _percentiles(values: np.ndarray) -> dict[str, float]:
+    p50, p95, p99 = np.percentile(values, [50, 95, 99])
+    return {
+        "p50": float(p50),
+        "p95": float(p95),
+        "p99": float(p99),
+        "max": float(values.max()),
+        "min": float(values.min()),
+    }
+
+
+def _still(recording: Recording, robot: Robot) -> list[str]:
+    """Joints that do not move over the whole recording, whether it can be trained on or not."""
+    still = {}
+    for stream in recording.states:
+        spread = stream.positions.std(axis=0) if len(stream.positions) > 1 else np.full(len(stream.joints), np.inf)
+        for j, std in zip(stream.joints, spread, strict=True):
+            low, high = robot.joints[j].position
+            if std < NEAR_CONSTANT * (high - low):
+                still[robot.joint_names[j]] = std
+    if not still:
+        return []
+    who = "the arm stands still" if len(still) == len(robot.joints) else f"{', '.join(still)} stand still"
+    return [f"{who}: standard deviation at most {max(still.values()):.2g}, which blows up normalisation"]
+
+
+def _curve(episode: Episode) -> dict[str, np.ndarray]:
+    return {
+        "seconds": (episode.ticks_ns - episode.ticks_ns[0]) / 1e9,
+        "state": episode.state,
+        "actions": np.where(episode.known[:, None], episode.actions, np.nan),
+        "usable": episode.usable,
+    }
+
+
+def _samples(
+    bag: Bag, recording: Recording, episodes: list[Episode], robot: Robot, image_size: int, count: int
+) -> list[tuple[str, float, np.ndarray]]:
+    """Frames from the beginning, the middle, ... of the first episode that has any, as the model will see them."""
+    episode = next(e for e in episodes if e.usable.any())
+    ticks = np.flatnonzero(episode.usable)
+    ticks = ticks[np.unique(np.linspace(0, len(ticks) - 1, count).round().astype(int))]
+    seconds = {
+        (slot, int(episode.frames[slot][tick])): float(episode.ticks_ns[tick] - episode.ticks_ns[0]) / 1e9
+        for slot in recording.cameras
+        for tick in ticks
+    }
+    needed = {slot: {ordinal for where, ordinal in seconds if where == slot} for slot in recording.cameras}
+    found = []
+    for slot, ordinal, kind, raw in image_messages(bag, recording, needed):
+        frame = model_frame(raw, kind, robot.present_cameras[slot], image_size)
+        if not isinstance(frame, str):
+            found.append((slot, seconds[slot, ordinal], frame))
+    return sorted(found, key=lambda item: item[:2])
+
+
+def summarise(reports: list[BagReport], robot: Robot, horizon: int, selection: Selection) -> dict[str, Any]:
+    """Totals, statistics of every joint, warnings, and `refused`: why this data cannot be trained on, or None."""
+    good = [r for r in reports if r.numbers["refused"] is None]
+    numbers = [r.numbers for r in good]
+    state = np.concatenate([r.state for r in good]) if good else np.empty((0, len(robot.joints)))
+    actions = np.concatenate([r.actions for r in good]) if good else np.empty((0, len(robot.joints)))
+    skew = np.concatenate([r.skew_ms for r in good]) if good else np.empty(0)
+    joints = [_joint(robot, i, state, actions, good) for i in range(len(robot.joints))] if len(state) else []
+    episodes = [episode for n in numbers for episode in n["episodes"]]
+    refused = None
+    if not good:
+        reasons = Counter(r.numbers["refused"] for r in reports)
+        reason, count = reasons.most_common(1)[0]
+        refused = f"none of {len(reports)} recordings can be trained on; {count} of them: {reason}"
+    elif not len(actions):
+        refused = "no tick with an observation has a command"
+    return {
+        "robot": robot.name,
+        "refused": refused,
+        "bags": len(reports),
+        "usable_bags": len(good),
+        "episodes": sum(episode["kept"] > 0 for episode in episodes),
+        "hours": sum(n["duration"] for n in numbers) / 3600,
+        "ticks": sum(n["ticks"] for n in numbers),
+        "kept": int(len(state)),
+        "dropped": dict(sum((Counter(n["dropped"]) for n in numbers), Counter())),
+        "idle_threshold": selection.idle,
+        "idle_seconds": sum(e["idle_start"] + e["idle_end"] for e in episodes),
+        "skew_ms": _percentiles(skew) if len(skew) else None,
+        "chunk": {"horizon": horizon, "seconds": horizon * robot.dt, "control_rate": robot.control_rate},
+        "prompts": dict(Counter(prompt for e in episodes if e["kept"] for prompt in e["prompts"])),
+        "joints": joints,
+        "warnings": _warnings(robot, numbers, joints, state, actions, episodes),
+    }
+
+
+def _joint(robot: Robot, i: int, state: np.ndarray, actions: np.ndarray, good: list[BagReport]) -> dict[str, Any]:
+    joint = robot.joints[i]
+    numbers: dict[str, Any] = {"name": joint.name, "kind": joint.kind, "limits": list(joint.position)}
+    for name, rows in (("state", state), ("actions", actions)):
+        numbers[name] = _column(rows[:, i], joint.position) if len(rows) else None
+    if joint.kind == "gripper":
+        numbers["gripper"] = _polarity(robot, i, good)
+    return numbers
+
+
+def _column(values: np.ndarray, limits: tuple[float, float]) -> dict[str, Any]:
+    bad = ~np.isfinite(values)
+    sound = values[~bad]
+    if not len(sound):
+        return {"nan": int(bad.sum())}
+    q01, q99 = np.quantile(sound, [0.01, 0.99])
+    slack = 1e-3 * (limits[1] - limits[0])
+    return {
+        "mean": float(sound.mean()),
+        "std": float(sound.std()),
+        "q01": float(q01),
+        "q99": float(q99),
+        "min": float(sound.min()),
+        "max": float(sound.max()),
+        "outside_limits": float(((sound < limits[0] - slack) | (sound > limits[1] + slack)).mean()),
+        "near_constant": bool(sound.std() < NEAR_CONSTANT * (limits[1] - limits[0])),
+        "nan": int(bad.sum()),
+    }
+
+
+def _polarity(robot: Robot, i: int, good: list[BagReport]) -> dict[str, Any]:
+    """Where the gripper starts. Episodes usually start with an open one: if it starts at `closed`, the ends may be
+    swapped in the robot file."""
+    joint = robot.joints[i]
+    starts = np.array([r.episode["state"][0, i] for r in good if r.episode is not None])
+    unit = float(np.median((starts - joint.open) / (joint.closed - joint.open)))  # 0 open, 1 closed
+    guess = "as the robot file says" if unit < 0.4 else "perhaps swapped" if unit > 0.6 else "unclear"
+    return {
+        "open": joint.open,
+        "closed": joint.closed,
+        "start": float(np.median(starts)),
+        "closed_at_start": unit,
+        "polarity": guess,
+    }
+
+
+def _warnings(
+    robot: Robot,
+    numbers: list[dict[str, Any]],
+    joints: list[dict[str, Any]],
+    state: np.ndarray,
+    actions: np.ndarray,
+    episodes: list[dict[str, Any]],
+) -> list[str]:
+    found = []
+    for joint in joints:
+        for what in ("state", "actions"):
+            column = joint[what] or {}
+            if column.get("near_constant"):
+                found.append(
+                    f"{what} of {joint['name']} hardly changes (std {column['std']:.2g}): normalising would blow up noise"
+                )
+            if column.get("outside_limits", 0) > OUTSIDE_WARNING:
+                found.append(
+                    f"{what} of {joint['name']}: {column['outside_limits']:.0%} outside its limits {joint['limits']}; "
+                    "other units (degrees?) or wrong limits"
+                )
+        if joint.get("gripper", {}).get("polarity") == "perhaps swapped":
+            found.append(f"gripper {joint['name']} starts closed; are open and closed swapped in the robot file?")
+    if robot.actions and robot.actions.topic in robot.state.topics:
+        found.append(
+            "actions are the measured state: a policy trained on them learns to stand still; record the commands"
+        )
+    slow = Counter()
+    for bag in numbers:
+        for name, stream in bag["streams"].items():
+            if stream.get("rate") and stream["rate"] < 0.9 * robot.control_rate:
+                slow[
+                    f"{name} at {stream['rate']:.1f} Hz is slower than the control rate of {robot.control_rate:g} Hz"
+                ] += 1
+    found += [f"{text} ({count} recordings)" for text, count in slow.most_common(6)]
+    if any(not prompt for episode in episodes for prompt in episode["prompts"]):
+        found.append("some episodes have no prompt: give one with --prompt or as prompt.default of the robot file")
+    if waits := [e["waited"] for e in episodes if e["waited"] > 1.0]:
+        found.append(f"{len(waits)} episodes lose up to {max(waits):.1f} s until every stream has begun")
+    return found
