@@ -14,6 +14,9 @@ PROGRAMS = dict(
     for line in (ROOT / "programs.txt").read_text(encoding="utf-8").splitlines()
     if line and not line.startswith("#")
 )
+PROGRAMS_IN_TREE = {
+    name for name, entry in PROGRAMS.items() if (ROOT / f"{entry.split(':')[0].replace('.', '/')}.py").exists()
+}
 # What a distribution calls its module, where the two differ.
 DISTRIBUTIONS = {
     "PIL": "pillow",
