@@ -9,7 +9,7 @@ import torch
 from model_cases import TINY, generator, random_chunk, random_model, random_observation
 
 from pi0_ros.model.flow import interpolate
-from pi0_ros.model.gemma import attend, rope_table
+from pi0_ros.model.gemma import attend, gated_add, rope_table
 from pi0_ros.model.pi0 import (
     Pi0,
     denoising_times,
@@ -33,6 +33,12 @@ def case(family):
     return random_model(config), random_observation(config), random_chunk(config, 1)
 
 
+def finish(layer, x, attended, gate, cond):
+    x = gated_add(x, layer.self_attn.o_proj(attended), gate)
+    y, gate = layer.post_attention_layernorm(x, cond)
+    return gated_add(x, layer.mlp(y), gate)
+
+
 def joint_velocity(model, observation, x_t, time):
     """The textbook form: prefix and suffix in one sequence, one attention per layer under one block mask."""
     prefix, valid = model.embed_prefix(observation)
@@ -50,11 +56,11 @@ def joint_velocity(model, observation, x_t, time):
         y_prefix, _ = vlm.input_layernorm(prefix)
         y_suffix, gate = expert.input_layernorm(suffix, cond)
         parts = [(vlm, y_prefix, ropes[0]), (expert, y_suffix, ropes[1])]
-        q = torch.cat([layer.q(y, rope) for layer, y, rope in parts], dim=2)
-        k, v = (torch.cat([layer.kv(y, rope)[i] for layer, y, rope in parts], dim=2) for i in (0, 1))
-        attended = attend(q, k, v, mask)
-        prefix = vlm.finish(prefix, attended[:, :p], None, None)
-        suffix = expert.finish(suffix, attended[:, p:], gate, cond)
+        q = torch.cat([layer.self_attn.queries(y, rope) for layer, y, rope in parts], dim=2)
+        kv = [layer.self_attn.keys_values(y, rope) for layer, y, rope in parts]
+        attended = attend(q, *(torch.cat(pair, dim=2) for pair in zip(*kv, strict=True)), mask)
+        prefix = finish(vlm, prefix, attended[:, :p], None, None)
+        suffix = finish(expert, suffix, attended[:, p:], gate, cond)
     suffix, _ = model.expert.norm(suffix[:, -model.config.action_horizon :], cond)
     return model.action_out_proj(suffix)
 
@@ -254,6 +260,13 @@ def test_gradient_checkpointing_changes_no_gradient(family):
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, recomputed in zip(*gradients, strict=True):
         close(plain, recomputed, 1e-6)
+
+
+def test_embeddings_kept_in_float32_work_in_a_bfloat16_model():
+    model, observation, noise = case("pi0")
+    model.to(torch.bfloat16).siglip.embeddings.float()
+    assert model.embed_images(observation.images).dtype == torch.bfloat16
+    assert model.sample_actions(observation, noise=noise).isfinite().all()
 
 
 def test_initial_weights_repeat_with_their_generator_and_give_a_usable_start():

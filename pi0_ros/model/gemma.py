@@ -1,7 +1,7 @@
 """Gemma 1 layers, and the attention that two stacks of them share (openpi: models/gemma.py).
 
 The large stack (VLM) reads the prefix, the small one (action expert) the suffix. Each has norms, projections and MLPs
-of its own; they meet only in the attention, where queries, keys and values of both stand in one sequence.
+of its own; they meet only in the attention, where the suffix looks at the prefix's keys and values and at its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ RMS_EPS = 1e-6
 ROPE_THETA = 10_000.0
 
 Rope = tuple[torch.Tensor, torch.Tensor]  # cos, sin: float32 [B, N, 1, head_dim / 2]
+KeysValues = tuple[torch.Tensor, torch.Tensor]  # rotated keys, values: [B, kv heads, N, head_dim]
 
 
 class RMSNorm(nn.Module):
@@ -57,6 +58,15 @@ class GemmaAttention(nn.Module):
         self.v_proj = Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
         self.o_proj = Linear(config.num_heads * config.head_dim, config.width, bias=False)
 
+    def queries(self, y: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """y [B, N, W] -> rotated queries [B, heads, N, head_dim]."""
+        return rotate(self.q_proj(y).unflatten(-1, (-1, self.head_dim)), rope).transpose(1, 2)
+
+    def keys_values(self, y: torch.Tensor, rope: Rope) -> KeysValues:
+        """y [B, N, W] -> rotated keys and values, each [B, kv heads, N, head_dim]."""
+        k = rotate(self.k_proj(y).unflatten(-1, (-1, self.head_dim)), rope)
+        return k.transpose(1, 2), self.v_proj(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
 
 class GemmaMLP(nn.Module):
     def __init__(self, config: GemmaConfig) -> None:
@@ -70,8 +80,6 @@ class GemmaMLP(nn.Module):
 
 
 class GemmaLayer(nn.Module):
-    """One layer in the two halves around the attention, so that both stacks can meet there."""
-
     def __init__(self, config: GemmaConfig, adaptive: bool = False) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.width, adaptive)
@@ -79,24 +87,29 @@ class GemmaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, adaptive)
         self.mlp = GemmaMLP(config)
 
-    def kv(self, y: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised y [B, N, W] -> rotated keys and values, each [B, kv heads, N, head_dim]."""
-        attn = self.self_attn
-        k = rotate(attn.k_proj(y).unflatten(-1, (-1, attn.head_dim)), rope)
-        return k.transpose(1, 2), attn.v_proj(y).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor,
+        rope: Rope,
+        cond: torch.Tensor | None = None,
+        past: KeysValues | None = None,
+        keys_only: bool = False,
+    ) -> tuple[torch.Tensor, KeysValues]:
+        """x [B, N, W] -> x after this layer, and its own rotated keys and its values.
 
-    def q(self, y: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """Normalised y [B, N, W] -> rotated queries [B, heads, N, head_dim]."""
-        attn = self.self_attn
-        return rotate(attn.q_proj(y).unflatten(-1, (-1, attn.head_dim)), rope).transpose(1, 2)
-
-    def finish(
-        self, x: torch.Tensor, attended: torch.Tensor, gate: torch.Tensor | None, cond: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Residual x [B, N, W] and what attention gave [B, N, heads * head_dim] -> x after this layer."""
+        mask is bool [B, 1 or N, M]: what may be looked at of `past` (keys and values that came before, if any) and of x
+        itself, M tokens together. With `keys_only` the work stops at keys and values, and x comes back as it was.
+        """
+        y, gate = self.input_layernorm(x, cond)
+        own = self.self_attn.keys_values(y, rope)
+        if keys_only:
+            return x, own
+        k, v = own if past is None else (torch.cat(pair, dim=2) for pair in zip(past, own, strict=True))
+        attended = attend(self.self_attn.queries(y, rope), k, v, mask)
         x = gated_add(x, self.self_attn.o_proj(attended), gate)
         y, gate = self.post_attention_layernorm(x, cond)
-        return gated_add(x, self.mlp(y), gate)
+        return gated_add(x, self.mlp(y), gate), own
 
 
 class Gemma(nn.Module):
@@ -139,34 +152,3 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     """q [B, heads, N, D], k, v [B, kv heads, M, D], mask bool [B, 1 or N, M] (True: may look) -> [B, N, heads * D]."""
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).flatten(2)
-
-
-def prefix_layer(
-    layer: GemmaLayer, prefix: torch.Tensor, mask: torch.Tensor, rope: Rope, last: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One VLM layer. prefix [B, P, W], mask [B, 1, P] -> prefix after it, its keys and its values [B, kv heads, P, D].
-
-    Of the last layer only keys and values are ever read, so the work stops there.
-    """
-    y, _ = layer.input_layernorm(prefix)
-    k, v = layer.kv(y, rope)
-    if not last:
-        prefix = layer.finish(prefix, attend(layer.q(y, rope), k, v, mask), None, None)
-    return prefix, k, v
-
-
-def suffix_layer(
-    layer: GemmaLayer,
-    suffix: torch.Tensor,
-    cond: torch.Tensor | None,
-    prefix_k: torch.Tensor,
-    prefix_v: torch.Tensor,
-    mask: torch.Tensor,
-    rope: Rope,
-) -> torch.Tensor:
-    """One layer of the action expert. suffix [B, S, W], keys and values of the prefix in this layer, mask [B, S, P + S]
-    -> suffix after it."""
-    y, gate = layer.input_layernorm(suffix, cond)
-    k, v = layer.kv(y, rope)
-    k, v = torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)
-    return layer.finish(suffix, attend(layer.q(y, rope), k, v, mask), gate, cond)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from pi0_ros.model.config import Pi0Config
 from pi0_ros.model.flow import interpolate
-from pi0_ros.model.gemma import Gemma, prefix_layer, rope_table, suffix_layer
+from pi0_ros.model.gemma import Gemma, KeysValues, rope_table
 from pi0_ros.model.linear import Linear
 from pi0_ros.model.siglip import Siglip
 
-KeysValues = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: k (rotated) and v, each [B, kv heads, P, head_dim]
+Cache = list[KeysValues]  # the prefix's keys and values, layer by layer, each [B, kv heads, P, head_dim]
 
 
 @dataclass(frozen=True)
@@ -52,21 +51,16 @@ class Pi0(nn.Module):
         super().__init__()
         self.config = config
         vision, vlm, width = config.vision, config.vlm, config.expert.width
-        self.paligemma_with_expert = nn.ModuleDict(
+        paligemma = nn.ModuleDict(
             {
-                "paligemma": nn.ModuleDict(
-                    {
-                        "model": nn.ModuleDict(
-                            {
-                                "vision_tower": nn.ModuleDict({"vision_model": Siglip(vision)}),
-                                "multi_modal_projector": nn.ModuleDict({"linear": Linear(vision.width, vlm.width)}),
-                                "language_model": Gemma(vlm, vocab_size=config.vocab_size),
-                            }
-                        )
-                    }
-                ),
-                "gemma_expert": nn.ModuleDict({"model": Gemma(config.expert, adaptive=config.pi05)}),
+                "vision_tower": nn.ModuleDict({"vision_model": Siglip(vision)}),
+                "multi_modal_projector": nn.ModuleDict({"linear": Linear(vision.width, vlm.width)}),
+                "language_model": Gemma(vlm, vocab_size=config.vocab_size),
             }
+        )
+        expert = Gemma(config.expert, adaptive=config.pi05)
+        self.paligemma_with_expert = nn.ModuleDict(
+            {"paligemma": nn.ModuleDict({"model": paligemma}), "gemma_expert": nn.ModuleDict({"model": expert})}
         )
         self.action_in_proj = Linear(config.action_dim, width)
         self.action_out_proj = Linear(width, config.action_dim)
@@ -181,7 +175,7 @@ class Pi0(nn.Module):
     # The prefix never sees the suffix, so this is also the whole of training: one prefix pass and one suffix pass give
     # what a single attention over prefix and suffix would, without its masked corner.
 
-    def prefix_kv(self, prefix: torch.Tensor, valid: torch.Tensor) -> KeysValues:
+    def prefix_kv(self, prefix: torch.Tensor, valid: torch.Tensor) -> Cache:
         """Prefix tokens [B, P, vlm width] and validity [B, P] -> keys and values of every VLM layer.
 
         Every row looks at all valid tokens, rows of padding too: nothing reads those, but they stay finite. With
@@ -191,12 +185,12 @@ class Pi0(nn.Module):
         rope = rope_table(valid.cumsum(dim=1) - 1, self.config.vlm.head_dim)  # padding and absent cameras count nothing
         cache, last = [], len(self.vlm.layers) - 1
         for i, layer in enumerate(self.vlm.layers):
-            prefix, k, v = self._run(prefix_layer, layer, prefix, mask, rope, i == last)
-            cache.append((k, v))
+            prefix, keys_values = self._run(layer, prefix, mask, rope, keys_only=i == last)  # nothing reads further
+            cache.append(keys_values)
         return cache
 
     def suffix_velocity(
-        self, cache: KeysValues, valid: torch.Tensor, state: torch.Tensor, x_t: torch.Tensor, time: torch.Tensor
+        self, cache: Cache, valid: torch.Tensor, state: torch.Tensor, x_t: torch.Tensor, time: torch.Tensor
     ) -> torch.Tensor:
         """The velocity at x_t [B, H, A] and time [B] or [B, H], over the prefix's keys, values and validity [B, P]
         -> v_t [B, H, A] float32."""
@@ -206,8 +200,8 @@ class Pi0(nn.Module):
         mask = torch.cat([valid[:, None].expand(-1, suffix.shape[1], -1), own], dim=2)  # [B, S, P + S]
         positions = valid.sum(dim=1, keepdim=True) + suffix_valid.cumsum(dim=1) - 1
         rope = rope_table(positions, self.config.expert.head_dim)
-        for layer, (k, v) in zip(self.expert.layers, cache, strict=True):
-            suffix = self._run(suffix_layer, layer, suffix, cond, k, v, mask, rope)
+        for layer, past in zip(self.expert.layers, cache, strict=True):
+            suffix, _ = self._run(layer, suffix, mask, rope, cond, past)
         suffix, _ = self.expert.norm(suffix[:, -self.config.action_horizon :], cond)
         return _linear(self.action_out_proj, suffix).float()
 
@@ -216,10 +210,10 @@ class Pi0(nn.Module):
         prefix, valid = self.embed_prefix(observation)
         return self.suffix_velocity(self.prefix_kv(prefix, valid), valid, observation.state, x_t, time)
 
-    def _run(self, layer: Callable[..., Any], *args: Any) -> Any:
+    def _run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and self.training:
-            return checkpoint(layer, *args, use_reentrant=False)
-        return layer(*args)
+            return checkpoint(layer, *args, use_reentrant=False, **kwargs)
+        return layer(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -238,6 +232,8 @@ class Pi0(nn.Module):
         x_t, u_t = interpolate(actions, noise, time)
         error = (self.velocity(observation, x_t, time) - u_t).square()
         return error[..., :loss_dims].mean(dim=-1)
+
+    forward = compute_loss  # what DDP and FSDP wrap
 
     @torch.no_grad()
     def sample_actions(

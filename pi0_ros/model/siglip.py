@@ -72,7 +72,7 @@ class Siglip(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         patch, position = self.embeddings["patch_embedding"], self.embeddings["position_embedding"]
         x = patch(images.to(patch.weight.dtype)).flatten(2).transpose(1, 2)  # [B, T, W]
-        x = x + position.weight
+        x = (x + position.weight).to(self.post_layernorm.weight.dtype)  # embeddings may be kept in float32
         recompute = self.gradient_checkpointing and self.training
         for layer in self.encoder["layers"]:
             x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
