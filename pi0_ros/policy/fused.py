@@ -3,7 +3,8 @@
 What changes nothing but the time it takes:
 - scales of RMS norms and LayerNorms move into the linear layer that follows (exact up to rounding);
 - q, k and v are one matrix; so are gate and up where the kernels cannot fuse the product themselves;
-- q and k rows are interleaved so that RoPE is one complex multiplication (q.k does not mind the order);
+- q carries attention's 1/sqrt(head_dim); q and k rows are interleaved so that RoPE is one complex multiplication
+  (their product does not mind the order);
 - pixels enter as uint8: x / 255 * 2 - 1 is folded into the patch embedding;
 - on a CPU, weights are packed for oneDNN, whose epilogues take GELU, product and residual along.
 """
@@ -107,7 +108,7 @@ class VisionLayer:
 class Vision:
     """The vision tower and its projection to the width of the VLM."""
 
-    patch: Tensor  # f32 [14*14*3, width], for uint8 pixels in (row, column, channel) order
+    patch: Linear  # f32 [14*14*3 -> width], for pixels 0..255 in (row, column, channel) order
     position: Tensor  # f32 [tokens, width], the patch embedding's bias included
     layers: list[VisionLayer]
     head: Linear
@@ -197,8 +198,8 @@ def _fold(weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tens
 def _vision(config: Pi0Config, get, linear, dtype: torch.dtype) -> Vision:
     vision, rows = config.vision, len(config.cameras) * config.vision.num_tokens
     patch = get(_VISION + "embeddings.patch_embedding.weight")  # [width, 3, p, p]
-    patch = patch.permute(2, 3, 1, 0).reshape(-1, vision.width)  # [p*p*3, width]
-    bias = get(_VISION + "embeddings.patch_embedding.bias") - patch.sum(0)
+    patch = patch.permute(0, 2, 3, 1).reshape(vision.width, -1)  # [width, p*p*3]
+    bias = get(_VISION + "embeddings.patch_embedding.bias") - patch.sum(1)
     layers = []
     for i in range(vision.depth):
         at = f"{_VISION}encoder.layers.{i}."
@@ -217,7 +218,7 @@ def _vision(config: Pi0Config, get, linear, dtype: torch.dtype) -> Vision:
         )
     norm = _VISION + "post_layernorm"
     return Vision(
-        patch=(patch * (2 / 255)).contiguous(),
+        patch=Linear(patch * (2 / 255), None, torch.float32, rows, plain=False),
         position=get(_VISION + "embeddings.position_embedding.weight") + bias,
         layers=layers,
         head=linear(_PROJECTOR, rows, scale=get(norm + ".weight"), shift=get(norm + ".bias")),
@@ -233,7 +234,7 @@ def _gemma(
         scale = None if adaptive else 1 + get(at + "input_layernorm.weight")
         q, k, v = (get(f"{at}self_attn.{part}_proj.weight") for part in "qkv")
         k = _interleave(k, gemma.head_dim)
-        parts = [k, v] if last else [_interleave(q, gemma.head_dim), k, v]
+        parts = [k, v] if last else [_interleave(q, gemma.head_dim) * gemma.head_dim**-0.5, k, v]
         # only the expert's weights are kept unpacked: guided real-time chunking differentiates through it alone
         keep = not only_kv_last
         qkv = Linear(*_fold(torch.cat(parts), None, scale, None), dtype, rows, plain=keep)

@@ -26,6 +26,7 @@ from pi0_ros.model.config import Pi0Config
 from pi0_ros.model.gemma import RMS_EPS, ROPE_THETA
 from pi0_ros.model.pi0 import Pi0, denoising_times, sinusoid
 from pi0_ros.model.siglip import LAYER_NORM_EPS
+from pi0_ros.policy.attention import attend
 from pi0_ros.policy.fused import Fused, GemmaLayer, fuse
 from pi0_ros.policy.graphs import Graphs
 
@@ -196,7 +197,7 @@ class Sampler:
         n, grid, patch = len(which), config.image_size // config.patch_size, config.patch_size
         x = torch.stack([self.pixels[i] for i in which]).float()  # [n, S, S, 3]
         x = x.view(n, grid, patch, grid, patch, 3).transpose(2, 3).reshape(n * grid * grid, -1)
-        x = (torch.mm(x, vision.patch).view(n, -1, config.width) + vision.position).to(self.dtype)
+        x = (vision.patch(x).view(n, -1, config.width) + vision.position).to(self.dtype)
         x = x.view(-1, config.width)  # [n*tokens, width]
         for layer in vision.layers:
             qkv = layer.qkv(F.layer_norm(x, (config.width,), eps=LAYER_NORM_EPS))
@@ -227,10 +228,8 @@ class Sampler:
 
     def _split(self, qkv: Tensor, rope: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         kv, dim = self.config.vlm.num_kv_heads, self.config.vlm.head_dim
-        qkv = qkv.view(len(qkv), -1, dim)
-        qk = _rotate(qkv[:, :-kv], rope)
-        heads = qk.shape[1] - kv
-        return (qk[:, :heads] if heads else None), qk[:, heads:], qkv[:, -kv:]
+        q, k, v = qkv.view(len(qkv), -1, dim).tensor_split((-2 * kv, -kv), dim=1)  # the last VLM layer has no q
+        return (_rotate(q, rope) if q.shape[1] else None), _rotate(k, rope), v
 
     def _attend(self, i: int, q: Tensor, keys: int) -> Tensor:
         """Attention of q [rows, heads, head_dim] over the first `keys` rows of layer i's cache, [rows, heads*dim]."""
@@ -330,14 +329,6 @@ class Sampler:
             x = x + (branch if gate is None else branch * gate)
         norm, _ = self._norm(x, k, -1, frozen)
         return F.linear(norm.float(), *self.weights.action_out)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Multi-query attention: q [rows, heads, dim] over k, v [kv_heads, keys, dim] -> [rows, heads * dim]."""
-    heads = q.shape[1]
-    if k.shape[0] != heads:  # a view where there is one kv head
-        k, v = (t[:, None].expand(-1, heads // t.shape[0], -1, -1).flatten(0, 1) for t in (k, v))
-    return _merge(F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask))
 
 
 def time_tables(

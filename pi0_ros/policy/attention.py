@@ -1,0 +1,36 @@
+"""Multi-query attention without a mask, for the shapes of sampling: many query rows, one key and value head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK = 1024  # query rows at a time on a CPU, so that the scores of a block stay in its cache
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T) v for q [rows, heads, dim], already scaled, over k, v [kv_heads, keys, dim].
+
+    `mask` bool [1, 1, 1, keys] (True: may be seen) or None for all. Returns [rows, heads * dim].
+    """
+    rows, heads, dim = q.shape
+    if mask is None and len(k) == 1 and q.device.type == "cpu" and not torch.is_grad_enabled():
+        return _attend_onednn(q.reshape(rows * heads, dim), k[0], v[0]).view(rows, heads * dim)
+    if len(k) != heads:  # a view where there is one kv head
+        k, v = (t[:, None].expand(-1, heads // t.shape[0], -1, -1).flatten(0, 1) for t in (k, v))
+    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=1.0)
+    return out[0].transpose(0, 1).reshape(rows, heads * dim)
+
+
+def _attend_onednn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The heads share keys and values and no row is masked, so they are just more rows: two plain products.
+
+    torch's own CPU kernel takes 1.2 to 3 times as long here: its products go through MKL in small tiles.
+    """
+    product = torch.ops.mkldnn._linear_pointwise
+    out = torch.empty_like(q)
+    for at in range(0, len(q), _BLOCK):
+        scores = product(q[at : at + _BLOCK], k, None, "none", [], "")
+        out[at : at + _BLOCK] = product(torch.softmax(scores, dim=-1), v.t(), None, "none", [], "")
+    return out
