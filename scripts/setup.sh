@@ -119,7 +119,7 @@ fi
 # --- the package --------------------------------------------------------------------------------------------------
 # File names count, their content does not where the installation links to the source folder.
 build=$({
-    echo "$environment"
+    echo "$identity"
     cat CMakeLists.txt package.xml programs.txt msg/*.msg srv/*.srv
     find pi0_ros launch config -type f -not -name '*.pyc' | LC_ALL=C sort
 } | digest)
@@ -128,9 +128,9 @@ if [ "$(cat install/.stamp 2>/dev/null)" != "$build" ]; then
     phase "building messages and package"
     rm -f install/.stamp
     # CMake remembers the interpreter and the ROS of its first run.
-    [ "$(cat build/.environment 2>/dev/null)" = "$environment" ] || rm -rf build install
+    [ "$(cat build/.identity 2>/dev/null)" = "$identity" ] || rm -rf build install
     mkdir -p build log
-    echo "$environment" >build/.environment
+    echo "$identity" >build/.identity
     (
         export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
         if [ "$ros" = wheels ]; then
