@@ -1,0 +1,376 @@
+"""A policy: what a robot sees, feels and was told -> an action chunk in its own units.
+
+A `Policy` belongs to one thread. It resizes and encodes a frame once, tokenises a prompt once, and reuses the whole
+prefix where neither is new.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pi0_ros.model.config import PRESETS, Pi0Config
+from pi0_ros.model.flow import Cold, noise_source_from_dict
+from pi0_ros.model.pi0 import Pi0
+from pi0_ros.policy.bundle import BundleSettings, load_bundle
+from pi0_ros.policy.images import ImageError, resize_with_pad
+from pi0_ros.policy.prompt import PromptEncoder
+from pi0_ros.policy.realtime import GuidanceSettings, guidance_weights
+from pi0_ros.policy.sampler import Guidance, Sampler
+from pi0_ros.policy.statistics import NormStats, Stats
+from pi0_ros.policy.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from pi0_ros.policy.transforms import Group, build_transforms
+from pi0_ros.robot import Robot
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be made from what was given."""
+
+
+class ObservationError(ValueError):
+    """An observation that the policy cannot act on; the message names the camera or joint."""
+
+
+@dataclass(frozen=True)
+class RobotObservation:
+    """What the robot sees, feels and was told at one instant."""
+
+    stamp: int  # ns, the instant; a chunk's first action is meant for it
+    images: Mapping[str, np.ndarray]  # slot -> uint8 [H, W, 3] RGB, oriented as the robot file says
+    frames: Mapping[str, int]  # slot -> identity of the frame (its stamp in ns): the same id, the same pixels
+    state: np.ndarray  # float64 [J], robot units, model order
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Actions to execute, the first at the observation's stamp, and how they came about."""
+
+    actions: np.ndarray  # float64 [H, J], absolute, robot units, model order
+    prefix_reused: bool
+    cameras_encoded: int
+    num_steps: int
+    frozen: int  # how many of the first actions are those that were committed before
+    latency: dict[str, float] = field(default_factory=dict)  # s: preprocess, vision, prefix, denoise, total
+
+
+class Policy:
+    """See `Policy.load` and `Policy.random`.
+
+    Attributes: robot, config (the model's sizes), settings (the checkpoint's), digest ("random" for untrained weights),
+    num_steps (Euler steps), transforms (robot units <-> model space).
+    """
+
+    def __init__(
+        self,
+        model: Pi0,
+        robot: Robot,
+        stats: NormStats,
+        settings: BundleSettings,
+        tokenizer: Tokenizer,
+        *,
+        digest: str,
+        device: str = "auto",
+        dtype: str = "auto",
+        num_steps: int = 10,
+        guidance: GuidanceSettings | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.robot, self.config, self.settings, self.digest = robot, settings.model, settings, digest
+        self.num_steps = num_steps
+        self.transforms: Group = build_transforms(robot, stats, settings)
+        self.encoder = PromptEncoder(
+            tokenizer, settings.prompt_format, self.config.max_token_len, self.config.action_dim
+        )
+        self._source = noise_source_from_dict(settings.noise_source)
+        self._guidance = guidance or GuidanceSettings()
+        self._generator = torch.Generator().manual_seed(seed)  # for calls that bring neither noise nor generator
+        if extra := [slot for slot in robot.present_cameras if slot not in self.config.cameras]:
+            raise PolicyError(f"camera {', '.join(extra)} has no slot in the model, allowed: {self.config.cameras}")
+        self._slots = tuple(slot for slot in self.config.cameras if slot in robot.present_cameras)
+        device, dtype = pick_device(device, dtype)
+        self._sampler: Sampler | None = Sampler(
+            model, cameras=self._slots, num_steps=num_steps, dtype=dtype, device=device
+        )
+        self.reset()
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        robot: Robot | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        num_steps: int = 10,
+        guidance: GuidanceSettings | None = None,
+        seed: int = 0,
+    ) -> Policy:
+        """The policy of a checkpoint folder.
+
+        Args:
+            robot: the robot to run on, by default that of the folder. Topics and limits may differ from the folder's.
+            device: "auto" (a GPU where there is one), or torch's name of one.
+            dtype: "auto" (bfloat16 on a GPU, else float32), "bfloat16" or "float32".
+            num_steps: Euler steps of the flow.
+            guidance: of real-time chunking, where the checkpoint was not trained for it.
+
+        Raises:
+            PolicyError: the robot contradicts the folder's, or a robot or statistics are nowhere to be found.
+            CheckpointError, TokenizerError: the folder is damaged or incomplete.
+        """
+        bundle = load_bundle(folder)
+        if bundle.stats is None:
+            raise PolicyError(f"{folder}: holds no normalisation statistics, so it can be trained from but not run")
+        if robot is None and bundle.robot is None:
+            raise PolicyError(f"{folder}: holds no robot file, give one")
+        if robot is not None and bundle.robot is not None and (faults := bundle.robot.contradictions(robot)):
+            raise PolicyError(f"{folder}: trained for another robot than {robot.name!r}: {'; '.join(faults)}")
+        tokenizer = load_tokenizer(bundle.tokenizer, bundle.settings.model.vocab_size)
+        pick_device(device, dtype)  # a wrong name is told before gigabytes are read
+        return cls(
+            bundle.model(),  # on the CPU, memory-mapped, as stored: the sampler takes and casts what it needs
+            robot or bundle.robot,
+            bundle.stats,
+            bundle.settings,
+            tokenizer,
+            digest=bundle.digest,
+            device=device,
+            dtype=dtype,
+            num_steps=num_steps,
+            guidance=guidance,
+            seed=seed,
+        )
+
+    @classmethod
+    def random(
+        cls,
+        robot: Robot,
+        preset: str | Pi0Config = "nano",
+        seed: int = 0,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        num_steps: int = 10,
+        guidance: GuidanceSettings | None = None,
+    ) -> Policy:
+        """An untrained policy: random weights by `seed`, statistics from the joints' limits, byte-level tokens.
+
+        It moves the robot, within bounds and to no purpose: for tests, timing and dry runs. PolicyError for an unknown
+        preset.
+        """
+        if isinstance(preset, str) and preset not in PRESETS:
+            raise PolicyError(f"preset must be one of {', '.join(PRESETS)}, found {preset!r}")
+        settings = BundleSettings(preset if isinstance(preset, Pi0Config) else PRESETS[preset])
+        model = Pi0(settings.model, generator=torch.Generator().manual_seed(seed))
+        return cls(
+            model,
+            robot,
+            limit_statistics(robot, settings),
+            settings,
+            ByteTokenizer(),
+            digest="random",
+            device=device,
+            dtype=dtype,
+            num_steps=num_steps,
+            guidance=guidance,
+            seed=seed,
+        )
+
+    def infer(
+        self,
+        observation: RobotObservation,
+        *,
+        generator: torch.Generator | None = None,
+        noise: torch.Tensor | np.ndarray | None = None,
+        executed: np.ndarray | None = None,
+    ) -> Chunk:
+        """The chunk for an observation.
+
+        Args:
+            generator: draws the start of the flow; by default the policy's own, seeded once.
+            noise: the start itself, [H, A] in model space, instead of a draw.
+            executed: float64 [d, J], robot units: the actions from the observation's stamp on that will have been
+                executed before this chunk can take over (real-time chunking); the chunk begins with them.
+
+        Raises:
+            ObservationError: a camera is missing, an image, the state or `executed` has the wrong shape or is not
+                finite.
+        """
+        if self._sampler is None:
+            raise RuntimeError("this policy is closed")
+        begin = time.perf_counter()
+        state = self._checked_state(observation.state)
+        committed = self._checked_executed(executed)
+        images = {slot: self._image(observation, slot) for slot in self._slots}
+        data = self.transforms.encode(state)
+        tokens = self.encoder.encode(observation.prompt, data["state"][: len(state)])
+        left = self._left_of_last(observation)
+        start = self._start(state, left, generator, noise)
+        frozen, guidance = self._conditions(state, committed, left)
+        preprocessed = time.perf_counter()
+        try:
+            sample = self._sampler.sample(
+                images,
+                tokens,
+                data["state"],
+                start,
+                frames={slot: observation.frames[slot] for slot in self._slots},
+                frozen=frozen,
+                guidance=guidance,
+            )
+        except BaseException:
+            self.reset()  # what the sampler holds may be half of this observation
+            raise
+        actions = self.transforms.decode(data["state"], sample.actions.double().numpy())
+        actions[: len(committed)] = committed
+        self._last = (observation.stamp, observation.prompt, actions)
+        latency = {"preprocess": preprocessed - begin, **sample.latency, "total": time.perf_counter() - begin}
+        return Chunk(actions, sample.prefix_reused, sample.cameras_encoded, self.num_steps, len(committed), latency)
+
+    def warm_up(self) -> None:
+        """Run every path once, so that the first real observation takes no longer than the next."""
+        middle = np.array([sum(joint.position) / 2 for joint in self.robot.joints])
+        images = {slot: np.zeros((480, 640, 3), np.uint8) for slot in self._slots}
+        generator = torch.Generator().manual_seed(0)
+        for frame, executed in ((0, None), (0, middle[None]), (1, None)):
+            frames = dict.fromkeys(self._slots, frame)
+            observation = RobotObservation(0, images, frames, middle, self.robot.prompt.default)
+            self.infer(observation, generator=generator, executed=executed)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget frames, prefix and the last chunk, as after a clock reset or at a new episode."""
+        self._resized: dict[str, tuple[int, np.ndarray]] = {}
+        self._last: tuple[int, str, np.ndarray] | None = None  # stamp, prompt, actions in robot units
+        if self._sampler is not None:
+            self._sampler.reset()
+
+    def close(self) -> None:
+        """Give the weights' memory back; `infer` is an error from then on."""
+        self._sampler = None
+        self.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # --- the observation ----------------------------------------------------------------------------------------------
+
+    def _checked_state(self, state: np.ndarray) -> np.ndarray:
+        names, state = self.robot.joint_names, np.asarray(state, np.float64)
+        if state.shape != (len(names),):
+            raise ObservationError(
+                f"state must have {len(names)} positions, {list(names)}, found shape {list(state.shape)}"
+            )
+        if bad := [names[i] for i in np.flatnonzero(~np.isfinite(state))]:
+            raise ObservationError(f"state of {', '.join(bad)} is not finite")
+        return state
+
+    def _checked_executed(self, executed: np.ndarray | None) -> np.ndarray:
+        joints, horizon = len(self.robot.joints), self.config.action_horizon
+        executed = np.empty((0, joints)) if executed is None else np.asarray(executed, np.float64)
+        if executed.ndim != 2 or executed.shape[1] != joints or len(executed) >= horizon:
+            raise ObservationError(
+                f"executed actions must be [fewer than {horizon}, {joints}], found shape {list(executed.shape)}"
+            )
+        if not np.isfinite(executed).all():
+            raise ObservationError("executed actions are not finite")
+        return executed
+
+    def _image(self, observation: RobotObservation, slot: str) -> np.ndarray:
+        """uint8 [S, S, 3] of a camera, resized once a frame."""
+        if slot not in observation.images or slot not in observation.frames:
+            raise ObservationError(f"camera {slot!r} is missing, found {sorted(observation.images)}")
+        frame, (known, image) = observation.frames[slot], self._resized.get(slot, (None, None))
+        if image is None or known != frame:
+            try:
+                image = resize_with_pad(observation.images[slot], self.config.vision.image_size)
+            except ImageError as error:
+                raise ObservationError(f"camera {slot!r}: {error}") from None
+            self._resized[slot] = (frame, image)
+        return image
+
+    # --- the start of the flow, and the chunk before ------------------------------------------------------------------
+
+    def _left_of_last(self, observation: RobotObservation) -> np.ndarray:
+        """What is left of the last chunk at this stamp, robot units [up to H, J]; nothing after another prompt."""
+        if self._last is None or self._last[1] != observation.prompt:
+            return np.empty((0, len(self.robot.joints)))
+        steps = round((observation.stamp - self._last[0]) / 1e9 * self.robot.control_rate)
+        return self._last[2][steps:] if steps >= 0 else self._last[2][:0]
+
+    def _to_model(self, state: np.ndarray, actions: np.ndarray) -> torch.Tensor:
+        """Robot units [n, J] -> model space [n, A], relative to the state as it is now."""
+        return torch.from_numpy(self.transforms.encode(state, actions)["actions"]).float()
+
+    def _start(
+        self,
+        state: np.ndarray,
+        left: np.ndarray,
+        generator: torch.Generator | None,
+        noise: torch.Tensor | np.ndarray | None,
+    ) -> torch.Tensor:
+        horizon, dims = self.config.action_horizon, self.config.action_dim
+        if noise is not None:
+            noise = torch.as_tensor(noise, dtype=torch.float32)
+            if tuple(noise.shape) != (horizon, dims):
+                raise ValueError(f"noise must have shape {[horizon, dims]}, found {list(noise.shape)}")
+            return noise
+        trajectory = None
+        if isinstance(self._source, Cold):
+            # What is left of the last chunk, its last action held; the state held where there is none.
+            known = self._to_model(state, left if len(left) else state[None])
+            trajectory = known[torch.arange(horizon).clamp(max=len(known) - 1)][None]
+        return self._source.start((1, horizon, dims), generator=generator or self._generator, trajectory=trajectory)[0]
+
+    def _conditions(
+        self, state: np.ndarray, committed: np.ndarray, left: np.ndarray
+    ) -> tuple[torch.Tensor | None, Guidance | None]:
+        """What holds the chunk to its committed actions: clean prefix where that was trained, guidance elsewhere."""
+        if not len(committed):
+            return None, None
+        if len(committed) <= self.settings.rtc_max_delay:
+            return self._to_model(state, committed), None
+        horizon, settings = self.config.action_horizon, self._guidance
+        known = np.concatenate([committed, left[len(committed) :]])[:horizon]
+        previous = torch.zeros(horizon, self.config.action_dim)
+        previous[: len(known)] = self._to_model(state, known)
+        weights = torch.from_numpy(guidance_weights(len(committed), len(known), horizon, settings.schedule)).float()
+        return None, Guidance(previous, weights, settings.max_weight, settings.jacobian)
+
+
+def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """torch's device and dtype for "auto" or names of them. PolicyError for what there is not."""
+    if dtype not in ("auto", *DTYPES):
+        raise PolicyError(f"dtype must be one of auto, {', '.join(DTYPES)}, found {dtype!r}")
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError:
+        raise PolicyError(f"device must be auto, cpu, cuda or cuda:N, found {device!r}") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise PolicyError(f"device {device!r} was asked for, torch sees {torch.cuda.device_count()} GPUs")
+    automatic = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    return chosen, DTYPES.get(dtype, automatic)
+
+
+def limit_statistics(robot: Robot, settings: BundleSettings) -> NormStats:
+    """Statistics that the joints' limits suggest: their middle and a quarter of their range, the limits as quantiles;
+    for relative actions around zero, with half the range to either side."""
+    space = build_transforms(robot, None, settings)
+    ends = np.array(
+        [space.encode(np.array(end))["state"] for end in zip(*(j.position for j in robot.joints), strict=True)]
+    )
+    low, high = ends.min(axis=0), ends.max(axis=0)  # a gripper's lower end may be the closed one
+    relative = np.array([joint.relative for joint in robot.joints])
+    middle = np.where(relative, 0.0, (low + high) / 2)
+    quarter = (high - low) / 4
+    return NormStats(
+        state=Stats((low + high) / 2, quarter, low, high),
+        actions=Stats(middle, quarter, middle - 2 * quarter, middle + 2 * quarter),
+    )
