@@ -1,1 +1,8 @@
 """A simulated SO-101 that behaves on the ROS graph as a real one, its scripted teacher, and the demo."""
+
+import os
+import sys
+
+# Headless machines render through EGL. mujoco reads this when it is first imported; the user's choice goes first.
+if sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")

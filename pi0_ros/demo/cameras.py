@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
-# A headless machine renders through EGL; set before mujoco is first imported, and never against the user's choice.
-os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "")
-
 import mujoco
 import numpy as np
 

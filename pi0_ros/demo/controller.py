@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+AT_REST = 1.2e-7  # rad/s, the tolerance of the real controller (float32 epsilon)
+
 
 class CommandError(ValueError):
     """A command that the controller refuses; the message is one line and names what was found."""
@@ -67,7 +69,7 @@ class TrajectoryController:
         times = np.array([point.time_from_start for point in points], np.int64)
         if times[0] < 0 or (np.diff(times) <= 0).any():
             raise CommandError(f"time_from_start must increase strictly, found {(times / 1e9).tolist()} s")
-        if np.nan_to_num(velocities[-1]).any():
+        if (np.abs(velocities[-1]) > AT_REST).any():
             raise CommandError(f"the last point must be at rest, found velocities {velocities[-1].tolist()}")
         times = times + (stamp or now)
         if times[-1] < now:

@@ -16,14 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import mujoco
 import numpy as np
 
-from pi0_ros.demo.cameras import Cameras  # before mujoco: it chooses how to render
-from pi0_ros.demo.controller import TrajectoryController, Point
+from pi0_ros.demo.cameras import Cameras
+from pi0_ros.demo.controller import Point, TrajectoryController
 from pi0_ros.demo.scene import CAMERAS, CUBE_HALF, CUBES, JOINTS, TIMESTEP
-from pi0_ros.demo.scene import apply_layout, build_model, draw_layout, named_cube
-
-import mujoco  # isort: skip
+from pi0_ros.demo.scene import apply_layout, build_model, draw_layout, named_cube  # isort: skip
 
 TOUCH = 0.02  # m, from the fingertip to a cube's surface
 TIME_LIMIT = 8.0  # s of simulated time

@@ -92,7 +92,7 @@ class Teacher:
         return self._velocity
 
     def _orientation(self) -> mink.SO3:
-        """Pointing down, and outwards the farther and higher it is (the wrist's limit asks for it); turned with the arm."""
+        """Pointing down, and outwards the farther and higher it is (the wrist's limit asks for it)."""
         x, y = self._reference[:2] - SHOULDER
         tilt = np.clip(0.15 + 6.0 * (np.hypot(x, y) - 0.2) + 4.0 * (self._reference[2] - 0.03), 0, 1.3) + self._tilt
         turn = mink.SO3.from_z_radians(np.arctan2(y, x)) @ mink.SO3.from_y_radians(-tilt)
