@@ -342,8 +342,8 @@ def _check(made: Mapping[str, tuple[int, ...] | str], plan: layouts.Plan, config
     wrong = {}
     for name, shape in expected.items():
         if name in made and made[name] != shape:
-            found = made[name] if isinstance(made[name], str) else list(made[name])
-            wrong[name] = f"{name} is {found}, expected {list(shape)}"
+            found = made[name] if isinstance(made[name], str) else f"is {list(made[name])}"
+            wrong[name] = f"{name} {found}, expected {list(shape)}"
     parts = [f"{len(missing)} missing: {layouts.listed(missing)}"] if missing else []
     parts += [f"{len(unexpected)} unexpected: {layouts.listed(unexpected)}"] if unexpected else []
     parts += [f"{len(wrong)} of another shape: {', '.join(wrong.values())}"] if wrong else []

@@ -68,7 +68,9 @@ def parse_json(data: bytes, source: object) -> dict[str, Any]:
     """A JSON object whose keys differ; `source` names it in errors. CheckpointError for anything else."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_distinct)
-    except (UnicodeDecodeError, ValueError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    except ValueError as error:  # UnicodeDecodeError is one too
         raise CheckpointError(f"{source}: not JSON: {error}") from None
     except RecursionError:
         raise CheckpointError(f"{source}: not JSON: nested too deeply") from None
@@ -86,7 +88,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
+        raise CheckpointError(f"key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
     return result
 
 

@@ -354,7 +354,7 @@ def made_shapes(recipes: Mapping[str, Recipe], shapes: Shapes) -> dict[str, tupl
         rest = shapes[key]
         for i in index:
             if not rest or i >= rest[0]:
-                raise IndexError(f"{key} has shape {list(shapes[key])}, no item {list(index)}")
+                raise CheckpointError(f"{key} has shape {list(shapes[key])}, no item {list(index)}")
             rest = rest[1:]
         return torch.empty(rest, device="meta")
 
@@ -364,8 +364,8 @@ def made_shapes(recipes: Mapping[str, Recipe], shapes: Shapes) -> dict[str, tupl
             made[name] = tuple(recipe.make(read).shape)
         except (RuntimeError, IndexError, ValueError) as error:
             found = ", ".join(f"{key} {list(shapes[key])}" for key in recipe.reads)
-            reason = str(error).splitlines()[0] if isinstance(error, (CheckpointError, IndexError)) else ""
-            made[name] = reason or f"cannot be made from {found}"
+            reason = f": {error}" if isinstance(error, CheckpointError) else ""  # torch's own words do not help
+            made[name] = f"cannot be made from {found}{reason}"
     return made
 
 

@@ -99,11 +99,11 @@ def foreign_settings(checkpoint: Checkpoint, where: str, normalisation: str | No
     config, data = checkpoint.config, checkpoint.data
     if config_kind(data) != "lerobot":
         return BundleSettings(config, normalisation=normalisation or "")
+    mapping, features = data.get("normalization_mapping") or {}, data.get("output_features") or {}
     try:
-        mapping = data.get("normalization_mapping") or {}
-        said = {mapping[key] for key in ("STATE", "ACTION") if key in mapping}
-        dims = ((data.get("output_features") or {}).get("action") or {}).get("shape", [config.action_dim])[0]
-    except (AttributeError, TypeError, LookupError):
+        said = {mapping[key] for key in ("STATE", "ACTION") if key in dict(mapping)}
+        dims = features["action"]["shape"][0] if "action" in dict(features) else config.action_dim
+    except (TypeError, ValueError, LookupError):
         raise CheckpointError(f"{where}: config.json: normalization_mapping or output_features make no sense") from None
     if normalisation is None and said:
         if len(said) > 1 or not said <= set(_LEROBOT_NORMALISATION):

@@ -133,8 +133,9 @@ class NormStats:
 def load_statistics(path: str | Path, asset_id: str | None = None) -> NormStats:
     """Statistics from a norm_stats.json, or from a checkpoint folder of any of the layouts.
 
-    Looked for in a folder, in this order: norm_stats.json; openpi's assets/<asset_id>/norm_stats.json (beside
-    the folder, if that is openpi's params/); lerobot's policy_preprocessor.json and policy_postprocessor.json; transformers' processor_config.json.
+    Looked for in a folder, in this order: norm_stats.json; openpi's assets/<asset_id>/norm_stats.json (beside the
+    folder, if that is openpi's params/); lerobot's policy_preprocessor.json and policy_postprocessor.json;
+    transformers' processor_config.json.
 
     Raises:
         StatisticsError, CheckpointError: none found, several found and no `asset_id`, or unusable ones.

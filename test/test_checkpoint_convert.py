@@ -1,0 +1,121 @@
+"""`convert`: any layout into our folder, ours into openpi's, and back to the same bits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_kit import LAYOUTS, TINY, TINY05, random_weights
+from safetensors.torch import load_file, save_file
+from test_statistics import OPENPI, lerobot
+
+from pi0_ros.model import layouts
+from pi0_ros.model.checkpoint import CheckpointError, from_state_dict, open_checkpoint
+from pi0_ros.policy.bundle import BundleSettings, load_bundle, save_bundle
+from pi0_ros.policy.convert import Options, convert, foreign_settings, main, write_openpi
+from pi0_ros.policy.statistics import NormStats
+
+ROBOT = Path(__file__).parents[1] / "config/six_joint_arm.yaml"
+
+
+@pytest.mark.parametrize("config", [TINY, TINY05], ids=["pi0", "pi05"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ours_to_openpi_and_back_is_the_same_to_the_bit(tmp_path, config, dtype):
+    weights = random_weights(config, dtype=dtype)
+    stats = NormStats.from_dict(OPENPI)
+    settings = BundleSettings(config, normalisation="zscore")
+    digest = save_bundle(tmp_path / "ours", weights, settings, None, stats)
+    convert(Options(tmp_path / "ours", tmp_path / "openpi", to="openpi", asset_id="lab/arm"))
+    back = Options(tmp_path / "openpi", tmp_path / "again", normalisation="zscore")
+    assert convert(back) == digest  # of weights, config and statistics together
+    loaded = load_bundle(tmp_path / "again", verify_weights=True).weights().state_dict()
+    assert all(torch.equal(loaded[k], weights[k]) and loaded[k].dtype == dtype for k in weights)
+
+
+def test_openpis_layout_is_what_openpi_loads_strictly(tmp_path):
+    """The keys and shapes that its own model saved, the tied embedding's name in the metadata included."""
+    from safetensors import safe_open
+
+    source = open_checkpoint(LAYOUTS / "openpi/model.safetensors", config=TINY)
+    write_openpi(tmp_path / "out", source, NormStats.from_dict(OPENPI), "lab")
+    ours, theirs = load_file(tmp_path / "out/model.safetensors"), load_file(LAYOUTS / "openpi/model.safetensors")
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs if k != layouts.EXPERT_HEAD)
+    with safe_open(tmp_path / "out/model.safetensors", framework="pt") as reader:
+        assert reader.metadata()[layouts.EMBEDDING] == layouts.HEAD
+    assert json.loads((tmp_path / "out/assets/lab/norm_stats.json").read_text()) == OPENPI
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["action_dim"], config["action_horizon"], config["precision"]) == (8, 10, "float32")
+
+
+def test_a_lerobot_folder_becomes_ours_with_its_statistics_and_settings(tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    lerobot(source)
+    for name in ("config.json", "model.safetensors"):
+        (source / name).write_bytes((LAYOUTS / "lerobot" / name).read_bytes())
+    (tmp_path / "sizes.json").write_text(json.dumps(TINY.to_dict()))
+    digest = convert(Options(source, tmp_path / "out", model_config=str(tmp_path / "sizes.json"), dtype="bfloat16"))
+    bundle = load_bundle(tmp_path / "out", verify_weights=True)
+    assert bundle.digest == digest and bundle.stats.state.std.tolist() == [1.0, 0.25]
+    assert (bundle.settings.prompt_format, bundle.settings.normalisation) == ("pi0", "zscore")
+    assert bundle.weights().dtype == torch.bfloat16
+    told = capsys.readouterr().out
+    assert "lerobot pi0 layout, 89 tensors, float32" in told and f"checkpoint {digest}" in told
+    assert "state of 2, actions of 1" in told
+
+
+LEROBOT = {"type": "pi05", "output_features": {"action": {"shape": [7]}}}
+
+
+def settings_of(data, normalisation=None):
+    checkpoint = from_state_dict(random_weights(TINY05), config=TINY05)
+    return foreign_settings(replace(checkpoint, data={**LEROBOT, **data}), "source", normalisation)
+
+
+def test_lerobot_settings_follow_its_config():
+    settings = settings_of({"normalization_mapping": {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}})
+    assert (settings.prompt_format, settings.normalisation, settings.loss_dims) == ("lerobot_pi05", "zscore", 7)
+
+
+def test_a_normalisation_that_is_not_known_here_is_refused_unless_one_is_named():
+    mapping = {"normalization_mapping": {"STATE": "MIN_MAX", "ACTION": "QUANTILES"}}
+    with pytest.raises(CheckpointError, match="normalization_mapping is MIN_MAX, QUANTILES .*--normalisation"):
+        settings_of(mapping)
+    assert settings_of(mapping, "quantile").normalisation == "quantile"
+
+
+@pytest.mark.parametrize("data", [{"normalization_mapping": [1]}, {"output_features": {"action": {"shape": []}}}])
+def test_a_lerobot_config_that_makes_no_sense_is_one_clear_error(data):
+    with pytest.raises(CheckpointError, match="config.json"):
+        settings_of(data)
+
+
+def test_the_source_is_not_overwritten_and_neither_is_a_full_folder(tmp_path):
+    save_bundle(tmp_path / "ours", random_weights(TINY), BundleSettings(TINY), None, None)
+    with pytest.raises(CheckpointError, match="is the source itself"):
+        convert(Options(tmp_path / "ours", tmp_path / "ours"))
+    with pytest.raises(CheckpointError, match="is not empty"):
+        convert(Options(tmp_path / "ours", tmp_path, to="openpi"))
+    with pytest.raises(CheckpointError, match="leads out of the folder"):
+        convert(Options(tmp_path / "ours", tmp_path / "new", to="openpi", asset_id="../x"))
+
+
+def test_the_command_line_tells_what_it_did_or_one_line_of_error(tmp_path, monkeypatch, capsys):
+    run = ["convert", str(LAYOUTS / "jax/params.safetensors"), str(tmp_path / "out"), "--robot", str(ROBOT)]
+    monkeypatch.setattr(sys, "argv", run)
+    main()
+    assert "jax pi0 layout, 50 tensors" in capsys.readouterr().out
+    assert load_bundle(tmp_path / "out").robot.name
+    save_file({"conv1.weight": torch.ones(3)}, tmp_path / "other.safetensors")
+    for source in (tmp_path / "absent", tmp_path / "other.safetensors"):
+        monkeypatch.setattr(sys, "argv", ["convert", str(source), str(tmp_path / "out2")])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        error = capsys.readouterr().err
+        assert exit_.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "out2").exists()
