@@ -69,6 +69,8 @@ def test_seconds_left_run_down_between_the_players_words():
     assert handover.seconds_left(NOW + 200 * MS) == pytest.approx(0.3)
     assert handover.seconds_left(NOW + 900 * MS) == 0.0
     assert handover.seconds_left(NOW + 1100 * MS) is None  # silent: gone
+    handover.heard(status(state=PlayerStatus.STOPPED), NOW)  # said once, on the change
+    assert handover.seconds_left(NOW + 9000 * MS) == 0.0
 
 
 def test_a_chunk_on_its_way_counts_as_left_for_a_moment():

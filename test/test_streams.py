@@ -29,9 +29,9 @@ max_skew: 0.1
 class World:
     """Publishes into a Streams and waits for what it sent."""
 
-    def __init__(self, ros, transport: str = "raw") -> None:
+    def __init__(self, ros, transport: str = "raw", clock: str = "header") -> None:
         self.ros, self.transport = ros, transport
-        self.robot = parse_robot(ROBOT.replace("TRANSPORT", transport))
+        self.robot = parse_robot(ROBOT.replace("TRANSPORT", transport) + f"clock: {clock}\n")
         self.stored = 0
         self.streams = Streams(ros.node("reader"), self.robot, self._count)
         node = ros.node("sender")
@@ -113,7 +113,10 @@ def test_a_position_that_is_not_a_number_is_blamed(world):
 
 def test_messages_with_velocities_only_are_passed_over(world):
     world.all(NOW)
-    world.send("arm/joint_states", JointState(name=["shoulder"], velocity=[1.0]), NOW + 5 * MS)
+    velocities = JointState(name=["shoulder"], velocity=[1.0])
+    velocities.header.stamp = to_stamp(NOW + 5 * MS)
+    world.publishers["arm/joint_states"].publish(velocities)
+    world.joints("arm/joint_states", NOW + 1 * MS, shoulder=1.0)  # comes after it on the same topic
     assert world.streams.observe(NOW + 50 * MS).state.tolist() == [1.0, 0.5]
 
 
@@ -132,6 +135,13 @@ def test_what_lies_ahead_of_the_tick_does_not_count_yet(world):
     world.joints("gripper/joint_states", NOW + 61 * MS, finger=3.0)
     assert world.streams.observe(NOW + 50 * MS).state.tolist() == [1.0, 0.5]
     assert world.streams.observe(NOW + 51 * MS).state.tolist() == [1.0, 3.0]  # its latency is 10 ms
+
+
+def test_where_the_recordings_count_by_arrival_the_node_does_too(ros):
+    world = World(ros, clock="bag")
+    world.all(0)  # drivers that do not stamp
+    now = world.streams._node.get_clock().now().nanoseconds
+    assert isinstance(world.streams.observe(now + 30 * MS), Snapshot)
 
 
 def test_after_clear_nothing_is_left(world):

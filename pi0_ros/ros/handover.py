@@ -17,7 +17,8 @@ from pi0_ros.ros.conversions import SECOND, actions_from, stamp_ns
 
 HANDOVERS = 10  # the delay is the largest of so many hand-overs: a slow one is forgotten after as many
 GRACE = 0.5  # seconds in which a published chunk counts before the player has said that it plays it
-SILENCE = 1.0  # seconds after which a player that says nothing counts as gone
+SILENCE = 1.0  # seconds after which a player that said that it moves, and no more, counts as gone
+MOVING = (PlayerStatus.PLAYING, PlayerStatus.APPROACHING, PlayerStatus.DRY_RUN)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Handover:
         """Seconds until the player has nothing left; None while no player is heard."""
         with self._lock:
             status, heard, last = self._status, self._heard, self._last
-        if status is None or not 0 <= now - heard <= SILENCE * SECOND:
+        if status is None or (status.state in MOVING and not 0 <= now - heard <= SILENCE * SECOND):
             return None
         if last is not None and status.sequence != last.sequence and now - last.published < GRACE * SECOND:
             return (last.observed - now) / SECOND + (len(last.actions) - 1) * last.dt

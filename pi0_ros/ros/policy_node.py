@@ -91,6 +91,14 @@ class PolicyNode(LifecycleNode):
         self.create_service(SetBool, "~/pause", self._pause)
         self.create_service(SetPrompt, "~/set_prompt", self._set_prompt)
 
+    def start(self) -> None:
+        """Configure and activate. Raises RuntimeError with the reason when that fails."""
+        for transition in (self.trigger_configure, self.trigger_activate):
+            if transition() != TransitionCallbackReturn.SUCCESS:
+                if not self.context.ok():
+                    raise ExternalShutdownException
+                raise RuntimeError(self._failure or "the node could not be activated")
+
     # Transitions. rclpy swallows what they raise, so each says itself what went wrong.
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -166,13 +174,16 @@ class PolicyNode(LifecycleNode):
     def _teardown(self) -> bool:
         self._drop_timer()
         self._settings.frozen = False
+        if self._worker is not None:
+            self._worker.deactivate()  # before its publisher goes
         if self._streams is not None:
             self._streams.close()
         for destroy, entity in self._entities:
             destroy(entity)
         worker, self._worker, self._streams = self._worker, None, None
         self._entities.clear()
-        if worker is None or worker.close():
+        # A load cannot be interrupted: a process that is told to end does not wait for it.
+        if worker is None or worker.close(60.0 if self.context.ok() else 5.0):
             return True
         self.get_logger().error("the inference thread does not end, its memory is not freed; restart the process")
         return False
@@ -299,21 +310,19 @@ def main(args: list[str] | None = None) -> int:
     if "--help" in args or "-h" in args:
         print(usage("policy_node", SPECS))
         return 0
-    rclpy.init(args=args)
     node, code = None, 0
     try:
+        rclpy.init(args=args)
         node = PolicyNode()
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         if node.get_parameter("autostart").value:
-            started = node.trigger_configure() == TransitionCallbackReturn.SUCCESS
-            if not started or node.trigger_activate() != TransitionCallbackReturn.SUCCESS:
-                raise RuntimeError(node._failure or "could not activate")
+            node.start()
         executor.spin()
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     except (ParameterError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 1
     finally:
         if node is not None:

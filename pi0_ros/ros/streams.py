@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,49 +68,49 @@ class Streams:
             )
             kind = CompressedImage if camera.transport == "compressed" else Image
             qos = QoSProfile(depth=1, reliability=RELIABILITY[camera.reliability])
-            self._listen(kind, camera_topic(camera), qos, slot, self._frame(slot))
+            self._listen(kind, camera_topic(camera), qos, slot, partial(self._camera, slot))
         for topic in robot.state.topics:
             qos = QoSProfile(depth=50, reliability=ReliabilityPolicy.BEST_EFFORT)
             self._listen(JointState, topic, qos, topic, self._joints(topic))
 
-    def _listen(self, kind: type, topic: str, qos: QoSProfile, name: str, store: Callable[[Any], None]) -> None:
-        window = self.windows[name] = Window()
-        self._topics[name] = topic
+    def _listen(
+        self, kind: type, topic: str, qos: QoSProfile, name: str, buffer_of: Callable[[Any], StreamBuffer | None]
+    ) -> None:
+        window, arrival = Window(), self._robot.clock == "bag"  # a recording's own time is that of arrival
+        self.windows[name], self._topics[name] = window, topic
 
         def callback(message: Any) -> None:
-            store(message)
-            window.add(self._node.get_clock().now().nanoseconds / SECOND)
+            now = self._node.get_clock().now().nanoseconds
+            buffer = buffer_of(message)
+            if buffer is None:
+                return
+            buffer.push(now if arrival else stamp_ns(message.header.stamp), message)
+            window.add(now / SECOND)
             self._on_message()
 
         self._subscriptions.append(self._node.create_subscription(kind, topic, callback, qos))
 
-    def _frame(self, slot: str) -> Callable[[Any], None]:
-        def store(message: Image | CompressedImage) -> None:
-            self._cameras[slot].push(stamp_ns(message.header.stamp), message)
+    def _camera(self, slot: str, message: Any) -> StreamBuffer:
+        return self._cameras[slot]
 
-        return store
-
-    def _joints(self, topic: str) -> Callable[[JointState], None]:
+    def _joints(self, topic: str) -> Callable[[JointState], StreamBuffer | None]:
         state, ours = self._robot.state, set(self._robot.joint_names)
 
-        def store(message: JointState) -> None:
+        def buffer_of(message: JointState) -> StreamBuffer | None:
             names = tuple(message.name)
             if ours.isdisjoint(names) or len(message.position) != len(names):
-                return  # of other joints, or velocities only
+                return None  # of other joints, or velocities only
             with self._lock:
-                buffer = self._states.get((topic, names))
-                if buffer is None:
+                if (topic, names) not in self._states:
                     if len(self._states) >= MOST_GROUPS:
                         self._states.pop(next(iter(self._states)))
                     alone = all(known != topic for known, _ in self._states)
                     name = topic if alone else f"{topic} ({', '.join(names[:3])})"
-                    buffer = StreamBuffer(
-                        name, round(state.max_age * SECOND), round(state.latency * SECOND), STATE_DEPTH
-                    )
-                    self._states[topic, names] = buffer
-            buffer.push(stamp_ns(message.header.stamp), message)
+                    ages = round(state.max_age * SECOND), round(state.latency * SECOND)
+                    self._states[topic, names] = StreamBuffer(name, *ages, STATE_DEPTH)
+                return self._states[topic, names]
 
-        return store
+        return buffer_of
 
     def observe(self, tick_ns: int) -> Snapshot | Rejected:
         """The newest messages at the tick, or the stream to blame."""

@@ -215,7 +215,9 @@ class Worker:
             self._frames.clear()
         self.health.ticks += 1
         if begin == 0:
-            return self._reject(begin, Rejected("clock", "use_sim_time is set and nothing came on /clock yet", "missing"))
+            return self._reject(
+                begin, Rejected("clock", "use_sim_time is set and nothing came on /clock yet", "missing")
+            )
         started = clock()
         snapshot = self._streams.observe(begin)
         images = snapshot if isinstance(snapshot, Rejected) else self._frames.decode(snapshot.frames)
