@@ -214,6 +214,13 @@ def test_noise_of_the_wrong_shape_is_refused():
         model.sample_actions(observation, noise=noise[:, :7])
 
 
+def test_images_of_another_size_are_refused():
+    model, observation, noise = case("pi0")
+    other = dataclasses.replace(observation, images=observation.images[..., :14])
+    with pytest.raises(ValueError, match="the model takes images of 28x28 pixels, found 28x14"):
+        model.sample_actions(other, noise=noise)
+
+
 def test_denoising_times_start_at_one_and_end_one_step_above_zero():
     assert denoising_times(4) == [1.0, 0.75, 0.5, 0.25]
     assert denoising_times(np.int64(1)) == [1.0]

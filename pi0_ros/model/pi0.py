@@ -126,7 +126,10 @@ class Pi0(nn.Module):
 
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, N, 3, S, S] -> [B, N * T, vlm width], T tokens a camera. Not scaled."""
-        batch, cameras = images.shape[:2]
+        batch, cameras, _, height, width = images.shape
+        size = self.config.vision.image_size
+        if (height, width) != (size, size):
+            raise ValueError(f"the model takes images of {size}x{size} pixels, found {height}x{width}")
         if cameras == 0:
             return self.projector.weight.new_zeros(batch, 0, self.config.vlm.width)
         return self.projector(self.siglip(images.flatten(0, 1))).unflatten(0, (batch, cameras)).flatten(1, 2)
