@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from model_cases import TINY, generator, random_chunk, random_model, random_observation
 
 from pi0_ros.model.flow import interpolate
@@ -143,6 +145,22 @@ def test_padding_that_all_prompts_share_is_dropped_without_changing_the_result()
     dropped = drop_padding(observation)
     assert dropped.tokens.shape == (2, 6)
     close(model.velocity(dropped, noise, TIME), model.velocity(observation, noise, TIME))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    cameras=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=2, max_size=2),
+    lengths=st.tuples(st.integers(0, 10), st.integers(0, 10)),
+)
+def test_dropping_padding_never_changes_the_velocity(cameras, lengths):
+    model, observation, x_t = case("pi0")
+    valid = torch.arange(10) < torch.tensor(lengths)[:, None]
+    observation = dataclasses.replace(observation, image_masks=torch.tensor(cameras), token_masks=valid)
+    dropped = drop_padding(observation)
+    assert dropped.images.shape[1] == observation.image_masks.any(dim=0).sum()
+    assert dropped.tokens.shape[1] == max(1, *lengths)
+    with torch.no_grad():
+        close(model.velocity(dropped, x_t, TIME), model.velocity(observation, x_t, TIME))
 
 
 @FAMILIES

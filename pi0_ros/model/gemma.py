@@ -150,5 +150,7 @@ def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """q [B, heads, N, D], k, v [B, kv heads, M, D], mask bool [B, 1 or N, M] (True: may look) -> [B, N, heads * D]."""
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=q.shape[1] != k.shape[1])
+    group = q.shape[1] // k.shape[1]  # query heads per kv head; spelt out, since masked GPU kernels take no groups
+    k, v = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))  # a view for one kv head
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
     return out.transpose(1, 2).flatten(2)
