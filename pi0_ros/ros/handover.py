@@ -85,7 +85,7 @@ class Handover:
             return math.ceil(max((delay for _, delay in self._delays), default=0.0) - 1e-6)
 
     def executed(self, at: int, epoch: int, prompt: str) -> np.ndarray | None:
-        """float64 [d, J]: what the player will execute from `at` (ns) until the chunk observed then takes over.
+        """float64 [d < H, J]: what the player will execute from `at` (ns) until the chunk observed then takes over.
 
         None when nothing is known: no chunk of this epoch and prompt before, or the player is not playing it.
         """
@@ -96,5 +96,5 @@ class Handover:
             return None
         if status is None or status.state != PlayerStatus.PLAYING or status.epoch != epoch:
             return None
-        rows = actions_from(last.actions, last.observed, last.dt, at, delay)
+        rows = actions_from(last.actions, last.observed, last.dt, at, min(delay, len(last.actions) - 1))
         return rows if len(rows) else None

@@ -24,6 +24,7 @@ from std_srvs.srv import SetBool, Trigger
 from pi0_ros.model.config import PRESETS
 from pi0_ros.msg import ActionChunk, PlayerStatus
 from pi0_ros.policy.policy import Policy
+from pi0_ros.policy.realtime import SCHEDULES, GuidanceSettings
 from pi0_ros.robot import load_robot
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report
 from pi0_ros.ros.health import THRESHOLDS, gpu_memory
@@ -46,7 +47,19 @@ SPECS = (
     Spec("rate", 10.0, "chunks per second, Hz; 0: as fast as new messages and the model allow", 0, 1000),
     Spec("on_demand_seconds", 0.0, "above 0: a chunk only when the player has less than this left, s", 0, 60),
     Spec("prompt", "", "the instruction; empty: the robot file's default; topic and service change it"),
+    Spec(
+        "seed",
+        -1,
+        "0 or more: every chunk starts from this seed's noise, for comparison; -1: fresh noise",
+        -1,
+        2**31 - 1,
+    ),
     Spec("realtime_chunking", False, "keep the actions that will be executed before the new chunk arrives"),
+    Spec(
+        "guidance.schedule", "exp", "pull towards the old chunk after those actions", choices=SCHEDULES, configured=True
+    ),
+    Spec("guidance.max_weight", 10.0, "largest pull of guided in-painting", 0.001, 1000, configured=True),
+    Spec("guidance.jacobian", True, "true: the published method; false: without its backward pass", configured=True),
     Spec("autostart", False, "configure and activate without being told to", read_only=True),
     *THRESHOLDS,
 )
@@ -56,6 +69,9 @@ def load_policy(parameters: Parameters) -> Policy:
     """The policy that the parameters ask for: a checkpoint, or random weights."""
     robot = load_robot(Path(parameters["robot_file"]).expanduser()) if parameters["robot_file"] else None
     common = {key: parameters[key] for key in ("device", "dtype", "num_steps")}
+    common["guidance"] = GuidanceSettings(
+        **{key: parameters[f"guidance.{key}"] for key in ("schedule", "max_weight", "jacobian")}
+    )
     if parameters["checkpoint"]:
         return Policy.load(Path(parameters["checkpoint"]).expanduser(), robot=robot, **common)
     if robot is None:
@@ -235,7 +251,7 @@ class PolicyNode(LifecycleNode):
     def _apply(self, values: dict[str, Any]) -> None:
         if "prompt" in values:
             self._worker.set_prompt(values["prompt"] or self._worker.policy.robot.prompt.default)
-        for name in ("on_demand_seconds", "realtime_chunking"):
+        for name in ("on_demand_seconds", "realtime_chunking", "seed"):
             if name in values:
                 setattr(self._worker, name, values[name])
 
@@ -252,7 +268,7 @@ class PolicyNode(LifecycleNode):
             return response
         self._keep_prompt(request.prompt)
         if request.drop_current and self._worker is not None:
-            self._worker.bump(forget=False)
+            self._worker.bump()
         response.success, response.message = True, f"from the next tick on: {request.prompt}"
         return response
 
@@ -269,7 +285,7 @@ class PolicyNode(LifecycleNode):
     def _stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         def stop(worker: Worker) -> None:
             worker.run(False)
-            worker.bump(forget=True)
+            worker.bump()
 
         return self._answer(response, stop, "stopped, chunks so far are void")
 

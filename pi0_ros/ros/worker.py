@@ -11,14 +11,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from rclpy.impl.rcutils_logger import RcutilsLogger
 
 from pi0_ros.msg import ActionChunk
 from pi0_ros.policy.alignment import Rejected
-from pi0_ros.policy.policy import RobotObservation
+from pi0_ros.policy.policy import ObservationError, RobotObservation
 from pi0_ros.ros.conversions import SECOND, chunk_message, void_message
 from pi0_ros.ros.handover import Handover, Published
 from pi0_ros.ros.health import Health
@@ -45,6 +46,7 @@ class Worker:
         self.health, self.handover = Health(), Handover()
         self.on_demand_seconds = 0.0  # > 0: a chunk only when the player has less left
         self.realtime_chunking = False
+        self.seed = -1  # from 0 on: every chunk starts from the noise of this seed
         self.policy: Policy | None = None
         self._streams: Streams | None = None
         self._publish: Callable[[ActionChunk], None] | None = None
@@ -102,11 +104,11 @@ class Worker:
         with self._lock:
             self._prompt = prompt
 
-    def bump(self, forget: bool) -> None:
-        """Void every chunk so far, the one in flight and the player's too; `forget`: and every cache."""
+    def bump(self) -> None:
+        """Void every chunk so far, the one in flight and the player's too, and forget every cache."""
         with self._lock:
             self._epoch += 1
-            self._fresh = self._fresh or forget
+            self._fresh = True
             self.handover.forget()
             if self._active:
                 self._publish(
@@ -204,7 +206,7 @@ class Worker:
             self._streams.clear()
         self.handover.forget_all()
         self.health.clear_windows()
-        self.bump(forget=True)
+        self.bump()
 
     def _tick(self) -> None:
         policy, begin, clock = self.policy, self._now(), time.perf_counter
@@ -231,10 +233,12 @@ class Worker:
             state=snapshot.state,
             prompt=prompt,
         )
-        options: dict[str, Any] = {}
-        if self.realtime_chunking:
-            options["executed"] = self.handover.executed(begin, epoch, prompt)
-        chunk = policy.infer(observation, **options)
+        executed = self.handover.executed(begin, epoch, prompt) if self.realtime_chunking else None
+        generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
+        try:
+            chunk = policy.infer(observation, generator=generator, executed=executed)
+        except ObservationError as error:
+            return self._reject(begin, Rejected("observation", str(error), "missing"))
         if not np.isfinite(chunk.actions).all():
             raise FloatingPointError("the policy's actions are not finite")
         end, inferred = self._now(), clock()
