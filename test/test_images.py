@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as PillowImage
 from rosbags.image import message_to_cvimage
 from rosbags.typesys import Stores, get_typestore
 from safetensors.numpy import load_file
@@ -180,6 +181,24 @@ def test_resizing_equals_openpi(shape):
     assert np.abs(resized.astype(int) - fixture[f"out.{shape}"]).max() <= 1
 
 
+@settings(max_examples=25)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 64), st.integers(0, 2**32))
+def test_resizing_equals_pillow_at_every_size(height, width, size, seed):
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    ratio = max(width / size, height / size)
+    inner = max(int(width / ratio), 1), max(int(height / ratio), 1)
+    expected = PillowImage.new("RGB", (size, size), 0)
+    resized = PillowImage.fromarray(image).resize(inner, PillowImage.Resampling.BILINEAR)
+    expected.paste(resized, ((size - inner[0]) // 2, (size - inner[1]) // 2))
+    assert np.abs(resize_with_pad(image, size).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_a_read_only_image_is_resized_without_complaint(recwarn):
+    image = np.frombuffer(RGB.tobytes(), np.uint8).reshape(RGB.shape)
+    np.testing.assert_array_equal(resize_with_pad(image, 4), resize_with_pad(RGB, 4))
+    assert not recwarn.list
+
+
 def test_resizing_pads_black_and_centres():
     resized = resize_with_pad(np.full((50, 100, 3), 200, np.uint8), 60)  # -> 30 x 60, 15 rows above and below
     np.testing.assert_array_equal(resized[15:45], 200)
@@ -196,7 +215,7 @@ def test_a_flipped_view_resizes_as_its_copy():
     np.testing.assert_array_equal(resize_with_pad(RGB[:, ::-1], 4), resize_with_pad(RGB[:, ::-1].copy(), 4))
 
 
-@pytest.mark.parametrize("image", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)])
+@pytest.mark.parametrize("image", [np.zeros((4, 4, 3)), np.zeros(4, np.uint8), np.zeros((0, 4, 3), np.uint8)])
 def test_resizing_refuses_what_is_no_rgb_image(image):
     with pytest.raises(ImageError, match="expected a uint8 image"):
         resize_with_pad(image, 8)

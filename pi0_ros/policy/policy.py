@@ -231,16 +231,20 @@ class Policy:
             raise
         actions = self.transforms.decode(data["state"], sample.actions.double().numpy())
         actions[: len(committed)] = committed
-        self._last = (observation.stamp, observation.prompt, actions)
+        self._last = (observation.stamp, observation.prompt, actions.copy())
         latency = {"preprocess": preprocessed - begin, **sample.latency, "total": time.perf_counter() - begin}
         return Chunk(actions, sample.prefix_reused, sample.cameras_encoded, self.num_steps, len(committed), latency)
 
     def warm_up(self) -> None:
-        """Run every path once, so that the first real observation takes no longer than the next."""
+        """Run what a tick may need once, so that the first real observation takes no longer than the next.
+
+        Guided real-time chunking is left out: it costs a backward pass, which many robots never ask for.
+        """
         middle = np.array([sum(joint.position) / 2 for joint in self.robot.joints])
         images = {slot: np.zeros((480, 640, 3), np.uint8) for slot in self._slots}
         generator = torch.Generator().manual_seed(0)
-        for frame, executed in ((0, None), (0, middle[None]), (1, None)):
+        committed = middle[None] if self.settings.rtc_max_delay else None
+        for frame, executed in ((0, None), (0, committed), (1, None)):
             frames = dict.fromkeys(self._slots, frame)
             observation = RobotObservation(0, images, frames, middle, self.robot.prompt.default)
             self.infer(observation, generator=generator, executed=executed)
