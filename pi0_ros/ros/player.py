@@ -110,6 +110,7 @@ class Player:
         self.measured = np.full(joints, np.nan)
         self._measured_at = np.full(joints, -1, dtype=np.int64)  # ns, by joint
         self._state_note = ""
+        self.blind = False  # holds because joint states are missing
         self._mode, self._why, self._refusal = STOPPED, "not started", ""
         self._running = False  # between start and stop
         self._following = False  # a chunk moves the arm
@@ -263,7 +264,9 @@ class Player:
         """Follow or hold, with the reason."""
         if not self._running:
             return
-        if fault := self._state_fault(now):
+        fault = self._state_fault(now)
+        self.blind = bool(fault)
+        if fault:
             self._halt(HOLDING, fault)
             return
         if self.commanded is None:

@@ -1,0 +1,361 @@
+"""chunk_player: action chunks in, commands to the robot's controllers out, and the arm held when anything is wrong.
+
+A lifecycle node around `player.Player`, which decides; this file only moves messages.
+
+Topics, relative to the namespace:
+    action_chunk (pi0_ros/ActionChunk): the chunks.
+    policy_epoch (std_msgs/UInt32, latched): the policy's epoch, published at every bump. A new epoch drops what is
+        left of the current chunk at once; without it that happens when the first chunk of the new epoch comes.
+    the robot file's JointState topics in, its command topics out.
+    ~/status (pi0_ros/PlayerStatus, latched): on every change of state or reason, and at 10 Hz while active.
+Services (std_srvs/Trigger): ~/stop brakes and plays nothing until ~/start.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rclpy
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
+from sensor_msgs.msg import JointState
+from std_msgs.msg import UInt32
+from std_srvs.srv import Trigger
+
+from pi0_ros.msg import ActionChunk, PlayerStatus
+from pi0_ros.robot import Robot, load_robot
+from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp
+from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window
+from pi0_ros.ros.outputs import Outputs, streamed_joints
+from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
+from pi0_ros.ros.playback import Offer
+from pi0_ros.ros.player import STATES, Player, Settings
+
+LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+NEWEST = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+SENSOR = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
+STATUS_PERIOD = SECOND // 10  # ns
+
+
+def _set(name: str, default: Any, description: str, *bounds: float, **more: Any) -> Spec:
+    return Spec(name, default, description, *bounds, configured=True, **more)
+
+
+SPECS = (
+    _set("robot_file", "", "path of the robot file, or of a checkpoint folder with one"),
+    _set("rate", 100.0, "control rate: how often commands are computed, Hz", 1, 1000),
+    _set("interpolation", "linear", "between two actions of a chunk", choices=("linear", "cubic")),
+    _set("handover", "blend", "how a chunk follows another", choices=("blend", "ensemble", "switch")),
+    _set("blend_time", 0.15, "how long a hand-over fades, s", 0, 10),
+    _set("ensemble_decay", 0.01, "ensemble: chunk i (0 the oldest) weighs exp(-decay * i)", 0, 10),
+    _set("hold_after", 0.0, "how long a chunk's last action stands before holding counts, s", 0, 60),
+    _set("policy_timeout", 2.0, "hold when no chunk came for so long, s; 0: only when the chunk ends", 0, 3600),
+    _set("chunk_max_age", 1.0, "refuse a chunk whose observation is older when it comes, s", 0.001, 3600),
+    _set("chunk_max_ahead", 0.05, "refuse a chunk whose stamp is further in the future, s", 0, 60),
+    _set("limits", "clamp", "what happens to actions beyond the robot's limits", choices=("clamp", "refuse")),
+    _set("velocity_scale", 1.0, "share of the robot file's velocity limits to use", 0.01, 1),
+    _set("acceleration_scale", 1.0, "share of the robot file's acceleration limits to use", 0.01, 1),
+    _set(
+        "approach_threshold", 0.25, "a joint further from where a chunk begins goes there slowly, rad or m", 0.001, 100
+    ),
+    _set("approach_speed", 0.2, "share of the velocity limits to use for that", 0.01, 1),
+    _set("trajectory.window", 0.4, "JointTrajectory: how far ahead is sent before coming to rest, s", 0.05, 10),
+    _set("trajectory.rate", 10.0, "JointTrajectory: how often it is sent again, Hz", 0.5, 100),
+    _set("trajectory.lead", 0.02, "JointTrajectory: its first point is at least so far ahead, s", 0, 1),
+    _set("trajectory.velocities", True, "JointTrajectory: send velocities too"),
+    _set("dry_run", False, "judge and sample chunks, send nothing"),
+    Spec("start_on_activate", True, "play at once; false: wait for ~/start"),
+    Spec("autostart", False, "configure and activate without being told to", read_only=True),
+)
+
+
+def settings_from(values: dict[str, Any]) -> Settings:
+    """The player's settings from the node's parameters."""
+    plain = {name: values[name] for name in Settings.__dataclass_fields__ if name in values}
+    return Settings(
+        **plain,
+        window=values["trajectory.window"],
+        lead=values["trajectory.lead"],
+        resend=1.0 / values["trajectory.rate"],
+    )
+
+
+def load_robot_file(value: str) -> Robot:
+    """The robot of the `robot_file` parameter."""
+    if not value:
+        raise ParameterError("parameter 'robot_file': found '', give a robot file or a checkpoint folder")
+    path = Path(value).expanduser()
+    return load_robot(path / "robot.yaml" if path.is_dir() else path)
+
+
+class ChunkPlayer(LifecycleNode):
+    """The node."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__("chunk_player", **options)
+        self._player: Player | None = None
+        self._outputs: Outputs | None = None
+        self._robot: Robot | None = None
+        self._subscriptions_made: list[Any] = []
+        self._timer = None
+        self._failure = ""  # why configure failed last
+        self._said: tuple[int, str] | None = None  # state and reason of the last status
+        self._said_at = 0  # ns
+        self._active = False
+        try:
+            self._settings = Parameters(self, SPECS)
+        except ParameterError:
+            super().destroy_node()
+            raise
+        self._cost, self._interval, self._ticked = Window(), Window(), 0.0
+        self._status = self.create_publisher(PlayerStatus, "~/status", LATCHED)
+        self._diagnostics = DiagnosticsPublisher(self, self._reports, self.get_name())
+        self.create_service(Trigger, "~/start", self._start)
+        self.create_service(Trigger, "~/stop", self._stop)
+
+    # Transitions. rclpy swallows what they raise, so each says itself what went wrong.
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Read the robot file, connect."""
+        self._teardown()
+        try:
+            self._robot = robot = load_robot_file(self._settings["robot_file"])
+            settings = settings_from(self._settings.values())
+            self._player = Player(robot, settings, streamed_joints(robot))
+            period = 1.0 / settings.rate
+            self._outputs = Outputs(self, robot, self._player, period, self._settings["trajectory.velocities"])
+            for kind, topic, callback, qos in (
+                (ActionChunk, "action_chunk", self._chunk_came, NEWEST),
+                (UInt32, "policy_epoch", self._epoch_came, LATCHED),
+                *((JointState, topic, self._state_came, SENSOR) for topic in robot.state.topics),
+            ):
+                self._subscriptions_made.append(self.create_subscription(kind, topic, callback, qos))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the reason why configure fails
+            self._failure = f"configure failed: {' '.join(str(error).split()) or type(error).__name__}"
+            self.get_logger().error(self._failure)
+            self.get_logger().debug(traceback.format_exc())
+            self._teardown()
+            self._diagnostics.publish()
+            return TransitionCallbackReturn.FAILURE
+        self._failure, self._settings.frozen = "", True
+        self._say()
+        return super().on_configure(state)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Tick, and play unless `start_on_activate` is false."""
+        self._active = True
+        if self._settings["start_on_activate"]:
+            self._player.start()
+        else:
+            self._player.stop("not started: start_on_activate is false, call ~/start")
+        self._timer = self.create_timer(1.0 / self._settings["rate"], self._tick)  # on the node's clock
+        self._say()
+        return super().on_activate(state)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Come to rest, send nothing more."""
+        self._come_to_rest("deactivated")
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Disconnect."""
+        self._teardown()
+        return super().on_cleanup(state)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Come to rest, disconnect."""
+        self._teardown()
+        return super().on_shutdown(state)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Come to rest, back to unconfigured."""
+        self._teardown()
+        return super().on_error(state)
+
+    def destroy_node(self) -> None:
+        """Come to rest, then destroy the node."""
+        self._teardown()
+        super().destroy_node()
+
+    def _teardown(self) -> None:
+        self._come_to_rest("shut down")
+        self._settings.frozen = False
+        for subscription in self._subscriptions_made:
+            self.destroy_subscription(subscription)
+        self._subscriptions_made.clear()
+        if self._outputs is not None:
+            self._outputs.close(self)
+        self._player = self._outputs = self._robot = None
+
+    def _come_to_rest(self, why: str) -> None:
+        """Brake, if active. Blocks for as long as braking takes (velocity limit / acceleration limit)."""
+        if self._timer is not None:
+            self.destroy_timer(self._timer)
+            self._timer = None
+        if not self._active:
+            return
+        self._active = False
+        self._player.stop(why)
+        period, limits = 1.0 / self._settings["rate"], self._player.limits
+        now = self._now()
+        # Counted, not read from the clock: simulated time stands still while this callback has the executor.
+        for _ in range(math.ceil(float(np.max(limits.velocity / limits.acceleration)) / period) + 10):
+            now += round(period * SECOND)
+            self._command(now)
+            if self._player.at_rest:
+                break
+            time.sleep(period)
+        self._say()
+
+    # What arrives
+
+    def _chunk_came(self, message: ActionChunk) -> None:
+        if not self._active:
+            return
+        offer = Offer(
+            stamp_ns(message.header.stamp),
+            message.sequence,
+            message.epoch,
+            tuple(message.joint_names),
+            message.horizon,
+            message.dt,
+            np.array(message.actions, dtype=np.float64),
+        )
+        if refusal := self._player.offer(offer, self._now()):
+            self.get_logger().warning(refusal, throttle_duration_sec=1.0)
+
+    def _epoch_came(self, message: UInt32) -> None:
+        self._player.announce_epoch(message.data)
+
+    def _state_came(self, message: JointState) -> None:
+        now = self._now()
+        # Some drivers leave the stamp empty.
+        self._player.observe(message.name, message.position, stamp_ns(message.header.stamp) or now, now)
+
+    def _start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        response.success = self._active
+        response.message = (
+            "plays from the next chunk on" if self._active else "the node is not active: activate it first"
+        )
+        if self._active:
+            self._player.start()
+            self._say()
+        return response
+
+    def _stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        response.success, response.message = True, "stopped, ~/start goes on"
+        if self._active:
+            self._player.stop("stopped by ~/stop, ~/start goes on")
+            self._say()
+        else:
+            response.message = "the node is not active: nothing is played"
+        return response
+
+    # What goes out
+
+    def _tick(self) -> None:
+        began = time.perf_counter()
+        now = self._now()
+        self._command(now)
+        if (self._player.state, self._player.reason) != self._said or not 0 <= now - self._said_at < STATUS_PERIOD:
+            self._say()
+        self._cost.add(began, time.perf_counter() - began)
+        self._interval.add(began, began - self._ticked)
+        self._ticked = began
+
+    def _command(self, now: int) -> None:
+        commands = self._player.tick(now)
+        if commands is not None and not self._player.settings.dry_run:
+            self._outputs.send(commands, now)
+
+    def _say(self) -> None:
+        """Publish the status."""
+        player, now = self._player, self._now()
+        message = PlayerStatus(
+            state=player.state,
+            reason=player.reason,
+            sequence=player.sequence,
+            epoch=player.epoch,
+            seconds_left=player.seconds_left(now),
+            handover_delay=player.handover_delay,
+            chunks_played=player.played,
+            chunks_refused=player.refused,
+            holds=player.holds,
+            joint_names=list(player.joint_names),
+            commanded=[] if player.commanded is None else player.commanded.tolist(),
+        )
+        message.header.stamp = to_stamp(now)
+        if self._said is None or self._said[0] != player.state:
+            reason = f": {player.reason}" if player.reason else ""
+            self.get_logger().info(f"{STATES[player.state]}{reason}")
+        self._said, self._said_at = (player.state, player.reason), now
+        self._status.publish(message)
+
+    def _now(self) -> int:
+        return self.get_clock().now().nanoseconds
+
+    def _reports(self) -> list[Report]:
+        report, player = Report(f"{self.get_name()}: player"), self._player
+        report.add("lifecycle", self._state_machine.current_state[1])
+        if player is None:
+            if self._failure:
+                report.error(self._failure)
+            return [report]
+        now, clock = self._now(), time.perf_counter()
+        if self._active and player.reason:
+            judge = report.error if player.blind else report.warn
+            judge(f"{STATES[player.state].lower()}: {player.reason}")
+        report.add("state", STATES[player.state])
+        report.add("robot", self._robot.name)
+        for name in ("epoch", "sequence", "played", "refused", "holds", "handover_delay"):
+            report.add(name, getattr(player, name))
+        report.add("seconds_left", player.seconds_left(now))
+        report.add("joint_state_age", player.state_age(now))
+        report.window("tick cost us", self._cost.summary(clock), 1e6)
+        report.window("tick interval ms", self._interval.summary(clock), 1e3)
+        return [report]
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the node until it is told to end, then brake; 1 and one line on stderr when it cannot start."""
+    args = sys.argv if args is None else args
+    if "--help" in args or "-h" in args:
+        print(usage("chunk_player", SPECS))
+        return 0
+    # rclpy's own handlers would end the context before the arm is at rest.
+    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    ending, node, code = threading.Event(), None, 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ending.set())
+    try:
+        node = ChunkPlayer()
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
+        if node.get_parameter("autostart").value:
+            started = node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+            if not started or node.trigger_activate() != TransitionCallbackReturn.SUCCESS:
+                raise RuntimeError(node._failure or "could not activate")
+        while rclpy.ok() and not ending.is_set():
+            executor.spin_once(timeout_sec=0.1)
+    except (ParameterError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    finally:
+        if node is not None:
+            node.destroy_node()
+        rclpy.try_shutdown()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

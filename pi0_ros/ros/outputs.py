@@ -1,0 +1,103 @@
+"""Commands as messages: JointTrajectory for a trajectory controller, Float64MultiArray for a position controller."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+from builtin_interfaces.msg import Duration
+from rclpy.node import Node
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from std_msgs.msg import Float64MultiArray
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+from pi0_ros.robot import Command, Robot
+from pi0_ros.ros.conversions import SECOND, to_stamp
+from pi0_ros.ros.player import Commands, Player
+
+RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+KINDS = {"JointTrajectory": JointTrajectory, "Float64MultiArray": Float64MultiArray}
+
+
+def position_message(positions: np.ndarray) -> Float64MultiArray:
+    """Positions [j], in the order of the controller's joints."""
+    return Float64MultiArray(data=array("d", positions.tobytes()))
+
+
+def trajectory_message(
+    names: Sequence[str], times: np.ndarray, positions: np.ndarray, velocities: np.ndarray | None, now: int, ahead: int
+) -> JointTrajectory:
+    """A trajectory that joint_trajectory_controller takes up without a step.
+
+    It is stamped with the time of publication, so that it starts at once. What lies less than `ahead` before us is
+    left out: a first point that is past would be entered without a bridge (joint_trajectory_controller of Jazzy and
+    Kilted). From its last command the controller moves to the first point, which lies on the way that the trajectory
+    before took; set its `interpolate_from_desired_state`.
+
+    Args:
+        times: int64 [n] ns, strictly increasing; a last point less than `ahead` before us is sent for then.
+        positions: [n, j].
+        velocities: [n, j], the last row zero; None sends positions alone, between which controllers go straight.
+        now: ns; ahead: ns, at least one control period.
+    """
+    first = min(int(np.searchsorted(times, now + ahead)), len(times) - 1)
+    message = JointTrajectory(joint_names=list(names))
+    message.header.stamp = to_stamp(now)
+    for k in range(first, len(times)):
+        seconds, rest = divmod(max(int(times[k]) - now, ahead), SECOND)
+        point = JointTrajectoryPoint(time_from_start=Duration(sec=seconds, nanosec=rest))
+        point.positions = array("d", positions[k].tobytes())
+        if velocities is not None:
+            point.velocities = array("d", velocities[k].tobytes())
+        message.points.append(point)
+    return message
+
+
+class Outputs:
+    """The publishers to the controllers of a robot file, each with its joints."""
+
+    def __init__(self, node: Node, robot: Robot, player: Player, period: float, velocities: bool) -> None:
+        """`period` in s: trajectories begin at least so far ahead."""
+        self._player, self._ahead, self._velocities = player, round(period * SECOND), velocities
+        self._groups = [
+            (
+                command,
+                node.create_publisher(KINDS[command.type], command.topic, RELIABLE),
+                _places(command, robot, player),
+            )
+            for command in robot.commands
+        ]
+
+    def send(self, commands: Commands, now: int) -> None:
+        """Publish what is to be sent at `now` (ns)."""
+        for command, publisher, (names, places) in self._groups:
+            if command.type == "Float64MultiArray":
+                if commands.stream:
+                    publisher.publish(position_message(self._player.commanded[places]))
+            elif (plan := commands.plan) is not None:
+                velocities = plan.velocities[:, places] if self._velocities else None
+                publisher.publish(
+                    trajectory_message(names, plan.times, plan.positions[:, places], velocities, now, self._ahead)
+                )
+
+    def close(self, node: Node) -> None:
+        """Destroy the publishers."""
+        for _, publisher, _ in self._groups:
+            node.destroy_publisher(publisher)
+
+
+def streamed_joints(robot: Robot) -> list[str]:
+    """Names of the joints whose controllers take a position each tick."""
+    groups = [command.joints or robot.joint_names for command in robot.commands if command.type == "Float64MultiArray"]
+    return [name for group in groups for name in group]
+
+
+def _places(command: Command, robot: Robot, player: Player) -> tuple[tuple[str, ...], list[int]]:
+    """The controller's joints, and where they stand: among all joints, or among the planned ones for trajectories."""
+    names = command.joints or robot.joint_names
+    places = [robot.joint_names.index(name) for name in names]
+    if command.type == "JointTrajectory":
+        planned = player.window.joints.tolist()
+        places = [planned.index(place) for place in places]
+    return names, places

@@ -1,0 +1,330 @@
+"""chunk_player as a node: real topics, an arm with simple controllers, a policy that can die."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+rclpy = pytest.importorskip("rclpy", reason="needs ROS 2")
+pytest.importorskip("pi0_ros.msg", reason="needs the built messages")
+
+from chunk_player_kit import MIXED, STREAMED, Arm, Policy, Watch, robot_of, robot_text  # noqa: E402
+from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
+from rclpy.parameter import Parameter  # noqa: E402
+from rosgraph_msgs.msg import Clock  # noqa: E402
+from std_srvs.srv import Trigger  # noqa: E402
+
+from pi0_ros.ros.chunk_player import ChunkPlayer  # noqa: E402
+
+STOPPED, HOLDING, PLAYING, APPROACHING, DRY_RUN = range(5)
+VELOCITY = np.array([2.0, 1.0, 3.0])
+START = (0.1, 0.5, 0.5)
+
+
+class Stage:
+    """An arm, a policy, an ear for the player's status; and the player when asked."""
+
+    def __init__(self, ros, tmp_path: Path, commands, policy=True) -> None:
+        self.ros, self.robot = ros, robot_of(commands)
+        self.file = tmp_path / "robot.yaml"
+        self.file.write_text(robot_text(commands))
+        self.node = ros.node("stage")
+        self.arm = Arm(self.node, self.robot, START)
+        self.policy = Policy(self.node, self.robot, START) if policy else None
+        self.watch = Watch(self.node)
+
+    def player(self, active=True, **parameters) -> ChunkPlayer:
+        values = {"robot_file": str(self.file), "approach_threshold": 0.6, **parameters}
+        overrides = [Parameter(name.replace("__", "."), value=value) for name, value in values.items()]
+        node = self.ros.add(ChunkPlayer(parameter_overrides=overrides))
+        node.trigger_configure()
+        if active:
+            node.trigger_activate()
+        return node
+
+    def call(self, name: str) -> Trigger.Response:
+        client = self.node.create_client(Trigger, f"chunk_player/{name}")
+        answer = self.ros.call(client, Trigger.Request())
+        self.node.destroy_client(client)
+        return answer
+
+    def play(self, seconds: float = 0.5) -> None:
+        """Until the player has played for `seconds`."""
+        self.ros.spin_until(self.watch.is_in(PLAYING))
+        begin = self.arm.now()
+        self.ros.spin_until(lambda: self.arm.now() > begin + seconds)
+        assert self.watch.status.state == PLAYING, self.watch.status.reason
+
+    def moving(self) -> bool:
+        return len(self.arm.trail) > 5 and np.abs(self.arm.trail[-1][1] - self.arm.trail[-5][1]).max() > 5e-3
+
+
+@pytest.fixture
+def streamed(ros, tmp_path) -> Stage:
+    return Stage(ros, tmp_path, STREAMED)
+
+
+@pytest.fixture
+def mixed(ros, tmp_path) -> Stage:
+    return Stage(ros, tmp_path, MIXED)
+
+
+def check_comes_to_rest(stage: Stage, since: float) -> None:
+    """The arm rests, and braked rather than stopped dead on the way."""
+    stage.ros.spin_until(lambda: stage.arm.at_rest(0.3), what="the arm rests")
+    braking = np.array([position for time, position in stage.arm.trail if time > since - 0.1])
+    assert np.isfinite(braking).all()
+    # Ticks of arm and player drift against each other: two periods may fall into one.
+    assert (np.abs(np.diff(braking, axis=0)) <= VELOCITY * 0.03).all()
+
+
+def test_position_commands_follow_the_chunks(streamed):
+    streamed.player()
+    streamed.play(1.0)
+    recent = streamed.arm.streamed[-30:]
+    times, positions = np.array([t for t, _ in recent]), np.array([p for _, p in recent])
+    np.testing.assert_allclose(positions, streamed.policy.motion(times), atol=0.03)
+    status = streamed.watch.status
+    assert list(status.joint_names) == ["a", "b", "g"] and len(status.commanded) == 3
+    assert 2.0 <= status.handover_delay < 6.0  # 0.1 s of 50 ms each, and a tick
+    assert 0.5 < status.seconds_left < 0.9
+    assert status.chunks_played >= 8 and status.chunks_refused == 0 and status.holds == 0
+
+
+def test_trajectories_are_made_as_the_controller_wants_them(mixed):
+    mixed.player()
+    mixed.play(1.0)
+    assert len(mixed.arm.trajectories) >= 8
+    for message in mixed.arm.trajectories:
+        assert list(message.joint_names) == ["b", "a"]
+        times = np.array([p.time_from_start.sec * 10**9 + p.time_from_start.nanosec for p in message.points])
+        assert times[0] >= 10_000_000 and (np.diff(times) > 0).all()
+        assert list(message.points[-1].velocities) == [0.0, 0.0]
+    recent = mixed.arm.trail[-30:]
+    times, positions = np.array([t for t, _ in recent]), np.array([p for _, p in recent])
+    np.testing.assert_allclose(positions, mixed.policy.motion(times), atol=0.03)
+    # The gripper goes its own way, position by position.
+    assert len(mixed.arm.streamed) > 50 and len(mixed.arm.streamed[0][1]) == 1
+
+
+@pytest.mark.parametrize("commands", [STREAMED, MIXED], ids=["positions", "trajectories"])
+def test_the_arm_comes_to_rest_when_the_policy_dies_in_mid_motion(ros, tmp_path, commands):
+    stage = Stage(ros, tmp_path, commands)
+    stage.player()
+    stage.play(0.4)
+    ros.spin_until(stage.moving)
+    stage.policy.die()
+    died = stage.arm.now()
+    ros.spin_until(stage.watch.is_in(HOLDING, "the chunk ended and no new one came"))
+    assert 0.5 < stage.arm.now() - died < 2.0
+    check_comes_to_rest(stage, died)
+    assert stage.watch.status.holds == 1 and stage.watch.status.seconds_left == 0.0
+
+
+def test_holds_when_joint_states_stop_and_says_so_in_diagnostics(streamed):
+    reports = []
+    streamed.node.create_subscription(DiagnosticArray, "/diagnostics", lambda m: reports.extend(m.status), 10)
+    streamed.player()
+    streamed.play(0.3)
+    streamed.arm.sensing = False
+    streamed.ros.spin_until(streamed.watch.is_in(HOLDING, "no joint state for more than 0.3 s"))
+    check_comes_to_rest(streamed, streamed.arm.now())
+    streamed.ros.spin_until(
+        lambda: any(r.level == b"\x02" and "holding: no joint state" in r.message for r in reports),
+        what="ERROR with the reason on /diagnostics",
+    )
+    streamed.arm.sensing = True
+    streamed.ros.spin_until(streamed.watch.is_in(PLAYING))
+
+
+def test_stop_holds_until_start(mixed):
+    mixed.player()
+    mixed.play(0.3)
+    mixed.ros.spin_until(mixed.moving)
+    stopped = mixed.arm.now()
+    assert mixed.call("stop").success
+    mixed.ros.spin_until(mixed.watch.is_in(STOPPED, "stopped by ~/stop"))
+    check_comes_to_rest(mixed, stopped)
+    counts = len(mixed.arm.streamed), len(mixed.arm.trajectories)
+    before = mixed.policy.sequence
+    mixed.ros.spin_until(lambda: mixed.policy.sequence > before + 5)
+    assert mixed.watch.status.state == STOPPED
+    assert counts == (len(mixed.arm.streamed), len(mixed.arm.trajectories))
+    assert mixed.call("start").success
+    mixed.ros.spin_until(mixed.watch.is_in(PLAYING))
+
+
+def test_deactivate_brakes_and_cleanup_leaves_nothing(streamed):
+    player = streamed.player()
+    streamed.play(0.3)
+    streamed.ros.spin_until(streamed.moving)
+    now = streamed.arm.now()
+    assert player.trigger_deactivate() == rclpy.lifecycle.TransitionCallbackReturn.SUCCESS
+    streamed.ros.spin_until(streamed.watch.is_in(STOPPED, "deactivated"))
+    check_comes_to_rest(streamed, now)
+    sent = len(streamed.arm.streamed)
+    assert not streamed.call("start").success
+    player.trigger_cleanup()
+    assert player.count_publishers("/all/commands") == 0
+    for _ in range(5):
+        player.trigger_configure()
+        player.trigger_activate()
+        player.trigger_deactivate()
+        player.trigger_cleanup()
+    assert len(streamed.arm.streamed) == sent
+    player.trigger_configure()
+    player.trigger_activate()
+    streamed.ros.spin_until(streamed.watch.is_in(PLAYING))
+
+
+def test_bad_chunks_are_refused_with_the_reason_in_status(streamed):
+    streamed.player()
+    streamed.play(0.3)
+    for change, words in (
+        ({"actions": [float("nan")] * 60}, "action 0 of joint 'a' is nan"),
+        ({"joint_names": ["a", "b", "x"]}, "joints ['a', 'b', 'x'] are not"),
+        ({"horizon": 7}, "60 values are not horizon 7 times 3 joints"),
+        ({"sequence": 0}, "its sequence is not above"),
+    ):
+        streamed.policy.change = change
+        streamed.ros.spin_until(lambda words=words: words in streamed.watch.status.reason, what=words)
+        streamed.policy.change = {}
+        streamed.ros.spin_until(streamed.watch.is_in(PLAYING))
+        streamed.ros.spin_until(lambda: streamed.watch.status.reason == "", what="all is well again")
+    assert streamed.watch.status.chunks_refused >= 4
+
+
+def test_a_far_first_action_is_approached(ros, tmp_path):
+    stage = Stage(ros, tmp_path, STREAMED)
+    stage.policy.centre = np.array([0.6, 1.6, 0.5])
+    stage.player(approach_speed=0.5, approach_threshold=0.25)
+    ros.spin_until(stage.watch.is_in(APPROACHING, "approaching at limited speed"))
+    ros.spin_until(stage.watch.is_in(PLAYING))
+    assert stage.arm.position[1] > 1.0
+
+
+def test_a_new_epoch_drops_the_chunk_at_once(streamed):
+    streamed.player()
+    streamed.play(0.3)
+    streamed.policy.announce(3)
+    streamed.policy.epoch = 2  # chunks on their way from before
+    streamed.ros.spin_until(streamed.watch.is_in(HOLDING, "the policy dropped it"))
+    streamed.ros.spin_until(lambda: "its epoch 2 is older than 3" in streamed.watch.status.reason)
+    streamed.policy.epoch = 3
+    streamed.ros.spin_until(streamed.watch.is_in(PLAYING))
+    assert streamed.watch.status.epoch == 3
+
+
+def test_dry_run_says_what_it_would_do_and_sends_nothing(mixed):
+    mixed.player(dry_run=True)
+    mixed.ros.spin_until(lambda: mixed.watch.status is not None and mixed.watch.status.chunks_played > 3)
+    assert mixed.watch.status.state == DRY_RUN
+    assert mixed.arm.streamed == [] and mixed.arm.trajectories == []
+
+
+def test_waits_for_start_when_told_to(streamed):
+    streamed.player(start_on_activate=False)
+    before = streamed.policy.sequence
+    streamed.ros.spin_until(lambda: streamed.policy.sequence > before + 5)
+    assert streamed.watch.status.state == STOPPED and "call ~/start" in streamed.watch.status.reason
+    assert streamed.arm.streamed == []
+    assert streamed.call("start").success
+    streamed.ros.spin_until(streamed.watch.is_in(PLAYING))
+
+
+def test_simulated_time_is_the_players_time_and_a_jump_back_holds(ros, tmp_path):
+    stage = Stage(ros, tmp_path, STREAMED, policy=False)
+    clock = ros.node("clock")
+    publisher = clock.create_publisher(Clock, "/clock", 10)
+    time = {"now": 100.0}
+
+    def beat() -> None:
+        time["now"] += 0.01
+        message = Clock()
+        message.clock.sec, message.clock.nanosec = int(time["now"]), int(time["now"] % 1 * 1e9)
+        publisher.publish(message)
+
+    clock.create_timer(0.01, beat)
+    simulated = ros.node("simulated", parameter_overrides=[Parameter("use_sim_time", value=True)])
+    arm = Arm(simulated, stage.robot, START)
+    policy = Policy(simulated, stage.robot, START)
+    player = stage.player(use_sim_time=True)
+    ros.spin_until(stage.watch.is_in(PLAYING))
+    assert 100 <= stage.watch.status.header.stamp.sec < 130
+    time["now"] = 50.0
+    ros.spin_until(lambda: (HOLDING, "the clock jumped back") in stage.watch.said, what="holds after the jump")
+    policy.announce(1)
+    ros.spin_until(stage.watch.is_in(PLAYING))
+    assert stage.watch.status.header.stamp.sec < 80 and stage.watch.status.epoch == 1
+    assert np.isfinite(np.array([p for _, p in arm.streamed])).all()
+    player.trigger_deactivate()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"robot_file": ""}, "parameter 'robot_file': found ''"),
+        ({"robot_file": "/nowhere/robot.yaml"}, "/nowhere/robot.yaml: cannot be read"),
+    ],
+)
+def test_configure_fails_with_the_reason(ros, tmp_path, parameters, words):
+    stage = Stage(ros, tmp_path, STREAMED, policy=False)
+    reports = []
+    stage.node.create_subscription(DiagnosticArray, "/diagnostics", lambda m: reports.extend(m.status), 10)
+    stage.player(active=False, **parameters)
+    ros.spin_until(lambda: any(words in r.message and r.level == b"\x02" for r in reports), what=words)
+
+
+def run_player(stage: Stage, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pi0_ros.ros.chunk_player", "--ros-args", "-p", f"robot_file:={stage.file}"]
+    command += ["-p", "autostart:=true", "-p", "approach_threshold:=0.6", *more]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_player_leaves_trajectories_that_end_at_rest(mixed):
+    process = run_player(mixed)
+    try:
+        mixed.play(0.3)
+        mixed.ros.spin_until(mixed.moving)
+        process.kill()
+        killed = mixed.arm.now()
+        check_comes_to_rest(mixed, killed)
+        assert mixed.arm.now() - killed < 5.0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_brakes_before_the_player_goes_down(streamed, number):
+    process = run_player(streamed)
+    try:
+        streamed.play(0.3)
+        streamed.ros.spin_until(streamed.moving)
+        process.send_signal(number)
+        sent = streamed.arm.now()
+        streamed.ros.spin_until(lambda: process.poll() is not None, what="the player ends")
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert "Traceback" not in errors
+        check_comes_to_rest(streamed, sent)
+        last = np.array([p for t, p in streamed.arm.streamed])[-12:]
+        # It slowed down: the last steps are smaller than those before.
+        assert np.abs(last[-1] - last[-2]).max() < np.abs(last[1] - last[0]).max()
+    finally:
+        process.kill()
+
+
+def test_a_wrong_parameter_is_one_line():
+    command = [sys.executable, "-m", "pi0_ros.ros.chunk_player", "--ros-args", "-p", "handover:=jump"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "error: parameter 'handover': found 'jump', must be one of 'blend', 'ensemble', 'switch'"
+    )
