@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import TINY, generator, random_chunk, random_model, random_observation
 
-from pi0_ros.model.flow import interpolate
+from pi0_ros.model.flow import interpolate, sample_time
 from pi0_ros.model.gemma import attend, gated_add, rope_table
 from pi0_ros.model.pi0 import (
     Pi0,
@@ -285,6 +285,23 @@ def test_gradient_checkpointing_changes_no_gradient(family):
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, recomputed in zip(*gradients, strict=True):
         close(plain, recomputed, 1e-6)
+
+
+@FAMILIES
+def test_a_model_trained_on_one_chunk_samples_that_chunk(family):
+    config = CONFIGS[family]
+    model, observation, chunk = Pi0(config, generator()), random_observation(config), random_chunk(config, 1)
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=3e-3)
+    g = generator(7)
+    for _ in range(250):
+        loss = model.compute_loss(
+            observation, chunk, noise=torch.randn(chunk.shape, generator=g), time=sample_time(2, generator=g)
+        )
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    sampled = model.sample_actions(observation, generator=g)
+    assert (sampled - chunk).square().mean() < 0.4  # chance would be 2: two independent unit normals
 
 
 def test_embeddings_kept_in_float32_work_in_a_bfloat16_model():
