@@ -138,7 +138,7 @@ if [ "$(cat install/.stamp 2>/dev/null)" != "$build" ]; then
         fi
         .venv/bin/python -m colcon --log-level error build --symlink-install --paths . --event-handlers \
             console_direct- console_cohesion- summary- status- console_start_end- \
-            --cmake-args -DBUILD_TESTING=OFF "-DPython3_EXECUTABLE=$PWD/.venv/bin/python"
+            --cmake-force-configure --cmake-args -DBUILD_TESTING=OFF "-DPython3_EXECUTABLE=$PWD/.venv/bin/python"
     ) >log/setup.log 2>&1 || {
         cat log/setup.log >&2
         fail "colcon could not build the package, its output stands above"

@@ -1,0 +1,54 @@
+"""The policy node and the chunk player on a robot.
+
+ros2 launch pi0_ros policy.launch.py robot:=my_arm.yaml checkpoint:=my_checkpoint
+"""
+
+from launch import LaunchContext, LaunchDescription
+from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import Node
+
+ARGUMENTS = [
+    DeclareLaunchArgument("robot", description="robot file (config/ has examples to copy)"),
+    DeclareLaunchArgument("checkpoint", default_value="", description="checkpoint folder; empty: random weights"),
+    DeclareLaunchArgument("params_file", default_value="", description="node parameters (config/policy.params.yaml)"),
+    DeclareLaunchArgument("namespace", default_value="", description="namespace of both nodes"),
+    DeclareLaunchArgument(
+        "dry_run", default_value="false", choices=["true", "false"], description="judge chunks, send no commands"
+    ),
+    DeclareLaunchArgument(
+        "autostart", default_value="true", choices=["true", "false"], description="configure and activate both nodes"
+    ),
+    DeclareLaunchArgument(
+        "use_sim_time", default_value="false", choices=["true", "false"], description="time comes from /clock"
+    ),
+]
+
+
+def nodes(context: LaunchContext) -> list[Node]:
+    given = {argument.name: LaunchConfiguration(argument.name).perform(context) for argument in ARGUMENTS}
+    switches = {name: given[name] == "true" for name in ("autostart", "use_sim_time")}
+    files = [given["params_file"]] if given["params_file"] else []
+    # What is not given here is left to the parameter file.
+    checkpoint = {"checkpoint": given["checkpoint"]} if given["checkpoint"] else {}
+    dry_run = {"dry_run": True} if given["dry_run"] == "true" else {}
+    common = {"package": "pi0_ros", "namespace": given["namespace"], "output": "screen", "emulate_tty": True}
+    robot = {"robot_file": given["robot"]}
+    return [
+        Node(
+            executable="policy_node",
+            name="policy_node",
+            parameters=[*files, switches | robot | checkpoint],
+            **common,
+        ),
+        Node(
+            executable="chunk_player",
+            name="chunk_player",
+            parameters=[*files, switches | robot | dry_run],
+            **common,
+        ),
+    ]
+
+
+def generate_launch_description() -> LaunchDescription:
+    return LaunchDescription([*ARGUMENTS, OpaqueFunction(function=nodes)])

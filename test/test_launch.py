@@ -1,0 +1,123 @@
+"""The launch files: what they start and with which parameters, and that the lifecycle comes up by itself.
+
+`launch` and `launch_ros` come with a ROS 2 distribution, not as wheels: most of this is skipped without one.
+"""
+
+import ast
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_structure import PROGRAMS, PROGRAMS_IN_TREE
+
+ROOT = Path(__file__).parents[1]
+LAUNCH_FILES = sorted((ROOT / "launch").glob("*.launch.py"))
+DEMO_ROBOT = ROOT / "config/so101_demo.yaml"
+
+needs_launch = pytest.mark.skipif(
+    importlib.util.find_spec("launch_ros") is None,
+    reason="launch_ros cannot be imported: it comes with a ROS 2 distribution, not as a wheel",
+)
+# Runs a launch file as `ros2 launch` does, without needing ros2cli.
+RUN = """
+import sys
+from launch import LaunchDescription, LaunchService
+from launch.actions import IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+service = LaunchService()
+arguments = [tuple(argument.split(":=")) for argument in sys.argv[2:]]
+source = PythonLaunchDescriptionSource(sys.argv[1])
+service.include_launch_description(
+    LaunchDescription([IncludeLaunchDescription(source, launch_arguments=arguments)])
+)
+sys.exit(service.run())
+"""
+
+
+@pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.stem)
+def test_a_launch_file_starts_only_programs_of_the_list(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    keywords = [keyword for call in calls for keyword in call.keywords]
+    executables = {keyword.value.value for keyword in keywords if keyword.arg == "executable"}
+    assert executables
+    assert executables <= set(PROGRAMS)
+
+
+def started(path: Path, **arguments: str) -> list[str]:
+    """The executables of the nodes that a launch file would start, in order; nothing is started."""
+    from launch import LaunchContext
+    from launch_ros.actions import Node
+
+    spec = importlib.util.spec_from_file_location(path.stem.split(".")[0], path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    context = LaunchContext(argv=[])
+    context.launch_configurations.update(arguments)
+    found, todo = [], list(module.generate_launch_description().entities)
+    while todo:
+        entity = todo.pop(0)
+        if isinstance(entity, Node):
+            found.append(entity.node_executable)
+        else:
+            todo = [*(entity.visit(context) or []), *todo]
+    return found
+
+
+@needs_launch
+def test_policy_launch_needs_a_robot_file():
+    from launch.substitutions import SubstitutionFailure
+
+    with pytest.raises((RuntimeError, SubstitutionFailure), match="robot"):
+        started(ROOT / "launch/policy.launch.py")
+
+
+@needs_launch
+def test_policy_launch_starts_node_and_player():
+    assert started(ROOT / "launch/policy.launch.py", robot=str(DEMO_ROBOT)) == ["policy_node", "chunk_player"]
+
+
+@needs_launch
+def test_demo_launch_adds_the_demo_robot():
+    assert started(ROOT / "launch/demo.launch.py") == ["demo_robot", "policy_node", "chunk_player"]
+
+
+@needs_launch
+@pytest.mark.skipif(
+    not {"policy_node", "chunk_player"} <= PROGRAMS_IN_TREE, reason="policy_node or chunk_player is not in the tree"
+)
+def test_policy_launch_brings_both_nodes_to_active_and_ends_them(ros, tmp_path):
+    from lifecycle_msgs.msg import State
+    from lifecycle_msgs.srv import GetState
+
+    path = ROOT / "launch/policy.launch.py"
+    arguments = [f"robot:={DEMO_ROBOT}", "namespace:=arm", "dry_run:=true"]
+    with open(tmp_path / "launch.log", "wb") as log:
+        launch = subprocess.Popen(
+            [sys.executable, "-c", RUN, str(path), *arguments],
+            cwd=tmp_path,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"ROS_LOG_DIR": str(tmp_path)},
+            start_new_session=True,
+        )
+        try:
+            node = ros.node("watcher")
+            for name in ("policy_node", "chunk_player"):
+                client = node.create_client(GetState, f"/arm/{name}/get_state")
+                what = f"{name} is active; {tmp_path}/launch.log has its words"
+
+                def active(client=client):
+                    assert launch.poll() is None, (tmp_path / "launch.log").read_text()
+                    return ros.call(client, GetState.Request(), 60).current_state.id == State.PRIMARY_STATE_ACTIVE
+
+                ros.spin_until(active, 60, what)
+            launch.send_signal(signal.SIGINT)
+            assert launch.wait(30) == 0
+        finally:
+            if launch.poll() is None:
+                os.killpg(launch.pid, signal.SIGKILL)
+    ros.spin_until(lambda: not {"policy_node", "chunk_player"} & set(node.get_node_names()), 30, "both nodes are gone")
