@@ -2,6 +2,8 @@
 
 import array
 import contextlib
+import struct
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +38,14 @@ def raw(encoding, pixels, step=None, is_bigendian=0):
 
 def compressed(format_, data):
     return STORE.types["sensor_msgs/msg/CompressedImage"](HEADER, format_, np.frombuffer(data, np.uint8))
+
+
+def huge_png():
+    """A PNG whose header promises 200000 x 200000 pixels."""
+    png = bytearray(cv2.imencode(".png", RGB)[1].tobytes())
+    png[16:24] = struct.pack(">II", 200_000, 200_000)
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    return bytes(png)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +144,10 @@ def test_cv_bridge_sees_the_same_pixels(encoding):
             SimpleNamespace(encoding="rgb8", height=2, width=8, step=24, data=bytes(47)),
             "8x2 image in rgb8: 47 bytes of data, height x step is 48",
         ),
-        (compressed("jpeg", b"not a jpeg"), "compressed image of 10 bytes, format 'jpeg': neither JPEG nor PNG"),
+        (compressed("jpeg", b"not a jpeg"), "compressed image of 10 bytes, format 'jpeg': not a whole JPEG or PNG"),
         (compressed("jpeg", b""), "compressed image of 0 bytes"),
+        (compressed("png", huge_png()), "format 'png': not a whole JPEG or PNG"),
+        (compressed("jpeg", cv2.imencode(".jpg", RGB)[1].tobytes()[:-40]), "not a whole JPEG or PNG"),
         (compressed("16UC1; compressedDepth png", b"123"), "'16UC1; compressedDepth png' holds depth"),
     ],
 )

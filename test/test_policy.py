@@ -329,6 +329,16 @@ def test_a_checkpoint_folder_gives_the_policy_that_was_saved(folder):
     np.testing.assert_array_equal(actions, tiny().infer(observation(), noise=start()).actions)
 
 
+def test_a_joint_that_never_moved_in_training_is_pointed_out(tmp_path, caplog):
+    settings, stats = BundleSettings(TINY), limit_statistics(ROBOT, BundleSettings(TINY))
+    std = stats.state.std.copy()
+    std[2] = 0.0
+    still = dataclasses.replace(stats, state=dataclasses.replace(stats.state, std=std))
+    save_bundle(tmp_path / "checkpoint", Pi0(TINY), settings, ROBOT, still)
+    Policy.load(tmp_path / "checkpoint", num_steps=1)
+    assert "never changed in training, so any change will seem huge: state[2]" in caplog.text
+
+
 def test_another_robot_is_refused_with_what_differs(folder):
     moved = ROBOT.model_copy(update={"max_skew": 0.05})  # where a robot may differ
     assert Policy.load(folder, robot=moved, num_steps=1).robot.max_skew == 0.05

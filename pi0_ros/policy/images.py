@@ -114,7 +114,10 @@ def _decompress(message: Any) -> np.ndarray:
     if "compressedDepth" in message.format:
         raise ImageError(f"compressed image format {message.format!r} holds depth, not colour")
     data = np.frombuffer(message.data, np.uint8)
-    pixels = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None  # BGR, whatever the file holds
+    try:
+        pixels = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None  # BGR, whatever the file holds
+    except cv2.error:  # a header that promises more pixels than there can be
+        pixels = None
     if pixels is None:
-        raise ImageError(f"compressed image of {len(data)} bytes, format {message.format!r}: neither JPEG nor PNG")
+        raise ImageError(f"compressed image of {len(data)} bytes, format {message.format!r}: not a whole JPEG or PNG")
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)

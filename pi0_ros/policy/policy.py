@@ -6,6 +6,7 @@ prefix where neither is new.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from pi0_ros.policy.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from pi0_ros.policy.transforms import Group, build_transforms
 from pi0_ros.robot import Robot
 
+_log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -133,6 +135,8 @@ class Policy:
             raise PolicyError(f"{folder}: holds no robot file, give one")
         if robot is not None and bundle.robot is not None and (faults := bundle.robot.contradictions(robot)):
             raise PolicyError(f"{folder}: trained for another robot than {robot.name!r}: {'; '.join(faults)}")
+        if constant := bundle.stats.constant():
+            _log.warning("%s: never changed in training, so any change will seem huge: %s", folder, ", ".join(constant))
         tokenizer = load_tokenizer(bundle.tokenizer, bundle.settings.model.vocab_size)
         pick_device(device, dtype)  # a wrong name is told before gigabytes are read
         return cls(

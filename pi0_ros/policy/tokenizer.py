@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Protocol
 
@@ -65,7 +64,6 @@ class HuggingFaceTokenizer:
         return [self._tokenizer.bos_token_id] * bos + ids
 
 
-@functools.lru_cache(maxsize=4)
 def load_tokenizer(path: str | Path | None, vocab_size: int) -> Tokenizer:
     """The tokenizer at `path` (a Hugging Face folder, a SentencePiece .model file, or a folder with one), or bytes.
 

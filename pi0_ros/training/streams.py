@@ -23,6 +23,8 @@ def step_streams(seed: int, step: int, rank: int = 0, device: torch.device | str
     Each seed is numpy's SeedSequence(seed) split by (step, rank, stream), as openpi folds the step into its key and
     splits it in three (openpi: scripts/train.py; models/pi0.py, compute_loss).
 
+    torch's generator on the CPU takes 32 bits of a seed: of four billion pairs of steps one may draw alike.
+
     Raises:
         ValueError: a negative seed, step or rank.
     """
