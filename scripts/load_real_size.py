@@ -110,7 +110,7 @@ def measure(folder: Path, dtype: str) -> dict[str, float]:
 
 def main() -> None:
     """Write, load in a fresh process, print, remove; exit 1 above the limit."""
-    options = tyro.cli(Options, description=Options.__doc__)
+    options = tyro.cli(Options)
     if options.load is not None:
         print(json.dumps(measure(options.load, options.dtype)))
         return

@@ -19,7 +19,8 @@ from pi0_ros.policy.bundle import BundleSettings, load_bundle, save_bundle
 from pi0_ros.policy.statistics import NormStats, Stats
 from pi0_ros.robot import load_robot
 
-ROBOT = load_robot(Path(__file__).parents[1] / "config/six_joint_arm.yaml")
+ROOT = Path(__file__).parents[1]
+ROBOT = load_robot(ROOT / "config/six_joint_arm.yaml")
 JOINTS = len(ROBOT.joints)
 FIELD = Stats([0.0] * JOINTS, [1.0] * JOINTS, [-1.0] * JOINTS, [1.0] * JOINTS)
 STATS = NormStats(FIELD, FIELD)
@@ -170,7 +171,8 @@ def test_statistics_and_robot_must_fit_the_settings(tmp_path):
     ("change", "message"),
     [
         ({"prompt_format": "free"}, "prompt_format must be one of pi0, pi05, lerobot_pi05, found 'free'"),
-        ({"prompt_format": "pi05"}, "prompt_format 'pi05' is not for pi0"),
+        ({"prompt_format": "pi05"}, "prompt_format 'pi05' is not for pi0, whose suffix holds the state"),
+        ({"adapter": "baxter"}, "adapter must be one of none, aloha"),
         ({"normalisation": "none"}, "normalisation must be one of zscore, quantile"),
         ({"rtc_max_delay": 10}, "rtc_max_delay must be a whole number from 0 to 9, found 10"),
         ({"rtc_max_delay": True}, "rtc_max_delay must be a whole number"),
@@ -290,6 +292,22 @@ def test_a_robot_file_with_code_in_it_is_refused(folder):
     with pytest.raises(CheckpointError, match="robot.yaml: not YAML") as error:
         load_bundle(folder)
     one_line(error.value)
+
+
+def test_a_save_that_was_killed_between_two_renames_says_where_the_old_folder_is(folder):
+    folder.rename(folder.with_name(".checkpoint.0123abcd.old"))
+    with pytest.raises(CheckpointError, match=r"no such folder; .checkpoint.0123abcd.old beside it"):
+        load_bundle(folder)
+
+
+def test_a_sentencepiece_file_is_a_tokenizer_too(tmp_path):
+    (tmp_path / "words.model").write_bytes(b"pieces")
+    args = (random_weights(TINY), SETTINGS, ROBOT, STATS)
+    save_bundle(tmp_path / "checkpoint", *args, tmp_path / "words.model")
+    assert (load_bundle(tmp_path / "checkpoint").tokenizer / "words.model").read_bytes() == b"pieces"
+    for wrong, message in ((tmp_path / "absent", "no such tokenizer"), (ROOT / "config", "holds no tokenizer files")):
+        with pytest.raises(CheckpointError, match=message):
+            save_bundle(tmp_path / "checkpoint", *args, wrong)
 
 
 def test_a_folder_that_is_no_checkpoint_says_so(tmp_path):

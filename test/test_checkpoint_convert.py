@@ -69,6 +69,14 @@ def test_a_lerobot_folder_becomes_ours_with_its_statistics_and_settings(tmp_path
     assert "state of 2, actions of 1" in told
 
 
+def test_pi05_libero_takes_pi0s_prompt_when_told(tmp_path):
+    save_file(random_weights(TINY05), tmp_path / "model.safetensors")
+    sizes = tmp_path / "sizes.json"
+    sizes.write_text(json.dumps(TINY05.to_dict()))
+    convert(Options(tmp_path, tmp_path / "out", model_config=str(sizes), prompt_format="pi0"))
+    assert load_bundle(tmp_path / "out").settings.prompt_format == "pi0"
+
+
 LEROBOT = {"type": "pi05", "output_features": {"action": {"shape": [7]}}}
 
 

@@ -48,6 +48,13 @@ def test_a_damaged_safetensors_file_is_one_clear_error(tmp_path, header, data, l
     one_line(error.value)
 
 
+def test_a_header_of_absurd_size_is_not_parsed(tmp_path):
+    text = json.dumps({"a": ENTRY}).encode() + b" " * (17 * 2**20)
+    path = raw_safetensors(tmp_path / "x.safetensors", text, bytes(8))
+    with pytest.raises(CheckpointError, match="a header of 178.* bytes, expected at most 16777216"):
+        read_header(path)
+
+
 def test_a_key_twice_in_a_header_is_refused(tmp_path):
     entry = json.dumps(ENTRY)
     path = raw_safetensors(tmp_path / "x.safetensors", f'{{"a": {entry}, "a": {entry}}}'.encode(), bytes(8))

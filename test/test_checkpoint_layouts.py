@@ -16,7 +16,7 @@ from pi0_ros.model import layouts
 from pi0_ros.model.checkpoint import CheckpointError, from_state_dict, open_checkpoint, parameter_shapes
 from pi0_ros.model.config import PRESETS, GemmaConfig, Pi0Config, VisionConfig
 from pi0_ros.model.infer import infer_config
-from pi0_ros.model.pi0 import Observation
+from pi0_ros.model.pi0 import Observation, Pi0
 
 FILES = {
     "openpi": ("openpi/model.safetensors", "openpi"),
@@ -159,9 +159,11 @@ def test_lerobot_pi05_drops_and_renames_what_pi0_left_behind():
     weights = random_weights(TINY05)
     old = {k.replace("time_mlp_", "action_time_mlp_"): v for k, v in weights.items()}
     old |= {"state_proj.weight": torch.ones(32, 8), "state_proj.bias": torch.ones(32)}
+    old |= {layouts.EXPERT + f"{name}norm.weight": torch.ones(32) for name in ("", "layers.1.input_layer")}
     checkpoint = from_state_dict(old, config=TINY05)
     assert torch.equal(checkpoint.state_dict()["time_mlp_in.weight"], weights["time_mlp_in.weight"])
-    assert any("state_proj.{weight" in note or "state_proj.weight" in note for note in checkpoint.notes)
+    (note,) = checkpoint.notes
+    assert "state_proj.weight" in note and "layers.1.input_layernorm.weight" in note and "expert.model.norm" in note
 
 
 def test_every_missing_unexpected_and_misshaped_key_is_in_one_error():
@@ -280,6 +282,8 @@ def test_the_model_has_nothing_left_on_the_meta_device(tmp_path):
     tensors = [*model.parameters(), *model.buffers()]
     assert {t.device.type for t in tensors} == {"cpu"} and {t.dtype for t in tensors} == {torch.bfloat16}
     assert not model.training
+    fresh = {name: p.requires_grad for name, p in Pi0(TINY05).named_parameters()}
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == fresh  # what training may touch
 
 
 def test_shards_with_an_index_are_one_checkpoint(tmp_path):
@@ -293,6 +297,20 @@ def test_shards_with_an_index_are_one_checkpoint(tmp_path):
     for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
         loaded = open_checkpoint(path, config=TINY).state_dict()
         assert all(torch.equal(loaded[k], weights[k]) for k in weights)
+
+
+def test_transformers_shards_and_names_in_memory_are_read_as_it_wrote_them(tmp_path):
+    from transformers import PI0Config, PI0ForConditionalGeneration
+
+    model = PI0ForConditionalGeneration(PI0Config.from_pretrained(LAYOUTS / "transformers"))
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    saved = open_checkpoint(tmp_path)
+    memory = from_state_dict(model.state_dict(), data=json.loads((tmp_path / "config.json").read_text()))
+    assert (saved.layout, memory.layout) == ("transformers", "transformers state dict")
+    assert saved.config == memory.config == replace(TINY, max_token_len=48)
+    ours, theirs = saved.state_dict(), memory.state_dict()
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
 # --- orbax ------------------------------------------------------------------------------------------------------------
@@ -329,6 +347,18 @@ def test_a_damaged_orbax_tree_is_one_clear_error(tmp_path):
     largest.write_bytes(largest.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot be read") as error:
         open_checkpoint(tmp_path / "orbax")
+    one_line(error.value)
+
+
+def test_an_orbax_array_of_a_huge_declared_shape_is_refused_before_it_is_read(tmp_path):
+    pytest.importorskip("tensorstore", reason="reading orbax needs the optional tensorstore")
+    array = tmp_path / "params" / "params.state_proj.bias.value"
+    array.mkdir(parents=True)
+    (tmp_path / "params/_METADATA").write_text("{}")
+    zarray = {"zarr_format": 2, "shape": [2**40], "chunks": [2**20], "dtype": "<f4", "compressor": None}
+    (array / ".zarray").write_text(json.dumps({**zarray, "fill_value": None, "order": "C", "filters": None}))
+    with pytest.raises(CheckpointError, match=r"state_proj.bias.value claims the shape \[1099511627776\]") as error:
+        open_checkpoint(tmp_path)
     one_line(error.value)
 
 

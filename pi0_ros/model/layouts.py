@@ -28,6 +28,7 @@ PROJECTOR = "paligemma_with_expert.paligemma.model.multi_modal_projector.linear.
 EMBEDDING = VLM + "embed_tokens.weight"
 HEAD = "paligemma_with_expert.paligemma.lm_head.weight"  # tied to the embedding; the name that openpi's files keep
 EXPERT_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"  # in the files, never read by the model
+_PLAIN_NORM = re.escape(EXPERT) + r"(layers\.\d+\.(input|post_attention)_layer)?norm\.weight"
 _UNREAD = (HEAD, EXPERT_HEAD, EXPERT + "embed_tokens.weight")
 
 
@@ -149,7 +150,8 @@ def _torch_plan(layout: str, shapes: Shapes, lora_scale: float | None) -> Plan:
     skipped = [key for key in skipped if key not in names.values()]
     if pi05:  # lerobot renames and drops these when it loads them
         names = {re.sub(r"^action_time_mlp_", "time_mlp_", name): key for name, key in names.items()}
-        skipped += [names.pop(name) for name in ("state_proj.weight", "state_proj.bias") if name in names]
+        left = [name for name in names if name.startswith("state_proj.") or re.fullmatch(_PLAIN_NORM, name)]
+        skipped += [names.pop(name) for name in left]
     else:
         names = {re.sub(r"^time_mlp_", "action_time_mlp_", name): key for name, key in names.items()}
     recipes = {name: Recipe(key, lora=loras.pop(rename(name), None)) for name, key in names.items()}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -63,9 +64,7 @@ class BundleSettings:
     """What config.json holds besides its format: how the weights are to be used."""
 
     model: Pi0Config
-    noise_source: Mapping[str, Any] = field(
-        default_factory=lambda: flow.White().to_dict()
-    )  # flow.noise_source_from_dict
+    noise_source: Mapping[str, Any] = field(default_factory=lambda: flow.White().to_dict())
     rtc_max_delay: int = 0  # actions of prefix that training conditioned on; 0: none
     prompt_format: str = ""  # one of PROMPT_FORMATS; "": by the model
     normalisation: str = ""  # "zscore" or "quantile"; "": zscore for pi0, quantile for pi0.5, as openpi does
@@ -151,7 +150,7 @@ def save_bundle(
     settings: BundleSettings,
     robot: Robot | None,
     stats: NormStats | None,
-    tokenizer_folder: str | Path | None = None,
+    tokenizer_folder: str | Path | None = None,  # or a SentencePiece .model file
     *,
     dtype: torch.dtype | None = None,
     progress: bool = False,
@@ -202,7 +201,9 @@ def load_bundle(folder: str | Path, *, verify_weights: bool = False) -> Bundle:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
+        left = [path.name for path in folder.absolute().parent.glob(f".{glob.escape(folder.name)}.*.old")]
+        hint = f"; {left[0]} beside it is the one from before an interrupted save" if left else ""
+        raise CheckpointError(f"{folder}: no such folder{hint}")
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder}: not a checkpoint folder, it has no {CONFIG}")
     config = read_json(inside(folder, CONFIG))
@@ -289,15 +290,15 @@ def _ours(name: str) -> bool:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Its top-level files, links followed; a tokenizer needs no more, and weights beside it stay behind."""
-    if not source.is_dir():
-        raise CheckpointError(f"{source}: no such tokenizer folder")
+    """A SentencePiece file, or a folder's top-level files, links followed; weights beside them stay behind."""
+    if not source.exists():
+        raise CheckpointError(f"{source}: no such tokenizer file or folder")
     target.mkdir()
-    for path in sorted(source.iterdir()):
+    for path in sorted(source.iterdir()) if source.is_dir() else [source]:
         if path.is_file() and path.suffix in (".json", ".model", ".txt", ".jinja"):
             shutil.copyfile(path, target / path.name)
     if not any(target.iterdir()):
-        raise CheckpointError(f"{source}: no tokenizer files (.json, .model, .txt) in this folder")
+        raise CheckpointError(f"{source}: holds no tokenizer files (.json, .model, .txt)")
 
 
 def _replaceable(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from pi0_ros.policy.bundle import (
     whole_folder,
 )
 from pi0_ros.policy.statistics import NormStats, find_statistics, load_statistics
+from pi0_ros.policy.tokenizer import ByteTokenizer
 from pi0_ros.robot import RobotFileError, load_robot
 
 DTYPES = {"as-stored": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -39,9 +41,9 @@ class Options:
     our own. The layout is recognised from the weights.
     """
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Folder, .safetensors file, or openpi's orbax checkpoint."""
-    output: Annotated[Path, tyro.conf.Positional]
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
     """The folder to write. A checkpoint folder that stands there is replaced, anything else is an error."""
     to: Literal["pi0_ros", "openpi"] = "pi0_ros"
     """The layout to write."""
@@ -52,7 +54,7 @@ class Options:
     asset_id: str | None = None
     """Which of openpi's assets: of several robots' statistics to read, or to write for openpi."""
     tokenizer: Path | None = None
-    """Folder with the tokenizer's files to put into the folder."""
+    """Folder with the tokenizer's files, or a SentencePiece .model file, to put into the folder."""
     dtype: Literal["as-stored", "bfloat16", "float32"] = "as-stored"
     """Dtype of the weights to write."""
     model_config: str | None = None
@@ -61,6 +63,10 @@ class Options:
     """The checkpoint that a peft adapter folder is an update of."""
     normalisation: Literal["zscore", "quantile"] | None = None
     """How statistics are used. Default: what the source says, else zscore for pi0 and quantile for pi0.5."""
+    prompt_format: Literal["pi0", "pi05", "lerobot_pi05"] | None = None
+    """How the prompt is written. Default: the source's. openpi's pi05_libero is pi0.5 with pi0's prompt."""
+    adapter: Literal["none", "aloha"] | None = None
+    """ALOHA's joint flips and gripper curves, for openpi's ALOHA checkpoints. Default: the source's, or none."""
 
 
 def convert(options: Options) -> str:
@@ -84,7 +90,11 @@ def convert(options: Options) -> str:
         write_openpi(options.output, checkpoint, stats, options.asset_id or "pi0_ros", DTYPES[options.dtype], True)
         return ""
     settings = own.settings if own else foreign_settings(checkpoint, str(options.source), options.normalisation)
+    wanted = {name: getattr(options, name) for name in ("normalisation", "prompt_format", "adapter")}
+    settings = dataclasses.replace(settings, **{name: value for name, value in wanted.items() if value is not None})
     tokenizer = options.tokenizer or (own.tokenizer if own else None)
+    if tokenizer is None and settings.model.vocab_size != ByteTokenizer.vocab_size:
+        print("  no tokenizer: add one with --tokenizer before this checkpoint can run")
     dtype = DTYPES[options.dtype]
     digest = save_bundle(options.output, checkpoint, settings, robot, stats, tokenizer, dtype=dtype, progress=True)
     print(f"{options.output}: checkpoint {digest}")
@@ -193,7 +203,7 @@ def _given_config(name: str | None) -> Pi0Config | None:
 
 def main() -> None:
     """`convert SOURCE OUTPUT [options]`."""
-    options = tyro.cli(Options, prog="convert", description=Options.__doc__)
+    options = tyro.cli(Options, prog="convert")
     try:
         convert(options)
     except (CheckpointError, RobotFileError, OSError) as error:
