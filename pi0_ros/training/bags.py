@@ -1,7 +1,7 @@
 """rosbag2 recordings as they are found on disk: which files, which topics, which messages. No ROS needed.
 
-The storage files are the truth, `metadata.yaml` is only a hint: it may be missing, name other files, or list split files
-that are not there. Whatever is odd but harmless becomes a note of the bag; what cannot be read raises `BagError`.
+The storage files are the truth, `metadata.yaml` is only a hint: it may be missing, name other files, or list split
+files that are not there. What is odd but harmless becomes a note of the bag; what cannot be read raises `BagError`.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _with_metadata(folder: Path, found: list[Path]) -> BagFiles:
         here = found
     elif missing and here:
         notes.append(
-            f"{len(missing)} of {len(listed)} split files are missing ({missing[0].name}, ...), the rest was read"
+            f"{len(missing)} of {len(listed)} split files are missing ({missing[0].name}, ...), the rest is read"
         )
     elif missing and found:
         notes.append(
@@ -235,6 +235,12 @@ class Bag:
                 )
                 continue
             known.count += connection.msgcount
+
+    @property
+    def seconds(self) -> float:
+        """From the first message of any topic to the last, by the time of recording."""
+        spans = [(reader.start_time, reader.end_time) for reader in self._readers if reader.message_count]
+        return (max(end for _, end in spans) - min(start for start, _ in spans)) / 1e9 if spans else 0.0
 
     def _plain(self, file: Path) -> Path:
         """The file as rosbags can open it: decompressed, and without characters that SQLite takes for a URI's."""

@@ -1,8 +1,8 @@
 """Recordings decoded once: model-size frames, states and actions in plain arrays that are memory-mapped for training.
 
-One folder for each bag, named by what its content depends on: the bag's digest, the parts of the robot file that matter,
-the image size and the selection. A folder is written under another name and renamed when whole, so a run that was
-killed, or a full disk, costs only the bags that were in work, and a change of any of these builds anew.
+One folder for each bag, named by what its content depends on: the bag's digest, the parts of the robot file that
+matter, the image size and the selection; a change of any builds anew. A folder is written under another name and
+renamed when whole, so a run that was killed, or a full disk, costs only the bags that were in work.
 
     <key>/index.json                 source, episodes, prompts, what was dropped
     <key>/<slot>.u8                  uint8 [F, S, S, 3], every frame that some usable tick sees, once
@@ -140,7 +140,8 @@ def build_unit(
         return open_unit(whole), decoded
     except OSError as error:
         raise CacheError(
-            f"{folder}: the cache cannot be written: {error.strerror or error}; make room or choose another folder (--cache)"
+            f"{folder}: the cache cannot be written: {error.strerror or error}; "
+            "make room or choose another folder (--cache)"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -157,14 +158,15 @@ def _fill(partial: Path, files: BagFiles, robot: Robot, image_size: int, selecti
     dropped.update(faults)
     if not usable.any():
         raise BagError(f"{files.path}: no usable tick ({_reasons(dropped)})")
-    prompts = list(dict.fromkeys(prompt for episode in episodes for prompt in episode.prompts))
+    spoken = [prompt for episode in episodes for prompt in episode.prompts]
+    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(spoken))}
     arrays = {
         "rows": np.where(usable[:, None], rows, -1).astype(np.int32),
         "state": np.concatenate([episode.state for episode in episodes]),
         "actions": np.concatenate([episode.actions for episode in episodes]),
         "known": np.concatenate([episode.known for episode in episodes]),
         "usable": usable,
-        "prompt": np.array([prompts.index(p) for episode in episodes for p in episode.prompts], np.int32),
+        "prompt": np.array([prompts[prompt] for prompt in spoken], np.int32),
     }
     for name, array in arrays.items():
         with (partial / f"{name}.npy").open("wb") as stream:
@@ -180,7 +182,7 @@ def _fill(partial: Path, files: BagFiles, robot: Robot, image_size: int, selecti
         "slots": list(robot.present_cameras),
         "joints": list(robot.joint_names),
         "frames": counts,
-        "prompts": prompts,
+        "prompts": list(prompts),
         "episodes": [
             {"label": e.label, "begin": end - len(e.ticks_ns), "end": end}
             for e, end in zip(episodes, ends, strict=True)

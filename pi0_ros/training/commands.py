@@ -76,7 +76,7 @@ def _lane(lane: list[Command], ticks: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _knots(command: Command, current: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Times in ns since the command took hold [K] and positions [K, n]; a bridge from `current` if nothing is due yet."""
+    """Times in ns from its begin [K], positions [K, n]; a bridge from `current` until the first is due."""
     due = command.due_ns - command.begin_ns
     if due[0] <= 0:
         return due, command.positions

@@ -27,7 +27,8 @@ def page(reports: list[BagReport], summary: dict[str, Any]) -> str:
     parts += ["<h2>Recordings</h2>", *(_bag(report, summary) for report in reports)]
     title = escape(f"Recordings for {summary['robot']}")
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style></head>"
         f"<body>{''.join(parts)}</body></html>"
     )
 

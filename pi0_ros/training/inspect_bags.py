@@ -1,7 +1,7 @@
 """Look at recordings before training: what is there, what is missing, what would be kept, dropped and why.
 
-`ros2 run pi0_ros inspect_bags DIR --robot FILE` prints a table; `--json` and `--html` write the same for programs and as
-a page with plots and sample frames. Exit code 1 when the data cannot be trained on, with the reason.
+`ros2 run pi0_ros inspect_bags DIR --robot FILE` prints a table; `--json` and `--html` write the same for programs and
+as a page with plots and sample frames. Exit code 1 when the data cannot be trained on, with the reason.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Options:
     prompt: str | None = None
     """The instruction of every episode, instead of the recorded one."""
     idle: float = 0.005
-    """Start and end of an episode are trimmed until a joint moves by this share of its position range; 0: not at all."""
+    """Start and end of an episode are trimmed until a joint moves by this share of its range; 0: not at all."""
     jobs: int | None = None
     """Processes; as many as there are cores by default."""
 

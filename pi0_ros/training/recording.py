@@ -16,6 +16,7 @@ import numpy as np
 from pi0_ros.policy.alignment import CLOCK_RESET_NS
 from pi0_ros.robot import Robot
 from pi0_ros.training.bags import Bag, BagError, decode, header_stamp
+from pi0_ros.training.clocks import ClockOffset
 from pi0_ros.training.commands import Command
 
 IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
@@ -26,7 +27,7 @@ ACTION_TYPES = {
     "Float64MultiArray": "std_msgs/msg/Float64MultiArray",
 }
 NAN_SHARE = 0.01  # a larger share of messages with NaN joints is a fault of the robot, not of a start-up
-BIN_NS = 1_000_000_000
+YEAR_NS = 365 * 86_400 * 1_000_000_000
 
 
 @dataclass
@@ -131,7 +132,7 @@ class _Reader:
             recording.states += self._state_streams(topic)
         recording.notes += self.bag.notes
         self._check_joints(states, actions)
-        offset = _ClockOffset(recording.observed)
+        offset = ClockOffset([(s.bag_ns, s.header_ns) for s in recording.observed])
         self._set_times(offset)
         self._set_commands(actions, offset)
         recording.prompts = self._texts(prompt, offset)
@@ -237,9 +238,7 @@ class _Reader:
             at = sorted((i for i, name in enumerate(key) if name in self.index), key=lambda i: self.index[key[i]])
             self.columns[key] = tuple(self.index[key[i]] for i in at), at
             if at != sorted(at):
-                self.recording.notes.append(
-                    f"{topic}: joints come in another order than in the robot file; read by name"
-                )
+                self.recording.notes.append(f"{topic}: joints are not in the robot file's order; read by name")
         self.seen_names.setdefault(topic, set()).update(key)
         joints, at = self.columns[key]
         if not joints:
@@ -284,7 +283,7 @@ class _Reader:
             text = f"{where}: NaN or infinite in {share:.1%} of messages"
             (recording.problems if share > NAN_SHARE else recording.notes).append(text)
 
-    def _set_times(self, offset: _ClockOffset) -> None:
+    def _set_times(self, offset: ClockOffset) -> None:
         recording = self.recording
         for stream in recording.observed:
             what = stream.name if stream.name == stream.topic else f"{stream.name} ({stream.topic})"
@@ -312,7 +311,7 @@ class _Reader:
                 )
         self._note_clocks(offset)
 
-    def _note_clocks(self, offset: _ClockOffset) -> None:
+    def _note_clocks(self, offset: ClockOffset) -> None:
         spans = [s for s in self.recording.observed if len(s.bag_ns) > 1 and s.header_ns.all()]
         for stream in spans:
             delay = (stream.bag_ns - stream.header_ns) / 1e9
@@ -321,7 +320,7 @@ class _Reader:
                     f"{stream.topic}: header and bag clocks drift {delay.max() - delay.min():.2f} s apart; "
                     f"aligned by {self.robot.clock} time"
                 )
-            if stream.header_ns.max() < 365 * 86_400 * BIN_NS:
+            if stream.header_ns.max() < YEAR_NS:
                 self.recording.notes.append(f"{stream.topic}: header stamps near 0: simulated or monotonic time")
             duplicates = len(stream.header_ns) - len(np.unique(stream.header_ns))
             if duplicates:
@@ -333,9 +332,9 @@ class _Reader:
         reasons = [f"{count} x {reason}" for (where, reason), count in self.recording.faults.items() if where == topic]
         return f" ({'; '.join(reasons[:3])})" if reasons else ""
 
-    def _set_commands(self, topic: str | None, offset: _ClockOffset) -> None:
+    def _set_commands(self, topic: str | None, offset: ClockOffset) -> None:
         rows = self.actions
-        if topic and not rows:
+        if topic and not rows and not any(problem.startswith("actions:") for problem in self.recording.problems):
             reasons = self._reasons(topic)
             self.recording.problems.append(f"actions: no command on {topic} can be used{reasons}")
         if not rows:
@@ -356,38 +355,12 @@ class _Reader:
                 self.recording.commands.append(Command(int(base), joints, np.array([base], np.int64), positions))
         self.recording.commands_ns = arrivals
 
-    def _texts(self, topic: str | None, offset: _ClockOffset) -> list[tuple[int, str]]:
+    def _texts(self, topic: str | None, offset: ClockOffset) -> list[tuple[int, str]]:
         rows = self.texts.get(topic, []) if topic else []
         stamps = np.array([row[0] for row in rows], np.int64)
         if self.robot.clock == "header" and len(stamps):
             stamps = stamps - offset.at(stamps)
         return sorted(((int(t), row[1]) for t, row in zip(stamps, rows, strict=True)), key=lambda item: item[0])
-
-
-class _ClockOffset:
-    """Bag time minus header time over a recording: the median of every second, straight lines between.
-
-    Messages without a header have only a time of recording; this is how they find their place among stamps when the
-    two clocks differ or drift (a simulator slower than real time).
-    """
-
-    def __init__(self, streams: list[Stream]) -> None:
-        self.knots, self.offsets = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        stream = max(streams, key=lambda s: np.count_nonzero(s.header_ns), default=None)
-        if stream is None or not stream.header_ns.any():
-            return
-        bag_ns, header_ns = stream.bag_ns[stream.header_ns != 0], stream.header_ns[stream.header_ns != 0]
-        bins = (bag_ns - bag_ns.min()) // BIN_NS
-        places = [np.flatnonzero(bins == b) for b in np.unique(bins)]
-        self.knots = np.array([int(np.median(bag_ns[at] - bag_ns[0])) for at in places], np.int64) + bag_ns[0]
-        delay = bag_ns - header_ns
-        self.offsets = np.array([int(np.median(delay[at] - delay[0])) for at in places], np.int64) + delay[0]
-
-    def at(self, bag_ns: np.ndarray) -> np.ndarray:
-        """Offset in ns, int64, at times of recording."""
-        return np.interp(bag_ns - self.knots[0], self.knots - self.knots[0], self.offsets - self.offsets[0]).astype(
-            np.int64
-        ) + int(self.offsets[0])
 
 
 def image_fault(message: Any) -> str | None:

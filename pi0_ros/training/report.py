@@ -32,7 +32,7 @@ class BagReport:
 
 
 def inspect_bag(files: BagFiles, robot: Robot, selection: Selection, image_size: int, samples: int) -> BagReport:
-    """The report of one bag; a bag that cannot be read or trained on has a `refused` reason. `samples`: frames a camera."""
+    """The report of one bag, with `samples` frames a camera; one that cannot be trained on has a `refused` reason."""
     joints = len(robot.joints)
     numbers: dict[str, Any] = {"bag": str(files.path), "refused": None, "notes": list(files.notes)}
     report = BagReport(numbers, np.empty((0, joints)), np.empty((0, joints)))
@@ -61,7 +61,7 @@ def _numbers(bag: Bag, recording: Recording, episodes: list[Episode], robot: Rob
         streams["actions"] = {"topic": topic, **_pace(np.sort(recording.commands_ns))}
     usable = sum(int(e.usable.sum()) for e in episodes)
     return {
-        "duration": max((s["duration"] for s in streams.values()), default=0.0),
+        "duration": bag.seconds,
         "messages": sum(topic.count for topic in bag.topics.values()),
         "topics": {name: topic for name, topic in recording.topics.items()},
         "missing": [name for name, topic in recording.topics.items() if topic is None],
@@ -266,9 +266,8 @@ def _warnings(
         for what in ("state", "actions"):
             column = joint[what] or {}
             if column.get("near_constant"):
-                found.append(
-                    f"{what} of {joint['name']} hardly changes (std {column['std']:.2g}): normalising would blow up noise"
-                )
+                std = f"{column['std']:.2g}"
+                found.append(f"{what} of {joint['name']} hardly changes (std {std}): normalising would blow up noise")
             if column.get("outside_limits", 0) > OUTSIDE_WARNING:
                 found.append(
                     f"{what} of {joint['name']}: {column['outside_limits']:.0%} outside its limits {joint['limits']}; "

@@ -1,0 +1,330 @@
+"""From streams to ticks: which message belongs to which tick, what is dropped and why, what is trimmed."""
+
+from __future__ import annotations
+
+import bag_kit as kit
+import numpy as np
+import pytest
+
+from pi0_ros.training.bags import Bag, find_bags
+from pi0_ros.training.episodes import Selection, cut_episodes
+from pi0_ros.training.recording import read_recording
+
+MS = 1_000_000
+WHOLE = Selection(idle=0)
+
+
+@pytest.fixture
+def cut(tmp_path):
+    """items -> (recording, episodes) by way of a bag."""
+
+    def run(items, robot=None, selection=WHOLE, **options):
+        robot = robot or kit.robot()
+        path = kit.write_bag(tmp_path / f"bag{len(list(tmp_path.iterdir()))}", items, **options)
+        (files,) = find_bags(path)
+        with Bag(files) as bag:
+            recording = read_recording(bag, robot)
+        return recording, cut_episodes(recording, robot, selection)
+
+    return run
+
+
+def at(seconds):
+    return kit.START + round(seconds * kit.SECOND)
+
+
+def other(kind, item):
+    return [i for i in item if i.topic != kind]
+
+
+CAMERA = "/cam/image_raw/compressed"
+
+
+def test_a_message_exactly_at_the_tick_belongs_to_it_and_none_comes_from_the_future(cut):
+    _, (episode,) = cut(kit.episode(seconds=1.0))
+    assert episode.ticks_ns.tolist() == [at(k / 10) for k in range(10)]
+    assert episode.frames["base_0_rgb"].tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
+    np.testing.assert_allclose(episode.state[:, 0], np.arange(10) / 10)  # states every 0.02 s, one at each tick
+    np.testing.assert_allclose(episode.actions[:, 0], [0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    assert episode.known.all() and episode.usable.all()
+
+
+def test_a_message_one_nanosecond_late_belongs_to_the_next_tick(cut):
+    items = other(CAMERA, kit.episode(seconds=0.5))
+    frames = [at(0.0), at(0.1) + 1, at(0.2), at(0.3)]
+    items += [kit.compressed(ns, kit.picture(i)) for i, ns in enumerate(frames)]
+    _, (episode,) = cut(items)
+    assert episode.frames["base_0_rgb"].tolist() == [0, 0, 2, 3, 3]
+
+
+def test_latency_moves_a_stream_back_in_time(cut):
+    camera = {"base_0_rgb": {"topic": "/cam/image_raw", "transport": "compressed", "latency": 0.05}}
+    _, (episode,) = cut(kit.episode(seconds=1.0), kit.robot(cameras=camera))
+    # frame k was stamped at k * 0.05 but seen 0.05 s before: the frame of tick t is the one stamped t + 0.05
+    assert episode.frames["base_0_rgb"].tolist()[:9] == [1, 3, 5, 7, 9, 11, 13, 15, 17]
+
+
+def test_stale_streams_drop_their_ticks_by_name(cut):
+    items = [i for i in kit.episode(seconds=2.0) if i.topic != CAMERA or not at(0.5) < i.time < at(1.2)]
+    _, (episode,) = cut(items, kit.robot(max_skew=0.3))
+    # last frame before the hole at 0.5 s, at most 0.2 s old: ticks 0.8 to 1.1 have none
+    assert episode.dropped == {"base_0_rgb: stale": 4}
+    assert np.flatnonzero(~episode.usable).tolist() == [8, 9, 10, 11]
+
+
+def test_skew_beyond_the_limit_is_its_own_reason(cut):
+    items = other(CAMERA, kit.episode(seconds=1.0))
+    items += [kit.compressed(at(k / 10) - (60 * MS if k == 5 else 10 * MS), kit.picture(k)) for k in range(11)]
+    _, (episode,) = cut(items, kit.robot(max_skew=0.055))
+    assert sum(episode.dropped.values()) == 1 and next(iter(episode.dropped)).endswith(": skew")
+
+
+def test_late_commands_do_not_gate_the_start(cut):
+    items = [i for i in kit.episode(seconds=1.0) if i.topic != "/command" or i.time >= at(0.5)]
+    _, (episode,) = cut(items)
+    assert episode.ticks_ns[0] == at(0.0) and episode.usable.all()
+    assert episode.known.tolist() == [False] * 5 + [True] * 5
+    np.testing.assert_allclose(episode.actions[:5, 0], 0.6)  # the first point, marked unknown
+
+
+def test_observations_gate_the_start_and_the_wait_is_reported(cut):
+    items = [i for i in kit.episode(seconds=1.0) if i.topic != CAMERA or i.time >= at(0.3)]
+    _, (episode,) = cut(items)
+    assert episode.ticks_ns[0] == at(0.3) and episode.waited == pytest.approx(0.3)
+
+
+def test_markers_cut_one_bag_into_episodes(cut):
+    items = kit.episode(seconds=6.0)
+    marks = [(0.5, "first"), (1.5, ""), (2.0, "second"), (3.0, "third"), (4.0, ""), (5.5, "open end")]
+    items += [kit.text(at(s), words, "/episode") for s, words in marks]
+    _, episodes = cut(items, kit.robot(episode_topic="/episode"))
+    spans = [(e.label, (e.ticks_ns[0] - at(0)) / 1e9, (e.ticks_ns[-1] - at(0)) / 1e9) for e in episodes]
+    assert spans == [("first", 0.5, 1.4), ("second", 2.0, 2.9), ("third", 3.0, 3.9), ("open end", 5.5, 5.9)]
+
+
+def test_a_bag_without_markers_is_one_episode_even_if_the_robot_file_names_a_topic(cut):
+    _, episodes = cut(kit.episode(seconds=1.0), kit.robot(episode_topic="/episode"))
+    assert len(episodes) == 1
+
+
+def test_the_prompt_comes_from_command_line_then_topic_then_metadata_then_robot_file(cut):
+    items = kit.episode(seconds=1.0)
+    spoken = [*items, kit.text(at(0.02), "take it"), kit.text(at(0.5), "drop it")]
+    custom = {"prompt": "from metadata"}
+    prompts = [
+        cut(spoken, selection=Selection(0, "mine"), custom=custom)[1][0].prompts,
+        cut(spoken, custom=custom)[1][0].prompts,
+        cut(items, custom=custom)[1][0].prompts,
+        cut(items)[1][0].prompts,
+    ]
+    assert prompts[0] == ["mine"] * 10
+    assert prompts[1] == ["take it"] * 5 + ["drop it"] * 5
+    assert prompts[2] == ["from metadata"] * 10
+    assert prompts[3] == ["wave"] * 10
+
+
+def test_idle_start_and_end_are_trimmed_by_default(cut):
+    moving = kit.episode(begin=at(2.0), seconds=2.0)
+    still = [
+        i
+        for k in range(20)
+        for i in (kit.joint_state(at(k / 10), [0, 0.5, 1]), kit.compressed(at(k / 10), kit.picture(1)))
+    ]
+    after = [
+        i
+        for k in range(20)
+        for i in (kit.joint_state(at(4 + k / 10), [0.99, 0.5, 0]), kit.compressed(at(4 + k / 10), kit.picture(1)))
+    ]
+    items = still + moving + after
+    _, (whole,) = cut(items)
+    _, (episode,) = cut(items, selection=Selection())
+    assert whole.usable.sum() == 60
+    assert 1.6 <= episode.idle_start <= 2.0 and 1.6 <= episode.idle_end <= 2.0
+    assert episode.dropped["idle"] == 60 - episode.usable.sum()
+    assert np.flatnonzero(episode.usable)[0] == round(episode.idle_start * 10)
+
+
+def test_an_arm_that_never_moves_is_all_idle(cut):
+    items = [
+        i
+        for k in range(20)
+        for i in (kit.joint_state(at(k / 10), [0, 0, 1]), kit.compressed(at(k / 10), kit.picture(1)))
+    ]
+    items.append(kit.trajectory(at(0), [(0.1, [0, 0, 1])]))
+    _, (episode,) = cut(items, selection=Selection())
+    assert not episode.usable.any() and episode.dropped == {"idle": 20}
+
+
+def test_joints_in_any_order_and_on_several_topics_are_merged_by_name(cut):
+    items = other("/joint_states", kit.episode(seconds=1.0))
+    for k in range(50):
+        ns = at(k / 50)
+        names, values = [("shoulder", "elbow"), ("elbow", "shoulder")][k % 2], [[k, -k], [-k, k]][k % 2]
+        items.append(kit.joint_state(ns, values, names))
+        items.append(kit.joint_state(ns, [9.0, k / 10], ("other", "grip"), "/hand/joint_states"))
+    robot = kit.robot(state={"topics": ["/joint_states", "/hand/joint_states"]})
+    recording, (episode,) = cut(items, robot)
+    assert len(recording.states) == 2
+    np.testing.assert_array_equal(episode.state[3], [15, -15, 1.5])
+
+
+def test_two_publishers_on_one_topic_are_two_streams(cut):
+    items = other("/joint_states", kit.episode(seconds=1.0))
+    for k in range(50):
+        items.append(kit.joint_state(at(k / 50), [k, -k], ("shoulder", "elbow")))
+        items.append(kit.joint_state(at(k / 50) + MS, [k / 10], ("grip",)))
+    _, (episode,) = cut(items)
+    np.testing.assert_array_equal(episode.state[2], [10, -10, 1.0])
+    assert episode.usable.all()
+
+
+@pytest.mark.parametrize("kind", ["JointState", "Float64MultiArray"])
+def test_actions_of_the_other_kinds_hold_from_their_own_tick(cut, kind):
+    items = other("/command", kit.episode(seconds=1.0))
+    for k in range(10):
+        if kind == "JointState":
+            items.append(kit.joint_state(at(k / 10), [1.0, k, 0.5], ("grip", "shoulder", "elbow"), "/command"))
+        else:
+            items.append(kit.floats(at(k / 10), [1.0, k, 0.5]))
+    actions = {"topic": "/command", "type": kind, "joints": ["grip", "shoulder", "elbow"]}
+    _, (episode,) = cut(items, kit.robot(actions=actions))
+    np.testing.assert_array_equal(episode.actions, [[k, 0.5, 1.0] for k in range(10)])
+
+
+def test_action_latency_may_be_negative(cut):
+    items = other("/command", kit.episode(seconds=1.0))
+    items += [kit.floats(at(k / 10), [k, 0, 0]) for k in range(10)]
+    actions = {"topic": "/command", "type": "Float64MultiArray", "latency": -0.2}
+    _, (episode,) = cut(items, kit.robot(actions=actions))
+    assert episode.actions[2:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def slowed(items, factor, lag=0.0):
+    """The same recording written down by a clock that runs `factor` times as fast, `lag` s late."""
+    for item in items:
+        item.time = kit.START + round((item.time - kit.START) * factor + lag * kit.SECOND) + 5 * kit.SECOND
+    return items
+
+
+def test_header_and_bag_clock_differ_and_the_robot_file_chooses(cut):
+    drifting = slowed(kit.episode(seconds=4.0), 1.37)
+    recording, (header,) = cut(drifting)
+    assert "aligned by header time" in " ".join(recording.notes) and "drift 1.4" in " ".join(recording.notes)
+    assert len(header.ticks_ns) == 40 and header.ticks_ns[0] == kit.START
+    # commands have no stamp; they find their place by the offset between the clocks
+    np.testing.assert_allclose(header.actions[5:35, 0], np.arange(5, 35) / 40, atol=0.005)
+    _, (bag,) = cut(drifting, kit.robot(clock="bag"))
+    assert len(bag.ticks_ns) == 55 and bag.ticks_ns[0] == kit.START + 5 * kit.SECOND
+
+
+def test_stamped_trajectories_are_timed_from_their_stamp(cut):
+    items = other("/command", kit.episode(seconds=1.0))
+    items += [kit.trajectory(at(k / 10) - 10 * MS, [(0.1, [k + 1, 0, 0])], stamp=at(k / 10)) for k in range(10)]
+    _, (episode,) = cut(items)
+    assert episode.actions[1:, 0].tolist() == pytest.approx([1, 2, 3, 4, 5, 6, 7, 8, 9], abs=0.12)
+
+
+def test_header_stamps_that_jump_back_are_refused(cut):
+    items = kit.episode(seconds=2.0)
+    for item in items:
+        if item.topic == "/joint_states" and item.time > at(1.0):
+            item.message.header = kit.header(item.time - 5 * kit.SECOND)
+    recording, episodes = cut(items)
+    assert episodes == []
+    assert any("header stamps jump back by 5.0 s" in problem for problem in recording.problems)
+
+
+def test_single_zero_stamps_are_dropped_and_counted(cut):
+    items = kit.episode(seconds=1.0)
+    items[7].message.header = kit.header(0)
+    recording, (episode,) = cut(items)
+    assert recording.faults == {("/joint_states", "header stamp 0"): 1}
+    assert len(recording.states[0].time_ns) == 49 and len(recording.states[0].positions) == 49
+    assert episode.usable.all()
+
+
+def test_duplicate_stamps_are_noted_and_the_last_counts(cut):
+    items = kit.episode(seconds=1.0)
+    again = kit.joint_state(at(0.5), [0.77, 0.5, 1])
+    again.time += 1
+    recording, (episode,) = cut([*items, again])
+    assert "/joint_states: 1 duplicate header stamps; of equals the last recorded counts" in recording.notes
+    assert episode.state[5, 0] == 0.77
+
+
+def test_image_data_shorter_than_height_times_step_is_not_an_observation(cut):
+    items = other(CAMERA, kit.episode(seconds=1.0))
+    for k in range(10):
+        good = kit.raw(at(k / 10), kit.picture(k))
+        if k == 4:
+            good.message.data = good.message.data[:-1]
+        items.append(good)
+    recording, (episode,) = cut(items)
+    assert recording.faults == {("/cam/image_raw", "image data shorter than height x step"): 1}
+    assert episode.frames["base_0_rgb"].tolist() == [0, 1, 2, 3, 3, 5, 6, 7, 8, 9]
+    assert "camera base_0_rgb: /cam/image_raw was read for /cam/image_raw/compressed" in recording.notes
+
+
+def test_jpeg_cut_short_is_not_an_observation(cut):
+    items = other(CAMERA, kit.episode(seconds=1.0))
+    for k in range(10):
+        frame = kit.compressed(at(k / 10), kit.picture(k), "jpg")
+        if k == 4:
+            frame.message.data = frame.message.data[:-20]
+        items.append(frame)
+    recording, (episode,) = cut(items)
+    assert recording.faults == {(CAMERA, "JPEG data end too early"): 1}
+    assert episode.frames["base_0_rgb"][4] == 3
+
+
+PROBLEMS = {
+    "missing camera": (lambda i: i.topic != CAMERA, {}, "camera base_0_rgb: topic /cam/image_raw/compressed is not in"),
+    "missing state": (lambda i: i.topic != "/joint_states", {}, "state: topic /joint_states is not in the recording"),
+    "missing actions": (lambda i: i.topic != "/command", {}, "actions: topic /command is not in the recording"),
+    "wrong action type": (
+        lambda i: True,
+        {"actions": {"topic": "/command", "type": "JointState"}},
+        "actions: topic /command is a trajectory_msgs/msg/JointTrajectory, expected JointState",
+    ),
+    "no action source": (lambda i: True, {"actions": None}, "actions: the robot file does not say"),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_what_is_missing_is_named(cut, name):
+    keep, changes, expected = PROBLEMS[name]
+    recording, episodes = cut([i for i in kit.episode(seconds=0.5) if keep(i)], kit.robot(**changes))
+    assert episodes == [] and len(recording.problems) == 1
+    assert recording.problems[0].startswith(expected)
+
+
+def test_wrong_joint_names_are_named_with_those_found(cut):
+    items = kit.episode(seconds=0.5)
+    for item in items:
+        if item.topic == "/joint_states":
+            item.message.name = ["j1", "elbow", "grip"]
+    recording, _ = cut(items)
+    assert recording.problems == ["state: no message names joint shoulder; names found: elbow, grip, j1"]
+
+
+def test_many_nan_positions_are_a_problem_and_few_are_dropped(cut):
+    def with_nan(count):
+        items = kit.episode(seconds=4.0)
+        for item in [i for i in items if i.topic == "/joint_states"][20 : 20 + count]:
+            item.message.position[1] = np.nan
+        return cut(items)
+
+    recording, (episode,) = with_nan(1)
+    assert recording.problems == [] and np.isfinite(episode.state).all()
+    assert "/joint_states joint 'elbow': NaN or infinite in 0.5% of messages" in recording.notes
+    recording, _ = with_nan(10)
+    assert recording.problems == ["/joint_states joint 'elbow': NaN or infinite in 5.0% of messages"]
+
+
+def test_a_relative_topic_is_found_below_a_namespace(cut):
+    items = kit.episode(seconds=0.5)
+    for item in items:
+        if item.topic == "/joint_states":
+            item.topic = "/left/joint_states"
+    recording, (episode,) = cut(items, kit.robot(state={"topics": ["joint_states"]}))
+    assert "state: /left/joint_states was read for joint_states" in recording.notes and episode.usable.all()

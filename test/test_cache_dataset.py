@@ -1,0 +1,134 @@
+"""Samples, split, shuffle and statistics over the cache."""
+
+from __future__ import annotations
+
+import pickle
+
+import bag_kit as kit
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pi0_ros.model.config import PRESETS
+from pi0_ros.policy.bundle import BundleSettings
+from pi0_ros.training.bags import find_bags
+from pi0_ros.training.build import build_cache
+from pi0_ros.training.dataset import Dataset, all_episodes, batch_indices, split, statistics
+from pi0_ros.training.episodes import Selection
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def units(tmp_path_factory):
+    """Two bags of one second, ten ticks each; the second has its first command after half of it."""
+    folder = tmp_path_factory.mktemp("dataset")
+    kit.write_bag(folder / "a", [*kit.episode(seconds=1.0), kit.text(kit.START, "open")])
+    late = [
+        i for i in kit.episode(seconds=1.0, shift=100) if i.topic != "/command" or i.time >= kit.START + kit.SECOND // 2
+    ]
+    kit.write_bag(folder / "b", [*late, kit.text(kit.START, "close")])
+    selection = Selection(idle=0)
+    return build_cache(
+        find_bags(folder), kit.robot(), SIZE, folder / ".cache", selection=selection, jobs=1, progress=False
+    ).units
+
+
+def test_a_sample_holds_observation_and_chunk_of_its_tick(units):
+    dataset = Dataset(units, horizon=4)
+    sample = dataset.sample(3)
+    assert sample["images"].shape == (3, SIZE, SIZE, 3) and sample["images"].dtype == np.uint8
+    assert sample["image_masks"].tolist() == [True, False, False]
+    assert sample["images"][0, 8, 8].tolist() == [16, 16, 16] and not sample["images"][1:].any()
+    np.testing.assert_allclose(sample["state"], [0.3, 0.5, 1.0])
+    np.testing.assert_allclose(sample["actions"][:, 0], [0.3, 0.4, 0.5, 0.6])
+    assert sample["action_mask"].tolist() == [True] * 4
+    assert sample["prompt"] == "open" and dataset.where(3) == (0, 0, 3)
+
+
+def test_past_the_end_the_last_action_repeats_and_is_masked(units):
+    sample = Dataset(units, horizon=4).sample(8)
+    np.testing.assert_allclose(sample["actions"][:, 0], [0.8, 0.9, 0.9, 0.9])
+    assert sample["action_mask"].tolist() == [True, True, False, False]
+
+
+def test_before_the_first_command_actions_are_masked_and_chunks_without_any_are_left_out(units):
+    dataset = Dataset(units, horizon=4)
+    assert [dataset.where(i)[2] for i in range(10, len(dataset))] == [2, 3, 4, 5, 6, 7, 8, 9]
+    sample = dataset.sample(10)
+    assert sample["action_mask"].tolist() == [False, False, False, True] and sample["prompt"] == "close"
+    assert sample["images"][0, 8, 8, 0] == 114
+
+
+def test_cameras_come_in_the_order_asked_for(units):
+    sample = Dataset(units, 4, cameras=("left_wrist_0_rgb", "base_0_rgb")).sample(0)
+    assert sample["image_masks"].tolist() == [False, True]
+
+
+def test_blocks_hold_the_same_chunks_as_samples(units):
+    dataset = Dataset(units, horizon=6)
+    blocks = [np.concatenate(parts) for parts in zip(*dataset.chunks(), strict=True)]
+    for i in range(len(dataset)):
+        sample = dataset.sample(i)
+        for name, block in zip(("state", "actions", "action_mask"), blocks, strict=True):
+            np.testing.assert_array_equal(sample[name], block[i])
+
+
+def test_a_dataset_travels_to_worker_processes_without_its_pixels(units):
+    dataset = Dataset(units, horizon=4)
+    dataset.sample(0)
+    packed = pickle.dumps(dataset)
+    assert len(packed) < 20_000
+    np.testing.assert_array_equal(pickle.loads(packed).sample(5)["images"], dataset.sample(5)["images"])
+
+
+def test_the_split_is_by_episode_and_repeats(units):
+    train, held = split(units, 0.2, seed=1)
+    assert len(train) == len(held) == 1 and sorted(train + held) == all_episodes(units)
+    assert split(units, 0.2, seed=1) == (train, held)
+    assert split(units, 0.0) == ([(0, 0), (1, 0)], [])
+    assert {tuple(split(units, 0.5, seed=s)[1]) for s in range(20)} == {((0, 0),), ((1, 0),)}
+    assert len(Dataset(units, 4, episodes=held)) in (8, 10)
+
+
+@given(
+    samples=st.integers(1, 50),
+    batch=st.integers(1, 20),
+    ranks=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_every_epoch_draws_each_sample_once_whatever_the_ranks(samples, batch, ranks, seed):
+    steps = -(-3 * samples // (batch * ranks))
+    drawn = np.concatenate(
+        [batch_indices(samples, s, batch, seed=seed, rank=r, ranks=ranks) for s in range(steps) for r in range(ranks)]
+    )
+    for epoch in range(3):
+        assert sorted(drawn[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
+    whole = np.concatenate([batch_indices(samples, s, batch * ranks, seed=seed) for s in range(steps)])
+    np.testing.assert_array_equal(drawn, whole)
+
+
+def test_the_shuffle_depends_on_seed_and_epoch_alone():
+    first = batch_indices(1000, 3, 32, seed=5)
+    np.testing.assert_array_equal(first, batch_indices(1000, 3, 32, seed=5))
+    assert not np.array_equal(first, batch_indices(1000, 3, 32, seed=6))
+    assert not np.array_equal(batch_indices(32, 0, 32, seed=5), batch_indices(32, 1, 32, seed=5))
+    with pytest.raises(ValueError, match="no samples"):
+        batch_indices(0, 0, 4, seed=0)
+
+
+def test_statistics_are_of_model_space_and_leave_padding_out(units):
+    dataset = Dataset(units, horizon=4, episodes=[(0, 0)])
+    stats = statistics(dataset, kit.robot(), BundleSettings(model=PRESETS["nano"]))
+    np.testing.assert_allclose(stats.state.mean, [0.45, 0.5, 0.5], atol=1e-12)  # the gripper: 5 ticks open, 5 closed
+    np.testing.assert_allclose(stats.state.std[:2], [np.std(np.arange(10) / 10), 0], atol=1e-12)
+    relative = []
+    action = [0.1, *(k / 10 for k in range(1, 10))]
+    for tick in range(10):
+        relative += [action[tick + k] - tick / 10 for k in range(4) if tick + k < 10]
+    assert stats.actions.mean[0] == pytest.approx(np.mean(relative))
+    assert stats.actions.std[0] == pytest.approx(np.std(relative))
+    assert stats.actions.q01[0] == pytest.approx(np.quantile(relative, 0.01))
+    assert stats.actions.q99[0] == pytest.approx(np.quantile(relative, 0.99))
+    assert 0 <= stats.actions.q01[2] <= stats.actions.q99[2] <= 1  # the gripper is absolute, 0 open to 1 closed
