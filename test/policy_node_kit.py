@@ -24,14 +24,14 @@ ROBOT = """
 name: two_joints
 control_rate: 20
 cameras:
-  base_0_rgb: {topic: base/image_raw, max_age: 0.5}
-  left_wrist_0_rgb: {topic: wrist/image_raw, max_age: 0.5}
+  base_0_rgb: {topic: base/image_raw, max_age: 30}
+  left_wrist_0_rgb: {topic: wrist/image_raw, max_age: 30}
 joints:
   - {name: shoulder, position: [-2, 2], velocity: 1, acceleration: 5}
   - {name: elbow, position: [-2, 2], velocity: 1, acceleration: 5}
 state: {topics: [joint_states], max_age: 0.5}
 commands: [{topic: commands, type: Float64MultiArray}]
-max_skew: 0.5
+max_skew: 30
 prompt: {default: wave, topic: prompt}
 """
 HORIZON = 10
@@ -126,7 +126,7 @@ class Bench:
             self.messages[status.name] = status.message
             self.values[status.name] = {pair.key: pair.value for pair in status.values}
 
-    def until(self, condition: Callable[[], bool], seconds: float = 10.0, doing: Callable[[], None] | None = None):
+    def until(self, condition: Callable[[], bool], seconds: float = 30.0, doing: Callable[[], None] | None = None):
         """Spin, calling `doing` 50 times a second, until `condition` holds."""
         deadline, due = time.monotonic() + seconds, 0.0
         while not condition():

@@ -199,9 +199,10 @@ class PolicyNode(LifecycleNode):
         worker, self._worker, self._streams = self._worker, None, None
         self._entities.clear()
         # A load cannot be interrupted: a process that is told to end does not wait for it.
-        if worker is None or worker.close(60.0 if self.context.ok() else 5.0):
+        if worker is None or worker.close(60.0 if self.context.ok() else 3.0):
             return True
-        self.get_logger().error("the inference thread does not end, its memory is not freed; restart the process")
+        if self.context.ok():
+            self.get_logger().error("the inference thread does not end, its memory is not freed; restart the process")
         return False
 
     # Ticks
@@ -336,7 +337,7 @@ def main(args: list[str] | None = None) -> int:
             node.start()
         executor.spin()
     except (KeyboardInterrupt, ExternalShutdownException):
-        pass
+        rclpy.try_shutdown()  # rclpy's own handler may not have come to it yet, and teardown looks at it
     except (ParameterError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 1
