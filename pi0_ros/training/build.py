@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
+import torch
 from tqdm import tqdm
 
 from pi0_ros.robot import Robot
@@ -96,7 +97,9 @@ def run_all(
             results.append(function(*task))
             advance(results[-1])
         return results
-    context = multiprocessing.get_context("spawn")  # a trainer has threads, and forking those is not safe
+    # A trainer has threads, and forking those is not safe; a server without any imports once and forks the workers.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pi0_ros.training.build", "pi0_ros.training.report"])
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
         futures: list[Future[Result]] = [pool.submit(function, *task) for task in tasks]
         waiting = set(futures)
@@ -114,8 +117,9 @@ def run_all(
 
 
 def _start_worker() -> None:
-    """One core for OpenCV, and no life beyond the parent's: a killed trainer must leave nothing running."""
+    """One core for each library, and no life beyond the parent's: a killed trainer must leave nothing running."""
     cv2.setNumThreads(1)
+    torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

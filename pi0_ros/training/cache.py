@@ -21,12 +21,14 @@ import socket
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pi0_ros.policy.images import ImageError, decode_image, orient, resize_with_pad
 from pi0_ros.robot import Camera, Robot
@@ -265,7 +267,7 @@ def _decoded(
             yield slot, ordinal, model_frame(raw, kind, cameras[slot], image_size)
         return
     waiting: deque[tuple[str, int, Any]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    with _one_core_each(), ThreadPoolExecutor(threads) as pool:
         for slot, ordinal, kind, raw in jobs:
             waiting.append((slot, ordinal, pool.submit(model_frame, raw, kind, cameras[slot], image_size)))
             if len(waiting) > 4 * threads:
@@ -274,6 +276,17 @@ def _decoded(
         while waiting:
             slot, ordinal, future = waiting.popleft()
             yield slot, ordinal, future.result()
+
+
+@contextmanager
+def _one_core_each() -> Iterator[None]:
+    """torch (which resizes) uses no threads of its own while several images are in work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def image_messages(

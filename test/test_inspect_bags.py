@@ -1,0 +1,181 @@
+"""inspect_bags as its user meets it: table, JSON, page, exit code and reason."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import bag_kit as kit
+import cv2
+import numpy as np
+import pytest
+
+from pi0_ros.training.inspect_bags import main
+
+BAGS = Path(__file__).parent / "data" / "bags"
+
+
+@pytest.fixture
+def inspect(tmp_path, capsys):
+    """(folder, robot file text, options) -> exit code, stdout, stderr, JSON or None."""
+
+    def run(bags, text=kit.ROBOT, *options):
+        (tmp_path / "robot.yaml").write_text(text)
+        target = tmp_path / "report.json"
+        arguments = [str(bags), "--robot", str(tmp_path / "robot.yaml"), "--json", str(target), "--jobs", "1", *options]
+        code = main(arguments)
+        out = capsys.readouterr()
+        return code, out.out, out.err, json.loads(target.read_text()) if target.exists() else None
+
+    return run
+
+
+def still(begin, seconds, values, grey=1):
+    items = []
+    for k in range(round(seconds * 50)):
+        ns = begin + k * kit.SECOND // 50
+        items += [kit.joint_state(ns, values), kit.compressed(ns, kit.picture(grey))]
+    return items
+
+
+@pytest.fixture
+def bags(tmp_path):
+    """Two good demonstrations, one with an idle start and a hole in the camera, and one bag without commands."""
+    kit.write_bag(tmp_path / "bags" / "good", kit.episode(seconds=3.0))
+    shifted = kit.episode(kit.START + 2 * kit.SECOND, seconds=3.0)
+    hole = [i for i in shifted if not (i.topic.startswith("/cam") and 3.0 < (i.time - kit.START) / 1e9 < 4.0)]
+    kit.write_bag(tmp_path / "bags" / "idle", still(kit.START, 2.0, [0, 0.5, 1]) + hole)
+    kit.write_bag(tmp_path / "bags" / "mute", [i for i in kit.episode(seconds=1.0) if i.topic != "/command"])
+    return tmp_path / "bags"
+
+
+def test_usable_data_gives_zero_and_every_number(inspect, bags):
+    code, out, err, data = inspect(bags)
+    assert code == 0 and "error" not in err
+    summary, (good, idle, mute) = data["summary"], data["bags"]
+    assert (summary["bags"], summary["usable_bags"], summary["episodes"]) == (3, 2, 2)
+    assert summary["chunk"] == {"horizon": 50, "seconds": 5.0, "control_rate": 10.0}
+    assert good["kept"] == good["ticks"] == 30 and good["dropped"] == {}
+    assert good["streams"]["base_0_rgb"]["rate"] == pytest.approx(20)
+    assert good["streams"]["/joint_states"]["rate"] == pytest.approx(50)
+    assert good["streams"]["actions"]["rate"] == pytest.approx(10)
+    assert good["missing"] == ["/prompt"]
+    assert idle["streams"]["base_0_rgb"]["gaps"] == 1
+    assert idle["streams"]["base_0_rgb"]["longest_gap"] == pytest.approx(1.0, abs=0.06)
+    assert 1.6 <= idle["episodes"][0]["idle_start"] <= 2.0 and idle["dropped"]["idle"] >= 16
+    assert sum(n for reason, n in idle["dropped"].items() if reason.startswith("base_0_rgb")) >= 7
+    assert "actions: topic /command is not in the recording" in mute["refused"]
+    assert summary["prompts"] == {"wave": 2} and summary["idle_threshold"] == 0.005
+    assert 0 <= summary["skew_ms"]["p50"] <= summary["skew_ms"]["max"] <= 100
+
+
+def test_the_table_says_in_words_what_the_numbers_say(inspect, bags):
+    _, out, _, _ = inspect(bags)
+    assert "2 of 3 recordings usable, 2 episodes" in out
+    assert "until a joint moves by 0.50% of its range (--idle)" in out
+    assert "chunk: 50 actions at 10 Hz = 5.00 s" in out
+    assert "REFUSED: actions: topic /command is not in the recording" in out
+    assert "prompt 'wave': 2 episodes" in out
+    assert re.search(r"shoulder +state +0\.\d+", out)
+
+
+def test_joints_have_their_statistics_and_what_is_odd_about_them(inspect, bags):
+    _, out, _, data = inspect(bags)
+    shoulder, elbow, grip = data["summary"]["joints"]
+    values = np.arange(30) / 30
+    good = data["bags"][0]
+    assert good["kept"] == 30
+    assert shoulder["state"]["min"] == 0.0 and shoulder["state"]["max"] == pytest.approx(29 / 30)
+    assert shoulder["state"]["mean"] == pytest.approx(values.mean(), abs=0.15)
+    assert elbow["state"]["near_constant"] and not shoulder["state"]["near_constant"]
+    assert any("state of elbow hardly changes" in text for text in data["summary"]["warnings"])
+    assert grip["gripper"]["polarity"] == "as the robot file says" and grip["gripper"]["start"] == 1.0
+    assert shoulder["state"]["outside_limits"] == 0 and shoulder["state"]["nan"] == 0
+
+
+def test_swapped_gripper_ends_and_wrong_units_are_suspected(inspect, bags):
+    text = kit.ROBOT.replace("open: 1, closed: 0", "open: 0, closed: 1").replace(
+        "position: [-2, 2]", "position: [-0.2, 0.2]", 1
+    )
+    _, _, _, data = inspect(bags, text)
+    warnings = " ".join(data["summary"]["warnings"])
+    assert "gripper grip starts closed; are open and closed swapped in the robot file?" in warnings
+    assert re.search(r"state of shoulder: \d+% outside its limits \[-0.2, 0.2\]; other units", warnings)
+
+
+def test_actions_that_are_the_measured_state_are_warned_of(inspect, bags):
+    text = kit.ROBOT.replace(
+        "topic: /command, type: JointTrajectory}\ncommands", "topic: /joint_states, type: JointState}\ncommands"
+    )
+    _, _, _, data = inspect(bags, text)
+    assert any("actions are the measured state" in text for text in data["summary"]["warnings"])
+
+
+def test_the_page_holds_all_it_shows(inspect, bags, tmp_path):
+    code, _, _, _ = inspect(bags, kit.ROBOT, "--html", str(tmp_path / "page.html"), "--image-size", "48")
+    page = (tmp_path / "page.html").read_text()
+    assert code == 0
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    images = [
+        cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)
+        for data in re.findall(r"data:image/png;base64,([^\"]+)", page)
+    ]
+    frames = [image for image in images if image.shape == (48, 48, 3)]
+    assert len(frames) == 6 and len(images) == 6 + 1 + 2  # three of each usable bag; histograms; two curves
+    assert frames[0][24, 24].tolist() == [10, 10, 10] and frames[0][0, 0].tolist() == [
+        0,
+        0,
+        0,
+    ]  # padded as the model sees
+    assert "Refused: actions: topic /command is not in the recording" in page and "longest, s" in page
+
+
+REFUSALS = {
+    "nothing there": (lambda p: p / "nowhere", None, "nowhere: no such file or folder"),
+    "empty bag": (
+        lambda p: kit.write_bag(p / "empty", [kit.text(kit.START, "x", "/other")]),
+        None,
+        "camera base_0_rgb: topic /cam/image_raw/compressed is not in the recording",
+    ),
+    "not YAML": (lambda p: p / "bags", "just a sentence: [", "robot.yaml: not YAML at line"),
+    "wrong joints": (
+        lambda p: kit.write_bag(p / "bag", kit.episode(seconds=1.0)),
+        kit.ROBOT.replace("name: elbow", "name: knee"),
+        "no message names joint knee; names found: elbow, grip, shoulder",
+    ),
+    "never moves": (
+        lambda p: kit.write_bag(
+            p / "bag", [*still(kit.START, 1.0, [0, 0, 1]), kit.trajectory(kit.START, [(0.1, [0, 0, 1])])]
+        ),
+        None,
+        "no usable tick (10 x idle)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_data_that_cannot_be_trained_on_gives_one_and_the_reason(inspect, tmp_path, name):
+    make, text, expected = REFUSALS[name]
+    code, _, err, _ = inspect(make(tmp_path), text or kit.ROBOT)
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 1 and len(lines) == 1 and expected in lines[0]
+    assert "Traceback" not in err
+
+
+def test_nan_joints_are_refused_by_name(inspect, tmp_path):
+    items = kit.episode(seconds=1.0)
+    for item in items:
+        if item.topic == "/joint_states":
+            item.message.position[2] = np.nan
+    code, _, err, _ = inspect(kit.write_bag(tmp_path / "bag", items))
+    assert code == 1 and "/joint_states joint 'grip': NaN or infinite in 100.0% of messages" in err
+
+
+def test_found_recordings_are_all_read_and_each_is_refused_for_its_own_reason(inspect):
+    code, out, err, data = inspect(BAGS)
+    assert code == 1 and len(data["bags"]) == 5
+    assert all(bag["refused"] for bag in data["bags"])
+    assert "error: none of 5 recordings can be trained on" in err
+    assert "12 of 13 split files are missing" in out and "metadata.yaml names rosbag2_2024_11_24" in out
