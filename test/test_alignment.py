@@ -141,6 +141,12 @@ def test_the_recorded_form_and_the_live_form_agree(streams, ticks, skew):
     assert result.dropped() == lost
 
 
+def test_of_many_recorded_samples_with_one_stamp_the_last_recorded_wins():
+    stamps = np.random.default_rng(0).integers(0, 10, 2000)
+    result = align_ticks([StreamTimes("a", stamps, 100)], np.arange(10), 0)
+    assert result.indices["a"].tolist() == [np.flatnonzero(stamps == tick)[-1] for tick in range(10)]
+
+
 def test_a_reader_never_sees_a_sample_half_written():
     buffer = StreamBuffer("a", 10**9, depth=4)
     buffer.push(0, 0)
