@@ -28,7 +28,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["pi0_ros", "pi0_ros.*"], exclude=["pi0_ros.msg*", "pi0_ros.srv*"]),
-    data_files=[("share/pi0_ros/config", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("config/*.yaml")))],
+    data_files=[("share/pi0_ros/config", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("config/*.*")))],
     install_requires=lines("requirements/run.txt"),
     entry_points={"console_scripts": [program for program in lines("programs.txt") if in_tree(program)]},
 )

@@ -118,7 +118,9 @@ class EpisodeWriter:
         self._writer.write(self._connections[topic], now, data)
 
 
-def demonstrate(simulation: Simulation, robot: Robot, writer: EpisodeWriter, size: tuple[int, int], rate: float) -> bool:
+def demonstrate(
+    simulation: Simulation, robot: Robot, writer: EpisodeWriter, size: tuple[int, int], rate: float
+) -> bool:
     """One episode from the simulation's present state into `writer`; returns whether the teacher succeeded."""
     teacher = Teacher(simulation)
     begin = simulation.now
@@ -231,7 +233,6 @@ def _start_worker(options: Options, parent: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker outlives its parent
         if os.getppid() != parent:
             os._exit(1)
-    os.environ["LP_NUM_THREADS"] = "0"  # Mesa's software renderer: one core for each worker
     _recorder = Recorder(options)
 
 

@@ -21,14 +21,23 @@ import numpy as np
 
 from pi0_ros.demo.cameras import Cameras
 from pi0_ros.demo.controller import Point, TrajectoryController
-from pi0_ros.demo.scene import CAMERAS, CUBE_HALF, CUBES, JOINTS, TIMESTEP
-from pi0_ros.demo.scene import apply_layout, build_model, draw_layout, named_cube  # isort: skip
+from pi0_ros.demo.scene import (
+    CAMERAS,
+    CUBE_HALF,
+    CUBES,
+    JOINTS,
+    TIMESTEP,
+    apply_layout,
+    build_model,
+    draw_layout,
+    named_cube,
+)
 
 TOUCH = 0.02  # m, from the fingertip to a cube's surface
 TIME_LIMIT = 8.0  # s of simulated time
 SUBSTEPS = 5
 PERIOD = SUBSTEPS * TIMESTEP  # s between two updates of the controller
-_PERIOD_NS = round(PERIOD * 1e9)
+PERIOD_NS = round(PERIOD * 1e9)
 
 
 class TaskError(ValueError):
@@ -89,7 +98,8 @@ class Simulation:
         apply_layout(layout, self.model, self.data)
         self.seed, self.prompt, self.target = seed, prompt, target
         self.controller = TrajectoryController(JOINTS, layout.start)
-        self._start, self._closest, self._touched = self.now, np.inf, ""
+        self._start, self._closest = self.now, np.inf
+        self._touched, self._touched_at = "", None  # the first cube touched, and when
         self._judge()
 
     def step(self, seconds: float = PERIOD) -> None:
@@ -97,8 +107,16 @@ class Simulation:
         for _ in range(round(seconds / PERIOD)):
             self.data.ctrl[self._ctrl] = self.controller.sample(self.now)[0]
             mujoco.mj_step(self.model, self.data, SUBSTEPS)
-            self.now += _PERIOD_NS
+            self.now += PERIOD_NS
             self._judge()
+
+    def skip(self, nanoseconds: int) -> None:
+        """Move the clock without letting time pass in the world: nothing moves, and the last command is held."""
+        self.controller.hold(self.controller.sample(self.now)[0])
+        self.now += nanoseconds
+        self._start += nanoseconds
+        if self._touched_at is not None:
+            self._touched_at += nanoseconds
 
     def command(self, positions: Sequence[float], seconds: float = 0.05) -> None:
         """Move to `positions` [6] in `seconds`, in a straight line in joint space from the last command.
@@ -145,7 +163,7 @@ class Simulation:
 
     def outcome(self) -> Outcome:
         """How the episode stands. Once done it stays as it is."""
-        seconds = (self.now - self._start) / 1e9
+        seconds = ((self.now if self._touched_at is None else self._touched_at) - self._start) / 1e9
         late = seconds >= TIME_LIMIT
         success = self._touched == self.target
         if success:
@@ -155,6 +173,7 @@ class Simulation:
         else:
             reason = "time is up" if late else "running"
         done = bool(self._touched) or late
+        seconds = min(seconds, TIME_LIMIT)
         return Outcome(done, success, reason, self.seed, self.prompt, seconds, float(self._closest))
 
     def close(self) -> None:
@@ -170,4 +189,4 @@ class Simulation:
         self._closest = min(self._closest, distances[CUBES.index(self.target)])
         nearest = int(distances.argmin())
         if distances[nearest] <= TOUCH:
-            self._touched = CUBES[nearest]
+            self._touched, self._touched_at = CUBES[nearest], self.now
