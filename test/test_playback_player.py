@@ -269,6 +269,23 @@ def test_starts_from_where_the_arm_is_when_it_was_moved_meanwhile():
     assert bench.seen == (PLAYING, "")
 
 
+def test_an_arm_that_does_not_follow_is_not_left_behind():
+    bench = Bench(following_error=0.3)
+    bench.tick(2)
+    time = np.arange(41) * 0.05
+    bench.offer(np.stack([0.9 * np.minimum(time, 1), 0 * time, 0 * time], axis=1))
+    stuck = np.array([0.0, 0.0, 0.0])
+    for _ in range(80):
+        bench.tick()
+        bench.arm = stuck.copy()  # an emergency stop
+    assert bench.seen == (HOLDING, "the arm does not follow: joint 'a' is more than 0.3 from its command")
+    assert bench.player.at_rest and bench.player.commanded[0] < 0.4
+    bench.offer(np.tile([0.1, 0.0, 0.0], (41, 1)))
+    bench.tick(1)
+    assert bench.seen == (PLAYING, "")
+    assert abs(bench.player.commanded[0]) < 0.01  # from where the arm is
+
+
 def test_not_started_means_nothing_is_sent():
     bench = Bench(start=False)
     bench.lively()

@@ -69,6 +69,7 @@ SPECS = (
         "approach_threshold", 0.25, "a joint further from where a chunk begins goes there slowly, rad or m", 0.001, 100
     ),
     _set("approach_speed", 0.2, "share of the velocity limits to use for that", 0.01, 1),
+    _set("following_error", 0.5, "hold when a joint is further from its command, rad or m; 0: never", 0, 100),
     _set("trajectory.window", 0.4, "JointTrajectory: how far ahead is sent before coming to rest, s", 0.05, 10),
     _set("trajectory.rate", 10.0, "JointTrajectory: how often it is sent again, Hz", 0.5, 100),
     _set("trajectory.lead", 0.02, "JointTrajectory: its first point is at least so far ahead, s", 0, 1),

@@ -43,6 +43,7 @@ class Settings:
     acceleration_scale: float = 1.0
     approach_threshold: float = 0.25
     approach_speed: float = 0.2
+    following_error: float = 0.5
     window: float = 0.4
     lead: float = 0.02
     resend: float = 0.1
@@ -271,6 +272,8 @@ class Player:
             return
         if self.commanded is None:
             self._seed()
+        if self._following and (lost := self._not_followed()):
+            self._drop(lost)
         chunk, self._pending = self._pending, None
         at = self._time(self._index + self._lead)
         if chunk is not None and chunk.end + self._hold_after >= now:
@@ -292,6 +295,14 @@ class Player:
         missing = [name for name, late in zip(self.joint_names, old, strict=True) if late]
         which = "" if len(missing) == len(old) else f" of {', '.join(missing)}"
         return f"no joint state{which} for more than {self._state_age:g} s{self._state_note}"
+
+    def _not_followed(self) -> str:
+        """Why the arm does not do what is commanded, or "": going on would let it jump when it is released."""
+        most, gaps = self.settings.following_error, np.abs(self.measured - self.commanded) * self._arm
+        worst = int(np.argmax(gaps))
+        if not most or self.settings.dry_run or gaps[worst] <= most:
+            return ""
+        return f"the arm does not follow: joint '{self.joint_names[worst]}' is more than {most:g} from its command"
 
     def _ended(self, now: int) -> str:
         """Why there is nothing to play, or ""."""
