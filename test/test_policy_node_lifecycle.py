@@ -15,7 +15,7 @@ from policy_node_kit import ROBOT, Bench, StubPolicy, robot
 from rclpy.parameter import Parameter
 
 from pi0_ros.ros.parameters import ParameterError
-from pi0_ros.ros.policy_node import PolicyNode
+from pi0_ros.ros.policy_node import PolicyNode, main
 
 POLICY = "policy_node: policy"
 
@@ -166,27 +166,34 @@ def test_every_parameter_is_described(context):
     node.destroy_node()
 
 
-def process(*arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pi0_ros.ros.policy_node", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(
+    ("parameter", "reason"),
+    [
+        ("rate:=-3.0", "rate"),
+        ("autostart:=true", "give a robot file or a checkpoint folder"),
+        ("rate", "rate"),  # rcl cannot read it
+    ],
+)
+def test_the_program_ends_with_one_line_when_it_cannot_start(capsys, parameter, reason):
+    assert main(["policy_node", "--ros-args", "-p", parameter]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and reason in printed.err
 
 
-def test_the_program_ends_with_one_line_when_it_cannot_start():
-    both = process("--ros-args", "-p", "rate:=-3.0"), process("--ros-args", "-p", "autostart:=true")
-    for program, reason in zip(both, ("rate", "give a robot file or a checkpoint folder"), strict=True):
-        out, err = program.communicate(timeout=60)
-        assert program.returncode == 1
-        errors = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1 and reason in errors[0] and "Traceback" not in err + out
+def test_help_lists_the_parameters(capsys):
+    assert main(["policy_node", "--help"]) == 0
+    assert "realtime_chunking (False): keep the actions" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_program_cleanly(ros, number):
-    name = f"policy_{number.name.lower()}"
-    program = process("--ros-args", "-r", f"__node:={name}")
+def test_a_signal_ends_the_program_cleanly(ros):
+    signals = {f"policy_{number.name.lower()}": number for number in (signal.SIGINT, signal.SIGTERM)}
+    command = [sys.executable, "-m", "pi0_ros.ros.policy_node", "--ros-args", "-r"]
+    programs = {
+        name: subprocess.Popen([*command, f"__node:={name}"], stderr=subprocess.PIPE, text=True) for name in signals
+    }
     listener = ros.node("listener")
-    ros.spin_until(lambda: name in listener.get_node_names(), 60.0, "the program's node is there")
-    program.send_signal(number)
-    out, err = program.communicate(timeout=60)
-    assert program.returncode == 0, err
-    assert "Traceback" not in err
+    ros.spin_until(lambda: set(signals) <= set(listener.get_node_names()), 90.0, "the programs' nodes are there")
+    for name, program in programs.items():
+        program.send_signal(signals[name])
+        _, errors = program.communicate(timeout=60)
+        assert program.returncode == 0 and "Traceback" not in errors, errors

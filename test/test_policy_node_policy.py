@@ -7,10 +7,14 @@ import pytest
 import rclpy
 import torch
 from policy_node_kit import ROBOT, Bench, robot
+from rclpy.parameter import Parameter
 
 from pi0_ros.model.config import PRESETS, GemmaConfig, VisionConfig
-from pi0_ros.policy.policy import Policy, RobotObservation
+from pi0_ros.model.pi0 import Pi0
+from pi0_ros.policy.bundle import BundleSettings, save_bundle
+from pi0_ros.policy.policy import Policy, RobotObservation, limit_statistics
 from pi0_ros.ros.conversions import chunk_actions, stamp_ns
+from pi0_ros.ros.policy_node import load_policy
 
 GEMMA = GemmaConfig(width=32, depth=2, mlp_dim=64, num_heads=2, num_kv_heads=1, head_dim=16)
 TINY = dataclasses.replace(
@@ -90,11 +94,29 @@ def test_without_a_seed_every_chunk_starts_from_fresh_noise(context):
 def test_the_default_policy_is_made_from_the_parameters_and_untrained_weights_are_called_so(context, tmp_path, capfd):
     path = tmp_path / "robot.yaml"
     path.write_text(ROBOT)
-    from pi0_ros.ros.policy_node import load_policy
-
     b = Bench(context, load=load_policy, robot_file=str(path), device="cpu", num_steps=1, rate=20.0)
     b.start()
     chunk = b.chunks[0]
     assert (chunk.checkpoint, chunk.num_steps, chunk.horizon) == ("random", 1, PRESETS["nano"].action_horizon)
     assert "untrained random weights" in capfd.readouterr().err
+    b.close()
+
+
+def test_a_robot_that_contradicts_the_checkpoints_fails_configure_and_the_checkpoints_own_serves(context, tmp_path):
+    settings = BundleSettings(TINY)
+    model = Pi0(TINY, generator=torch.Generator().manual_seed(0))
+    digest = save_bundle(tmp_path / "checkpoint", model, settings, robot(), limit_statistics(robot(), settings))
+    (tmp_path / "other.yaml").write_text(ROBOT.replace("control_rate: 20", "control_rate: 30"))
+    given = {"checkpoint": str(tmp_path / "checkpoint"), "device": "cpu", "num_steps": 1, "rate": 20.0}
+    b = Bench(context, load=load_policy, robot_file=str(tmp_path / "other.yaml"), **given)
+    assert b.node.trigger_configure().name == "FAILURE"
+    assert "control_rate: 20 Hz against 30 Hz" in b.node._failure
+    b.until(lambda: "control_rate" in b.messages.get("policy_node: policy", ""))
+    assert b.node.set_parameters([Parameter("robot_file", value="")])[0].successful
+    b.start()
+    assert b.chunks[0].checkpoint == digest != "random"
+    b.node.trigger_deactivate(), b.node.trigger_cleanup()
+    b.node.set_parameters([Parameter("checkpoint", value=str(tmp_path / "nowhere"))])
+    assert b.node.trigger_configure().name == "FAILURE"
+    assert "nowhere" in b.node._failure
     b.close()

@@ -137,6 +137,12 @@ def test_what_lies_ahead_of_the_tick_does_not_count_yet(world):
     assert world.streams.observe(NOW + 51 * MS).state.tolist() == [1.0, 3.0]  # its latency is 10 ms
 
 
+def test_drivers_that_do_not_stamp_are_found_out(world):
+    world.all(0)
+    rejected = world.streams.observe(NOW)
+    assert rejected.stream == "base_0_rgb" and "its stamps are 0; `clock: bag`" in rejected.reason
+
+
 def test_where_the_recordings_count_by_arrival_the_node_does_too(ros):
     world = World(ros, clock="bag")
     world.all(0)  # drivers that do not stamp
@@ -188,11 +194,13 @@ def test_cameras_are_heard_best_effort_by_default_and_reliably_where_the_robot_f
 
 def test_reports_tell_rate_and_age_and_blame_the_silent(world):
     limits = {"diagnostics.age_warn": 0.8, "diagnostics.age_error": 1.0}
+    limits |= {"diagnostics.rate_warn": 5.0, "diagnostics.rate_error": 0.0}
     world.frame(NOW)
     reports = {report.name: report for report in world.streams.reports("node", NOW + 200 * MS, limits)}
     assert reports["node: base_0_rgb"].values["age_s"] == "0.23"
     assert reports["node: base_0_rgb"].level == 2  # 230 ms of 200
-    assert reports["node: arm/joint_states"].reasons == ["no message yet on arm/joint_states"]
+    assert reports["node: base_0_rgb"].reasons[1] == "rate_hz is 0 Hz, below 5 Hz"
+    assert reports["node: arm/joint_states"].reasons[0] == "no message yet on arm/joint_states"
 
 
 def test_a_best_effort_camera_reaches_us(ros):

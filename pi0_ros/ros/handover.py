@@ -18,6 +18,7 @@ from pi0_ros.ros.conversions import SECOND, actions_from, stamp_ns
 HANDOVERS = 10  # the delay is the largest of so many hand-overs: a slow one is forgotten after as many
 GRACE = 0.5  # seconds in which a published chunk counts before the player has said that it plays it
 SILENCE = 1.0  # seconds after which a player that said that it moves, and no more, counts as gone
+EXECUTING = (PlayerStatus.PLAYING, PlayerStatus.DRY_RUN)  # a dry run is asked for what a real one would be
 MOVING = (PlayerStatus.PLAYING, PlayerStatus.APPROACHING, PlayerStatus.DRY_RUN)
 
 
@@ -50,7 +51,7 @@ class Handover:
         with self._lock:
             self._status, self._heard = status, now
             known = self._delays and self._delays[-1][0] == key
-            if status.state == PlayerStatus.PLAYING and not known and math.isfinite(status.handover_delay):
+            if status.state in EXECUTING and not known and math.isfinite(status.handover_delay):
                 self._delays.append((key, status.handover_delay))
 
     def published(self, chunk: Published) -> None:
@@ -94,7 +95,7 @@ class Handover:
             status, last = self._status, self._last
         if delay < 1 or last is None or (last.epoch, last.prompt) != (epoch, prompt):
             return None
-        if status is None or status.state != PlayerStatus.PLAYING or status.epoch != epoch:
+        if status is None or status.state not in EXECUTING or status.epoch != epoch:
             return None
         rows = actions_from(last.actions, last.observed, last.dt, at, min(delay, len(last.actions) - 1))
         return rows if len(rows) else None

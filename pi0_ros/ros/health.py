@@ -22,6 +22,8 @@ THRESHOLDS = (
     ),
     Spec("diagnostics.misses_warn", 0.1, "WARN above this share of ticks that came too late; 0: never", 0, 1),
     Spec("diagnostics.misses_error", 0.5, "ERROR above this share of ticks that came too late; 0: never", 0, 1),
+    Spec("diagnostics.rate_warn", 0.0, "WARN where a stream comes less often, Hz", 0, 10000),
+    Spec("diagnostics.rate_error", 0.0, "ERROR where a stream comes less often, Hz", 0, 10000),
     Spec("diagnostics.age_warn", 0.8, "WARN above this share of a stream's maximum age; 0: never", 0, 1000),
     Spec("diagnostics.age_error", 1.0, "ERROR above this share of a stream's maximum age; 0: never", 0, 1000),
     Spec("diagnostics.skew_warn", 0.8, "WARN above this share of the maximum skew; 0: never", 0, 1000),

@@ -27,7 +27,6 @@ from pi0_ros.ros.diagnostics import Report, Window
 
 # A few frames and many states: under simulated time the tick lags behind the newest stamps by a clock period.
 CAMERA_DEPTH, STATE_DEPTH = 6, 64
-MOST_GROUPS = 16  # sets of names on one JointState topic; more means names that change all the time
 RELIABILITY = {"best_effort": ReliabilityPolicy.BEST_EFFORT, "reliable": ReliabilityPolicy.RELIABLE}
 
 
@@ -57,8 +56,8 @@ class Streams:
         self._node, self._robot, self._on_message = node, robot, on_message
         self._lock = threading.Lock()
         self._cameras: dict[str, StreamBuffer] = {}
-        # One buffer for each topic and set of names on it: drivers of arm and gripper often share a topic.
-        self._states: dict[tuple[str, tuple[str, ...]], StreamBuffer] = {}
+        # One buffer for each topic and set of our joints on it: drivers of arm and gripper often share a topic.
+        self._states: dict[tuple[str, frozenset[str]], StreamBuffer] = {}
         self._subscriptions: list[Subscription] = []
         self._topics: dict[str, str] = {}
         self.windows: dict[str, Window] = {}
@@ -94,18 +93,16 @@ class Streams:
         return self._cameras[slot]
 
     def _joints(self, topic: str) -> Callable[[JointState], StreamBuffer | None]:
-        state, ours = self._robot.state, set(self._robot.joint_names)
+        state, ours = self._robot.state, frozenset(self._robot.joint_names)
 
         def buffer_of(message: JointState) -> StreamBuffer | None:
-            names = tuple(message.name)
-            if ours.isdisjoint(names) or len(message.position) != len(names):
+            names = ours.intersection(message.name)
+            if not names or len(message.position) < len(message.name):
                 return None  # of other joints, or velocities only
             with self._lock:
                 if (topic, names) not in self._states:
-                    if len(self._states) >= MOST_GROUPS:
-                        self._states.pop(next(iter(self._states)))
                     alone = all(known != topic for known, _ in self._states)
-                    name = topic if alone else f"{topic} ({', '.join(names[:3])})"
+                    name = topic if alone else f"{topic} ({', '.join(sorted(names))})"
                     ages = round(state.max_age * SECOND), round(state.latency * SECOND)
                     self._states[topic, names] = StreamBuffer(name, *ages, STATE_DEPTH)
                 return self._states[topic, names]
@@ -116,34 +113,33 @@ class Streams:
         """The newest messages at the tick, or the stream to blame."""
         with self._lock:
             states = [(names, buffer) for (_, names), buffer in self._states.items()]
-        found = [(names, buffer, buffer.newest_at(tick_ns)) for names, buffer in states]
-        held = [(sample.time_ns, names, buffer) for names, buffer, sample in found if sample is not None]
-        held.sort(key=lambda entry: entry[0], reverse=True)
+        held = [(sample, names, buffer) for names, buffer in states if (sample := buffer.newest_at(tick_ns))]
+        held.sort(key=lambda entry: entry[0].time_ns, reverse=True)
         source: dict[str, StreamBuffer] = {}  # joint -> the newest buffer that has it
         for joint in self._robot.joint_names:
             buffer = next((buffer for _, names, buffer in held if joint in names), None)
             if buffer is not None:
                 source[joint] = buffer
-        missing = [joint for joint in self._robot.joint_names if joint not in source]
-        used = list({id(buffer): buffer for buffer in source.values()}.values())
-        # Joints that nobody names are told after the cameras' faults only if those have none.
-        aligned = align([*self._cameras.values(), *used], tick_ns, round(self._robot.max_skew * SECOND))
+        used = {buffer.name: buffer for buffer in (*self._cameras.values(), *source.values())}
+        aligned = align(used.values(), tick_ns, round(self._robot.max_skew * SECOND))
         if isinstance(aligned, Rejected):
+            sample = used[aligned.stream].newest_at(tick_ns)
+            if aligned.kind == "stale" and sample is not None and sample.stamp_ns == 0:
+                reason = "its stamps are 0; `clock: bag` in the robot file goes by the time of arrival instead"
+                return Rejected(aligned.stream, reason, "stale")
             return aligned
-        if missing:
-            topics = ", ".join(self._robot.state.topics)
-            if not used:
-                return Rejected(topics, f"no message yet with joints {', '.join(missing)}", "missing")
-            seen = sorted({name for _, names, _ in held for name in names})
-            return Rejected(topics, f"no message has joints {', '.join(missing)}; found {', '.join(seen)}", "missing")
+        if missing := [joint for joint in self._robot.joint_names if joint not in source]:
+            topics, joints = ", ".join(self._robot.state.topics), ", ".join(missing)
+            if not held:
+                return Rejected(topics, f"no message yet with joints {joints}", "missing")
+            seen = sorted({name for sample, _, _ in held for name in sample.payload.name})
+            return Rejected(topics, f"no message has joints {joints}; found {', '.join(seen)}", "missing")
         state = np.empty(len(self._robot.joint_names))
         for i, joint in enumerate(self._robot.joint_names):
             message = aligned.samples[source[joint].name].payload
             state[i] = message.position[message.name.index(joint)]
-        if not np.isfinite(state).all():
-            bad = int(np.flatnonzero(~np.isfinite(state))[0])
-            joint = self._robot.joint_names[bad]
-            return Rejected(source[joint].name, f"joint {joint!r}: position is {state[bad]}", "missing")
+            if not np.isfinite(state[i]):
+                return Rejected(source[joint].name, f"joint {joint!r}: position is {state[i]}", "missing")
         return Snapshot({slot: aligned.samples[slot] for slot in self._cameras}, state, aligned.skew_ns / SECOND)
 
     def reports(self, node: str, now: int, limits: dict[str, Any]) -> list[Report]:
@@ -156,7 +152,12 @@ class Streams:
         for name, window in self.windows.items():
             report = Report(f"{node}: {name}")
             report.add("topic", self._topics[name])
-            report.add("rate_hz", window.rate(now / SECOND))
+            rate = window.rate(now / SECOND)
+            report.add("rate_hz", rate)
+            for level, tell in (("error", report.error), ("warn", report.warn)):
+                if rate < (least := limits[f"diagnostics.rate_{level}"]):
+                    tell(f"rate_hz is {rate:.4g} Hz, below {least:g} Hz")
+                    break
             samples = [sample for buffer in buffers[name] if (sample := buffer.newest_at(now)) is not None]
             if samples:
                 age = (now - max(sample.time_ns for sample in samples)) / SECOND

@@ -28,6 +28,8 @@ from pi0_ros.ros.streams import Frames, Streams
 if TYPE_CHECKING:
     from pi0_ros.policy.policy import Policy
 
+DISCOVERY = 2.0  # seconds after activation in which a stream that has not come yet is no news for the log
+
 
 class Worker:
     """The inference thread.
@@ -55,6 +57,7 @@ class Worker:
         self._error: BaseException | None = None
         self._busy = self._active = False
         self._running = True  # while active; what the services start, stop and pause change
+        self._activated = 0.0  # monotonic
         self._fresh = True  # forget caches before the next tick
         # From the wall clock, so that a restarted node's epochs are newer than any that the player knows.
         self._epoch, self._sequence, self._prompt = int(time.time()) & 0x7FFFFFFF, 0, ""
@@ -77,6 +80,7 @@ class Worker:
     def activate(self) -> None:
         """Begin to tick: a new epoch, chunks counted from 0."""
         self.health.fault = self.health.blame = ""
+        self._activated = time.monotonic()
         self.handover.forget_all()
         with self._lock:
             self._active, self._running, self._sequence, self._fresh = True, True, 0, True
@@ -196,7 +200,8 @@ class Worker:
     def _reject(self, now: int, rejected: Rejected) -> None:
         reason = f"no observation: {rejected.stream}: {rejected.reason}"
         self.health.reject(now, reason)
-        self._logger.warning(reason, throttle_duration_sec=5.0)
+        if rejected.kind != "missing" or time.monotonic() - self._activated > DISCOVERY:
+            self._logger.warning(reason, throttle_duration_sec=5.0)
         if rejected.kind == "clock":
             self.set_back()
 
