@@ -1,0 +1,121 @@
+"""Watches a running demo from its ROS topics and talks to its services."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from sensor_msgs.msg import JointState
+from std_srvs.srv import Trigger
+
+from pi0_ros.demo.recorder import LATCHED_QOS
+from pi0_ros.msg import ActionChunk, PlayerStatus
+from pi0_ros.srv import EpisodeOutcome, ResetEpisode, SetPrompt
+
+
+class DemoFailed(RuntimeError):
+    """The system as a whole did not work; the message says which part."""
+
+
+@dataclass
+class Seen:
+    """What the demo's topics have shown so far."""
+
+    chunks: int = 0
+    prefix_reused: int = 0
+    tick_latency: list[float] = field(default_factory=list)  # seconds, observation taken up to actions ready
+    checkpoint: str = ""
+    player: PlayerStatus | None = None
+    diagnostics: dict[str, dict[str, str]] = field(default_factory=dict)  # status name -> its values
+    lowest: np.ndarray | None = None  # joint positions, per episode
+    highest: np.ndarray | None = None
+
+
+class Monitor(Node):
+    """The demo's own node. `until` spins it; everything else happens in its callbacks.
+
+    Args:
+        alive: called while waiting; raises when a process of the demo has died.
+        on_chunk: called with each ActionChunk.
+    """
+
+    def __init__(self, alive: Callable[[], None], on_chunk: Callable[[ActionChunk], None]) -> None:
+        super().__init__("demo")
+        self.seen = Seen()
+        self._alive, self._on_chunk = alive, on_chunk
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(self)
+        self.create_subscription(ActionChunk, "action_chunk", self._chunk, 10)
+        self.create_subscription(PlayerStatus, "chunk_player/status", self._status, LATCHED_QOS)
+        self.create_subscription(JointState, "joint_states", self._joints, 10)
+        self.create_subscription(DiagnosticArray, "/diagnostics", self._diagnostics, 10)
+        self._reset = self.create_client(ResetEpisode, "reset_episode")
+        self._outcome = self.create_client(EpisodeOutcome, "episode_outcome")
+        self._prompt = self.create_client(SetPrompt, "policy_node/set_prompt")
+        self._player = {verb: self.create_client(Trigger, f"chunk_player/{verb}") for verb in ("start", "stop")}
+
+    def _chunk(self, chunk: ActionChunk) -> None:
+        begin, end = (stamp.sec + stamp.nanosec * 1e-9 for stamp in (chunk.inference_begin, chunk.inference_end))
+        self.seen.chunks += 1
+        self.seen.prefix_reused += chunk.prefix_reused
+        self.seen.tick_latency.append(end - begin)
+        self.seen.checkpoint = chunk.checkpoint
+        self._on_chunk(chunk)
+
+    def _status(self, status: PlayerStatus) -> None:
+        self.seen.player = status
+
+    def _joints(self, state: JointState) -> None:
+        position = np.asarray(state.position)
+        seen = self.seen
+        seen.lowest = position if seen.lowest is None else np.minimum(seen.lowest, position)
+        seen.highest = position if seen.highest is None else np.maximum(seen.highest, position)
+
+    def _diagnostics(self, array: DiagnosticArray) -> None:
+        for status in array.status:
+            self.seen.diagnostics[status.name] = {pair.key: pair.value for pair in status.values}
+
+    def until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        """Spin until `condition` holds. Raises DemoFailed, naming `what`, after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            self._executor.spin_once(timeout_sec=0.05)
+            self._alive()
+            if time.monotonic() > deadline:
+                raise DemoFailed(f"{what}: not within {seconds:g} s")
+
+    def call(self, client: Any, request: Any, seconds: float = 20.0) -> Any:
+        """The answer of a service; DemoFailed if it does not come, or says no."""
+        self.until(client.service_is_ready, seconds, f"service {client.srv_name} to appear")
+        future = client.call_async(request)
+        self.until(future.done, seconds, f"answer of {client.srv_name}")
+        answer = future.result()
+        if getattr(answer, "success", True) is False and hasattr(answer, "message"):
+            raise DemoFailed(f"{client.srv_name}: {answer.message}")
+        return answer
+
+    def begin_episode(self, seed: int, prompt: str, instruction: str) -> str:
+        """Stop the player, reset the scene, tell the policy its prompt, start again; returns the scene's task.
+
+        `prompt` is the scene's task ("" draws it from the seed); `instruction` what the policy is told ("" the task).
+        """
+        self.stop_player()
+        task = self.call(self._reset, ResetEpisode.Request(seed=seed, prompt=prompt)).prompt
+        self.call(self._prompt, SetPrompt.Request(prompt=instruction or task, drop_current=True))
+        self.seen.lowest = self.seen.highest = None
+        self.call(self._player["start"], Trigger.Request())
+        return task
+
+    def stop_player(self) -> None:
+        """The arm holds until the next episode begins."""
+        self.call(self._player["stop"], Trigger.Request())
+
+    def outcome(self) -> EpisodeOutcome.Response:
+        """How the episode stands."""
+        return self.call(self._outcome, EpisodeOutcome.Request())

@@ -1,0 +1,68 @@
+"""The numbers that a demo run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import defaultdict
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One finished episode."""
+
+    seed: int
+    prompt: str
+    instruction: str
+    success: bool
+    reason: str
+    seconds: float
+    closest: float  # metres
+    moved: float  # radians: the largest excursion of any joint
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """p50, p95 and max in milliseconds; empty where nothing was measured."""
+    if not seconds:
+        return {}
+    p50, p95, most = np.percentile(seconds, [50, 95, 100]) * 1e3
+    return {"p50": round(float(p50), 2), "p95": round(float(p95), 2), "max": round(float(most), 2)}
+
+
+def success_rates(episodes: list[Episode]) -> dict[str, dict[str, float]]:
+    """Episodes, successes and success rate by prompt."""
+    groups: dict[str, list[Episode]] = defaultdict(list)
+    for episode in episodes:
+        groups[episode.prompt].append(episode)
+    return {
+        prompt: {
+            "episodes": len(group),
+            "successes": sum(e.success for e in group),
+            "success_rate": round(sum(e.success for e in group) / len(group), 4),
+        }
+        for prompt, group in sorted(groups.items())
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "mujoco", "rosbags", "ros-kilted-rclpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` so that `path` is never half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(data, indent=2) + "\n")
+    partial.replace(path)

@@ -1,0 +1,44 @@
+"""Learning rate, optimizer and averaged weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+def learning_rate(step: int, *, steps: int, warmup: int, peak: float, final: float) -> float:
+    """The rate of optimizer step `step`, counted from 0: linear from peak / (warmup + 1), then a cosine from the end
+    of the warm-up to `final` * peak at `steps` (openpi: training/optimizer.py, CosineDecaySchedule)."""
+    if step < warmup:
+        first = peak / (warmup + 1)
+        return first + (peak - first) * step / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over the trained parameters, with openpi's betas and epsilon."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay, fused=True)
+
+
+class Average:
+    """Exponential moving average of the trained parameters: d * old + (1 - d) * new after every step."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = {name: p.detach().clone() for name, p in self._live.items()} if decay else {}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the present weights in."""
+        if self.decay:
+            live = [self._live[name] for name in self.weights]
+            torch._foreach_lerp_(list(self.weights.values()), live, 1.0 - self.decay)
+
+    def swapped(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A model's state dict with the averaged weights in place of the live ones."""
+        return {**state, **self.weights}

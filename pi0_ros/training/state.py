@@ -1,0 +1,51 @@
+"""The state of a run on disk: whole or not there, and enough to go on to the very same numbers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pi0_ros.policy.bundle import whole_folder
+
+KEPT = 2  # states on disk
+
+
+class StateError(RuntimeError):
+    """A saved state that cannot be used; the message names it and the way out."""
+
+
+def save_state(folder: Path, step: int, content: dict[str, Any]) -> None:
+    """Write the state after `step` steps, then remove all but the newest `KEPT`."""
+    with whole_folder(folder / f"step_{step:08d}") as partial:
+        torch.save(content, partial / "state.pt")
+    for old in _saved(folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def newest_state(folder: Path) -> dict[str, Any] | None:
+    """The newest whole state, or None. Nothing in it is run: `weights_only` loading.
+
+    Raises:
+        StateError: the file is damaged.
+    """
+    saved = _saved(folder)
+    if not saved:
+        return None
+    path = saved[-1] / "state.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise StateError(
+            f"{path}: cannot be read ({reason}); remove {saved[-1]} to go on from the state before"
+        ) from None
+
+
+def _saved(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d{8}", path.name) and path.is_dir())
