@@ -135,6 +135,11 @@ def test_links_of_a_hugging_face_cache_are_followed(tmp_path):
     (snapshot / "model.safetensors").symlink_to("../../other")
     with pytest.raises(CheckpointError, match="leads outside"):
         open_checkpoint(snapshot, config=TINY)
+    elsewhere = tmp_path / "runs/abc"  # the same two folders up, but in no cache
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "model.safetensors").symlink_to("../../blobs/0123")
+    with pytest.raises(CheckpointError, match="leads outside"):
+        open_checkpoint(elsewhere, config=TINY)
 
 
 def test_a_link_to_the_folder_itself_is_fine_and_a_loop_is_not(tmp_path):

@@ -13,7 +13,7 @@ import torch
 
 from pi0_ros.model.files import DTYPES, CheckpointError
 
-MAX_ARRAY_BYTES = 2**35  # the largest of a real checkpoint, the VLM's gates in float32, has 5e9
+MAX_ARRAY_BYTES = 2**33  # the largest of a real checkpoint, the VLM's gates in float32, has 5e9
 _TENSORSTORE_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
