@@ -6,7 +6,7 @@ import bag_kit as kit
 import numpy as np
 import pytest
 
-from pi0_ros.training.bags import Bag, find_bags
+from pi0_ros.training.bags import Bag, BagError, find_bags
 from pi0_ros.training.episodes import Selection, cut_episodes
 from pi0_ros.training.recording import read_recording
 
@@ -328,3 +328,48 @@ def test_a_relative_topic_is_found_below_a_namespace(cut):
             item.topic = "/left/joint_states"
     recording, (episode,) = cut(items, kit.robot(state={"topics": ["joint_states"]}))
     assert "state: /left/joint_states was read for joint_states" in recording.notes and episode.usable.all()
+
+
+def test_what_was_before_an_episode_says_nothing_about_it(cut):
+    items = kit.episode(seconds=3.0)
+    items = [i for i in items if i.topic != "/command" or i.time < at(1.0) or i.time >= at(1.4)]
+    items = [i for i in items if i.topic != CAMERA or i.time != at(1.0)]
+    items.append(kit.text(at(1.0), "second", "/episode"))
+    _, (episode,) = cut(items, kit.robot(episode_topic="/episode"))
+    assert episode.ticks_ns[0] == at(1.05) and episode.frames["base_0_rgb"][0] == 20  # the first frame after the mark
+    assert episode.known[:6].tolist() == [False] * 4 + [True] * 2  # commands of before the mark are not held over
+
+
+def test_an_episode_with_a_silent_stream_is_left_out_and_noted(cut):
+    items = [i for i in kit.episode(seconds=4.0) if i.topic != CAMERA or i.time < at(2.0)]
+    items += [kit.text(at(s), words, "/episode") for s, words in [(0.5, "one"), (2.5, "two")]]
+    recording, episodes = cut(items, kit.robot(episode_topic="/episode"))
+    assert [episode.label for episode in episodes] == ["one"]
+    assert "episode 'two': left out, no message of base_0_rgb in it" in recording.notes
+
+
+def test_a_single_wild_stamp_is_dropped_and_counted(cut):
+    items = kit.episode(seconds=1.0)
+    items[10].message.header = kit.header(2**31 * kit.SECOND - kit.SECOND)
+    recording, (episode,) = cut(items)
+    assert recording.faults == {("/joint_states", "header stamp far from the time of recording"): 1}
+    assert len(episode.ticks_ns) == 10 and episode.usable.all()
+
+
+def test_streams_of_two_clocks_are_refused_with_their_distance(cut):
+    items = kit.episode(seconds=1.0)
+    for item in items:
+        if item.topic == CAMERA:
+            item.message.header = kit.header(item.time - kit.START + kit.SECOND)
+    recording, episodes = cut(items)
+    assert episodes == []
+    assert recording.problems[0].startswith(
+        "base_0_rgb (/cam/image_raw/compressed): header stamps are 1699999999 s away"
+    )
+
+
+def test_times_of_recording_days_apart_are_refused(cut):
+    items = kit.episode(seconds=1.0)
+    items[49].time += 90 * 3600 * kit.SECOND
+    with pytest.raises(BagError, match="stamps span 90 hours; some must be wrong"):
+        cut(items, kit.robot(clock="bag"))

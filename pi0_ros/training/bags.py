@@ -83,15 +83,20 @@ class BagFiles:
         """
         total = hashlib.sha256()
         for file in self.files:
-            size = file.stat().st_size
-            total.update(f"{file.name}\0{size}\0".encode())
-            whole = size <= DIGEST_BLOCK * DIGEST_BLOCKS
-            with file.open("rb") as stream:
-                for i in range(DIGEST_BLOCKS):
-                    if not whole:
-                        stream.seek(i * (size - DIGEST_BLOCK) // (DIGEST_BLOCKS - 1))
-                    total.update(stream.read(DIGEST_BLOCK))
+            with _named(file):
+                self._add(total, file)
         return total.hexdigest()[:16]
+
+    @staticmethod
+    def _add(total: Any, file: Path) -> None:
+        size = file.stat().st_size
+        total.update(f"{file.name}\0{size}\0".encode())
+        whole = size <= DIGEST_BLOCK * DIGEST_BLOCKS
+        with file.open("rb") as stream:
+            for i in range(DIGEST_BLOCKS):
+                if not whole:
+                    stream.seek(i * (size - DIGEST_BLOCK) // (DIGEST_BLOCKS - 1))
+                total.update(stream.read(DIGEST_BLOCK))
 
 
 def find_bags(root: str | Path) -> list[BagFiles]:
@@ -128,7 +133,8 @@ def _bags_in(folder: Path) -> list[BagFiles]:
     found = [p for p in found if not (p.name.endswith(".zstd") and p.with_suffix("") in found)]
     ros1 = [BagFiles(path, (path,)) for path in sorted(folder.glob("*.bag")) if path.is_file()]
     if (folder / "metadata.yaml").is_file():
-        return [_with_metadata(folder, found), *ros1]
+        bag = _with_metadata(folder, found)
+        return [bag, *ros1] if bag.files or bag.metadata else ros1  # other tools write a metadata.yaml too
     if not found:
         return ros1
     if len(found) > 1 and len({_split_key(path)[0] for path in found}) == len(found):
@@ -189,8 +195,9 @@ class Bag:
         BagError: on opening or reading, for a file that is missing, truncated or damaged.
     """
 
-    def __init__(self, files: BagFiles) -> None:
-        self.files, self.notes = files, list(files.notes)
+    def __init__(self, files: BagFiles, scratch: Path | None = None) -> None:
+        """scratch: folder for files that must be decompressed as a whole; None for the system's."""
+        self.files, self.notes, self._scratch = files, list(files.notes), scratch
         self.topics: dict[str, Topic] = {}
         self._readers: list[Reader] = []
         self._stack = ExitStack()
@@ -246,7 +253,7 @@ class Bag:
         """The file as rosbags can open it: decompressed, and without characters that SQLite takes for a URI's."""
         if file.suffix != ".zstd" and not set("?#%") & set(str(file)):
             return file
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pi0_ros_bag_")))
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pi0_ros_bag_", dir=self._scratch)))
         if file.suffix != ".zstd":
             link = folder / f"bag{file.suffix}"
             link.symlink_to(file.absolute())

@@ -99,12 +99,15 @@ def open_unit(folder: Path) -> Unit:
     return unit
 
 
-def unit_key(files: BagFiles, robot: Robot, image_size: int, selection: Selection) -> str:
-    """Name of a bag's folder: changes with whatever its content depends on, and with nothing else."""
+def unit_key(files: BagFiles, robot: Robot, image_size: int, selection: Selection, digest: str | None = None) -> str:
+    """Name of a bag's folder: changes with whatever its content depends on, and with nothing else.
+
+    `digest`: of the files, if it is known already.
+    """
     camera = {slot: c.model_dump(exclude={"reliability"}) for slot, c in robot.present_cameras.items()}
     parts = {
         "format": FORMAT,
-        "bag": files.digest(),
+        "bag": digest or files.digest(),
         "custom": files.custom_data,
         "cameras": camera,
         "joints": [(joint.name, joint.position) for joint in robot.joints],
@@ -126,14 +129,15 @@ def build_unit(
         BagError: the bag cannot be read, contradicts the robot file, or holds no usable tick.
         CacheError: the cache cannot be written.
     """
-    whole = folder / unit_key(files, robot, image_size, selection)
+    digest = files.digest()
+    whole = folder / unit_key(files, robot, image_size, selection, digest)
     if whole.is_dir():
         return open_unit(whole), 0
     partial = folder / f"{whole.name}.partial-{socket.gethostname()}-{os.getpid()}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        decoded = _fill(partial, files, robot, image_size, selection, threads)
+        decoded = _fill(partial, files, digest, robot, image_size, selection, threads)
         try:
             partial.rename(whole)
         except OSError:
@@ -149,8 +153,10 @@ def build_unit(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _fill(partial: Path, files: BagFiles, robot: Robot, image_size: int, selection: Selection, threads: int) -> int:
-    with Bag(files) as bag:
+def _fill(
+    partial: Path, files: BagFiles, digest: str, robot: Robot, image_size: int, selection: Selection, threads: int
+) -> int:
+    with Bag(files, scratch=partial) as bag:
         recording = read_recording(bag, robot)
         episodes = cut_episodes(recording, robot, selection)
         require_usable(recording, episodes)
@@ -178,7 +184,7 @@ def _fill(partial: Path, files: BagFiles, robot: Robot, image_size: int, selecti
     index = {
         "format": FORMAT,
         "source": str(files.path),
-        "digest": files.digest(),
+        "digest": digest,
         "control_rate": robot.control_rate,
         "image_size": image_size,
         "slots": list(robot.present_cameras),

@@ -14,9 +14,11 @@ import numpy as np
 
 from pi0_ros.policy.alignment import StreamTimes, align_ticks
 from pi0_ros.robot import Robot
-from pi0_ros.training.commands import commanded
+from pi0_ros.training.bags import BagError
+from pi0_ros.training.commands import Command, commanded
 from pi0_ros.training.recording import Recording
 
+LONGEST_NS = 48 * 3600 * 1_000_000_000
 IDLE_MARGIN = 0.25  # seconds kept before the first and after the last movement
 
 
@@ -57,16 +59,43 @@ class Episode:
     waited: float = 0.0  # seconds from its beginning until every observation stream had spoken
 
 
+@dataclass(frozen=True)
+class _Sorted:
+    """An observation stream in order of time: `times` less latency, `order` back to the order of recording."""
+
+    name: str
+    times: np.ndarray
+    order: np.ndarray
+    max_age_ns: int
+
+    def within(self, begin: int, end: int) -> _Sorted:
+        low, high = np.searchsorted(self.times, [begin, end + 1])
+        return _Sorted(self.name, self.times[low:high], self.order[low:high], self.max_age_ns)
+
+
 def cut_episodes(recording: Recording, robot: Robot, selection: Selection = Selection()) -> list[Episode]:  # noqa: B008
-    """The episodes of a recording without problems; an episode in which nothing was observed is left out."""
+    """The episodes of a recording without problems.
+
+    Of a marked episode only what was said within it counts: observations and commands from before a reset mean another
+    scene. One in which a stream is silent is left out and noted.
+
+    Raises:
+        BagError: the stamps span more than two days.
+    """
     if recording.problems or any(not len(stream.time_ns) for stream in recording.observed):
         return []
-    first = min(int(stream.time_ns.min()) for stream in recording.observed)
-    last = max(int(stream.time_ns.max()) for stream in recording.observed)
+    streams = _sorted_streams(recording, robot)
+    commands = sorted(recording.commands, key=lambda command: command.begin_ns)
+    begins = np.array([command.begin_ns for command in commands], np.int64)
+    first, last = min(int(s.times[0]) for s in streams), max(int(s.times[-1]) for s in streams)
     episodes = []
     for begin, end, label in _spans(recording.marks, first, last):
-        if (episode := _episode(recording, robot, selection, begin, end, label)) is not None:
-            episodes.append(episode)
+        here = [stream.within(begin, end) for stream in streams]
+        if silent := [stream.name for stream in here if not len(stream.times)]:
+            recording.notes.append(f"episode {label!r}: left out, no message of {', '.join(silent)} in it")
+            continue
+        low, high = np.searchsorted(begins, [begin, end + 1]) if recording.marks else (0, len(commands))
+        episodes.append(_episode(recording, robot, selection, here, commands[low:high], begin, label))
     return episodes
 
 
@@ -83,22 +112,25 @@ def _spans(marks: list[tuple[int, str]], first: int, last: int) -> list[tuple[in
 
 
 def _episode(
-    recording: Recording, robot: Robot, selection: Selection, begin: int, end: int, label: str
-) -> Episode | None:
-    streams = _stream_times(recording, robot)
-    firsts = [_first_at(stream, begin, end) for stream in streams]
-    lasts = [_last_at(stream, begin, end) for stream in streams]
-    if None in firsts or None in lasts:
-        return None
-    start, stop = max(firsts), max(lasts)
-    if stop < start:
-        return None
+    recording: Recording,
+    robot: Robot,
+    selection: Selection,
+    streams: list[_Sorted],
+    commands: list[Command],
+    begin: int,
+    label: str,
+) -> Episode:
+    start, stop = max(int(s.times[0]) for s in streams), max(int(s.times[-1]) for s in streams)
+    if stop - start > LONGEST_NS:
+        raise BagError(f"{recording.source}: stamps span {(stop - start) / 3.6e12:.0f} hours; some must be wrong")
     count = int((stop - start) * robot.control_rate // 1e9) + 1
     ticks = start + np.round(np.arange(count) * (1e9 / robot.control_rate)).astype(np.int64)
-    aligned = align_ticks(streams, ticks, round(robot.max_skew * 1e9))
+    times = [StreamTimes(stream.name, stream.times, stream.max_age_ns) for stream in streams]
+    aligned = align_ticks(times, ticks, round(robot.max_skew * 1e9))
+    messages = {s.name: np.where(aligned.indices[s.name] >= 0, s.order[aligned.indices[s.name]], -1) for s in streams}
     dropped = Counter({f"{name}: {kind}": count for (name, kind), count in aligned.dropped().items()})
-    state = _state(recording, aligned.indices, len(ticks), len(robot.joints))
-    actions, known = commanded(recording.commands, ticks, len(robot.joints))
+    state = _state(recording, messages, len(ticks), len(robot.joints))
+    actions, known = commanded(commands, ticks, len(robot.joints))
     usable = aligned.ok.copy()
     head, tail = _active(state, actions, robot, selection.idle)
     trimmed = np.zeros(len(ticks), bool)
@@ -107,7 +139,7 @@ def _episode(
     usable &= ~trimmed
     frames = {}
     for slot, stream in recording.cameras.items():
-        at = aligned.indices[slot]
+        at = messages[slot]
         frames[slot] = np.where(at >= 0, stream.ordinal[at], -1)
     return Episode(
         label=label,
@@ -126,33 +158,20 @@ def _episode(
     )
 
 
-def _stream_times(recording: Recording, robot: Robot) -> list[StreamTimes]:
-    state_age, state_latency = round(robot.state.max_age * 1e9), round(robot.state.latency * 1e9)
-    streams = [StreamTimes(s.name, s.time_ns, state_age, state_latency) for s in recording.states]
-    for slot, camera in robot.present_cameras.items():
-        times = recording.cameras[slot].time_ns
-        streams.append(StreamTimes(slot, times, round(camera.max_age * 1e9), round(camera.latency * 1e9)))
+def _sorted_streams(recording: Recording, robot: Robot) -> list[_Sorted]:
+    limits = {stream.name: (robot.state.max_age, robot.state.latency) for stream in recording.states}
+    limits |= {slot: (camera.max_age, camera.latency) for slot, camera in robot.present_cameras.items()}
+    streams = []
+    for stream in recording.observed:
+        max_age, latency = limits[stream.name]
+        order = np.argsort(stream.time_ns, kind="stable")  # of equal stamps the last recorded stays last, and wins
+        times = stream.time_ns[order] - round(latency * 1e9)
+        streams.append(_Sorted(stream.name, times, order, round(max_age * 1e9)))
     return streams
 
 
-def _first_at(stream: StreamTimes, begin: int, end: int) -> int | None:
-    """When the stream can first answer within [begin, end]: at once if it spoke shortly before."""
-    times = stream.stamps_ns - stream.latency_ns
-    if ((times <= begin) & (times >= begin - stream.max_age_ns)).any():
-        return begin
-    inside = times[(times > begin) & (times <= end)]
-    return int(inside.min()) if len(inside) else None
-
-
-def _last_at(stream: StreamTimes, begin: int, end: int) -> int | None:
-    times = stream.stamps_ns - stream.latency_ns
-    if not (times <= end).any():
-        return None
-    return end if (times > end).any() else max(int(times.max()), begin)
-
-
 def _state(recording: Recording, indices: dict[str, np.ndarray], ticks: int, joints: int) -> np.ndarray:
-    """float64 [T, J]; a joint of several streams comes from the newest. NaN where none has spoken."""
+    """float64 [T, J] from stream -> message at each tick, -1 for none; a joint of several streams from the newest."""
     state, newest = np.full((ticks, joints), np.nan), np.full((ticks, joints), np.iinfo(np.int64).min)
     for stream in recording.states:
         at, columns = indices[stream.name], list(stream.joints)

@@ -143,7 +143,7 @@ def _joint_lines(joints: list[dict[str, Any]]) -> list[str]:
                 remarks.append(f"gripper starts at {gripper['start']:.2f}: polarity {gripper['polarity']}")
             numbers = "".join(f"{c[name]:9.3f}" for name in COLUMNS)
             lines.append(
-                f"  {joint['name']:{width}}  {what:7}{numbers}{c['outside_limits']:9.1%}  {', '.join(remarks)}"
+                f"  {joint['name']:{width}}  {what:7}{numbers}{c['outside_limits']:9.1%}  {', '.join(remarks)}".rstrip()
             )
     return lines
 
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             data = {"summary": summary, "bags": [report.numbers for report in reports]}
             _write(options.json, json.dumps(data, indent=1))
         if options.html:
-            from pi0_ros.training.html import page  # matplotlib takes a second to import
+            from pi0_ros.training.page import page  # matplotlib takes a second to import
 
             _write(options.html, page(reports, summary))
     except (BagError, CacheError, RobotFileError, OSError) as error:

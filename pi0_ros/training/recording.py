@@ -27,6 +27,7 @@ ACTION_TYPES = {
     "Float64MultiArray": "std_msgs/msg/Float64MultiArray",
 }
 NAN_SHARE = 0.01  # a larger share of messages with NaN joints is a fault of the robot, not of a start-up
+AWAY_NS = 60 * 1_000_000_000  # a stamp this far from where its neighbours put it is wrong
 YEAR_NS = 365 * 86_400 * 1_000_000_000
 
 
@@ -46,6 +47,12 @@ class Stream:
     joints: tuple[int, ...] = ()  # state only: model indices
     positions: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))  # state only: float64 [M, len(joints)]
     time_ns: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # by the robot file's clock
+
+    def keep(self, sound: np.ndarray) -> None:
+        """Forget the messages where bool [M] is False."""
+        self.bag_ns, self.header_ns, self.ordinal = self.bag_ns[sound], self.header_ns[sound], self.ordinal[sound]
+        if len(self.positions):
+            self.positions = self.positions[sound]
 
 
 @dataclass
@@ -293,15 +300,22 @@ class _Reader:
                 stream.time_ns = stream.bag_ns
                 continue
             stamped = stream.header_ns != 0
+            away = np.abs(stream.bag_ns - stream.header_ns - offset.at(stream.bag_ns))
             if len(stamped) and not stamped.any():
                 recording.problems.append(
                     f"{what}: every header stamp is 0; set `clock: bag` in the robot file to align by time of recording"
                 )
-            elif (zeros := int((~stamped).sum())) > 0:
-                recording.faults[stream.topic, "header stamp 0"] += zeros
-                for name in ("bag_ns", "header_ns", "ordinal"):
-                    setattr(stream, name, getattr(stream, name)[stamped])
-                stream.positions = stream.positions[stamped] if len(stream.positions) else stream.positions
+            elif len(stamped) and (away[stamped] > AWAY_NS).all():
+                apart = f"{away[stamped].min() / 1e9:.0f} s"
+                recording.problems.append(
+                    f"{what}: header stamps are {apart} away from those of the other streams; "
+                    "set `clock: bag` in the robot file to align by time of recording"
+                )
+            else:
+                wrong = stamped & (away > AWAY_NS)
+                recording.faults[stream.topic, "header stamp 0"] += int((~stamped).sum())
+                recording.faults[stream.topic, "header stamp far from the time of recording"] += int(wrong.sum())
+                stream.keep(stamped & ~wrong)
             stream.time_ns = stream.header_ns
             back = stream.header_ns[:-1] - stream.header_ns[1:]
             if len(back) and back.max() > CLOCK_RESET_NS:
@@ -309,9 +323,10 @@ class _Reader:
                     f"{what}: header stamps jump back by {back.max() / 1e9:.1f} s (simulation reset?); split the "
                     "recording there or set `clock: bag` in the robot file"
                 )
-        self._note_clocks(offset)
+        recording.faults = +recording.faults
+        self._note_clocks()
 
-    def _note_clocks(self, offset: ClockOffset) -> None:
+    def _note_clocks(self) -> None:
         spans = [s for s in self.recording.observed if len(s.bag_ns) > 1 and s.header_ns.all()]
         for stream in spans:
             delay = (stream.bag_ns - stream.header_ns) / 1e9

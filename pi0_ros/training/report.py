@@ -137,8 +137,8 @@ def _still(recording: Recording, robot: Robot) -> list[str]:
                 still[robot.joint_names[j]] = std
     if not still:
         return []
-    who = "the arm stands still" if len(still) == len(robot.joints) else f"{', '.join(still)} stand still"
-    return [f"{who}: standard deviation at most {max(still.values()):.2g}, which blows up normalisation"]
+    who = "the arm stands still" if len(still) == len(robot.joints) else f"joints that stand still: {', '.join(still)}"
+    return [f"{who}; standard deviation at most {max(still.values()):.2g}, which blows up normalisation"]
 
 
 def _curve(episode: Episode) -> dict[str, np.ndarray]:
