@@ -6,6 +6,7 @@ A lifecycle node. Its callbacks store messages and answer services; a worker thr
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,8 @@ class PolicyNode(LifecycleNode):
         self._entities: list[tuple[Callable[[Any], Any], Any]] = []  # how to destroy what configure made
         self._timer = None
         self._failure = ""  # why configure failed last
+        # From the wall clock, so that a restarted node's epochs are newer than any that the player knows.
+        self._epoch = int(time.time()) & 0x7FFFFFFF
         try:
             self._settings = Parameters(self, SPECS, self._changed)
         except ParameterError:
@@ -122,7 +125,7 @@ class PolicyNode(LifecycleNode):
         self._teardown()
         try:
             self._worker = Worker(
-                lambda: self._load(self._settings), self._now, self.get_logger(), self._faulted.trigger
+                lambda: self._load(self._settings), self._now, self.get_logger(), self._faulted.trigger, self._epoch
             )
             policy = self._worker.wait_until_loaded(self.context.ok)
             self._connect(policy)
@@ -192,6 +195,7 @@ class PolicyNode(LifecycleNode):
         self._settings.frozen = False
         if self._worker is not None:
             self._worker.deactivate()  # before its publisher goes
+            self._epoch = self._worker.epoch
         if self._streams is not None:
             self._streams.close()
         for destroy, entity in self._entities:

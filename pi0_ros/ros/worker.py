@@ -26,8 +26,9 @@ from pi0_ros.ros.health import Health
 from pi0_ros.ros.streams import Frames, Streams
 
 if TYPE_CHECKING:
-    from pi0_ros.policy.policy import Policy
+    from pi0_ros.policy.policy import Chunk, Policy
 
+NO_CLOCK = Rejected("clock", "use_sim_time is set and nothing came on /clock yet", "missing")
 DISCOVERY = 2.0  # seconds after activation in which a stream that has not come yet is no news for the log
 
 
@@ -39,10 +40,16 @@ class Worker:
         now: the node's clock, ns.
         logger: the node's.
         on_fault: called in this thread when a tick failed for good; `health.fault` says why.
+        epoch: the epoch before the first.
     """
 
     def __init__(
-        self, load: Callable[[], Policy], now: Callable[[], int], logger: RcutilsLogger, on_fault: Callable[[], None]
+        self,
+        load: Callable[[], Policy],
+        now: Callable[[], int],
+        logger: RcutilsLogger,
+        on_fault: Callable[[], None],
+        epoch: int,
     ) -> None:
         self._load, self._now, self._logger, self._on_fault = load, now, logger, on_fault
         self.health, self.handover = Health(), Handover()
@@ -59,8 +66,9 @@ class Worker:
         self._running = True  # while active; what the services start, stop and pause change
         self._activated = 0.0  # monotonic
         self._fresh = True  # forget caches before the next tick
-        # From the wall clock, so that a restarted node's epochs are newer than any that the player knows.
-        self._epoch, self._sequence, self._prompt = int(time.time()) & 0x7FFFFFFF, 0, ""
+        self._used = False  # a chunk of the present epoch went out
+        self._epoch, self._sequence, self._prompt = epoch, 0, ""
+        self._frames: Frames | None = None
         self._thread = threading.Thread(target=self._run, name="policy_worker", daemon=True)
         self._thread.start()
 
@@ -83,7 +91,8 @@ class Worker:
         self._activated = time.monotonic()
         self.handover.forget_all()
         with self._lock:
-            self._active, self._running, self._sequence, self._fresh = True, True, 0, True
+            self._active = self._running = self._fresh = True
+            self._sequence, self._used = 0, False
             self._epoch += 1
         self.wake()
 
@@ -112,7 +121,7 @@ class Worker:
         """Void every chunk so far, the one in flight and the player's too, and forget every cache."""
         with self._lock:
             self._epoch += 1
-            self._fresh = True
+            self._fresh, self._used = True, False
             self.handover.forget()
             if self._active:
                 self._publish(
@@ -203,7 +212,11 @@ class Worker:
         if rejected.kind != "missing" or time.monotonic() - self._activated > DISCOVERY:
             self._logger.warning(reason, throttle_duration_sec=5.0)
         if rejected.kind == "clock":
-            self.set_back()
+            # A driver whose clock is ahead for good is found so at every tick; that voids chunks only once.
+            if self._used:
+                self.set_back()
+            else:
+                self._streams.clear()
 
     def set_back(self) -> None:
         """The clock was set back: nothing of before counts."""
@@ -221,23 +234,14 @@ class Worker:
             policy.reset()
             self._frames.clear()
         self.health.ticks += 1
-        if begin == 0:
-            return self._reject(
-                begin, Rejected("clock", "use_sim_time is set and nothing came on /clock yet", "missing")
-            )
         started = clock()
-        snapshot = self._streams.observe(begin)
+        snapshot = self._streams.observe(begin) if begin else NO_CLOCK
         images = snapshot if isinstance(snapshot, Rejected) else self._frames.decode(snapshot.frames)
         if isinstance(images, Rejected):
             return self._reject(begin, images)
         decoded = clock()
-        observation = RobotObservation(
-            stamp=begin,
-            images=images,
-            frames={slot: sample.stamp_ns for slot, sample in snapshot.frames.items()},
-            state=snapshot.state,
-            prompt=prompt,
-        )
+        frames = {slot: sample.stamp_ns for slot, sample in snapshot.frames.items()}
+        observation = RobotObservation(begin, images, frames, snapshot.state, prompt)
         executed = self.handover.executed(begin, epoch, prompt) if self.realtime_chunking else None
         generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
         try:
@@ -247,27 +251,34 @@ class Worker:
         if not np.isfinite(chunk.actions).all():
             raise FloatingPointError("the policy's actions are not finite")
         end, inferred = self._now(), clock()
-        with self._lock:
-            if not self.ticking or epoch != self._epoch:
-                self.health.dropped += 1
-                return None
-            message = chunk_message(
-                chunk,
-                policy.robot,
-                observed=begin,
-                begin=begin,
-                end=end,
-                sequence=self._sequence,
-                epoch=epoch,
-                prompt=prompt,
-                checkpoint=policy.digest,
-            )
-            published = Published(self._sequence, epoch, prompt, begin, end, chunk.actions, policy.robot.dt)
-            self.handover.published(published)
-            self._publish(message)
-            self._sequence += 1
+        if not self._deliver(chunk, begin, end, epoch, prompt):
+            self.health.dropped += 1
+            return None
         done = clock()
         stages = {**chunk.latency, "decode": decoded - started, "publish": done - inferred, "total": done - started}
         self.health.accept(begin, snapshot.skew)
-        self.health.publish(end, begin, stages, chunk.prefix_reused)
-        return None
+        return self.health.publish(end, begin, stages, chunk.prefix_reused)
+
+    def _deliver(self, chunk: Chunk, begin: int, end: int, epoch: int, prompt: str) -> bool:
+        """Publish, unless the chunk's epoch or activation is over; returns whether it went out."""
+        robot = self.policy.robot
+        with self._lock:
+            if not self.ticking or epoch != self._epoch:
+                return False
+            self.handover.published(Published(self._sequence, epoch, prompt, begin, end, chunk.actions, robot.dt))
+            self._publish(
+                chunk_message(
+                    chunk,
+                    robot,
+                    observed=begin,
+                    begin=begin,
+                    end=end,
+                    sequence=self._sequence,
+                    epoch=epoch,
+                    prompt=prompt,
+                    checkpoint=self.policy.digest,
+                )
+            )
+            self._sequence += 1
+            self._used = True
+        return True
