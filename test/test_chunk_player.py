@@ -19,6 +19,7 @@ from rosgraph_msgs.msg import Clock  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 
 from pi0_ros.ros.chunk_player import ChunkPlayer  # noqa: E402
+from pi0_ros.ros.outputs import trajectory_message  # noqa: E402
 
 STOPPED, HOLDING, PLAYING, APPROACHING, DRY_RUN = range(5)
 VELOCITY = np.array([2.0, 1.0, 3.0])
@@ -87,6 +88,18 @@ def check_follows(stage: Stage, recent: list) -> None:
     """The arm is where the policy wants it; the median, since a machine may be busy for a moment."""
     times, positions = np.array([time for time, _ in recent]), np.array([position for _, position in recent])
     assert (np.median(np.abs(positions - stage.policy.motion(times)), axis=0) < 0.02).all()
+
+
+def test_a_trajectory_message_leaves_out_what_is_past():
+    now, ms = 5_000_000_000, 1_000_000
+    times = now + ms * np.array([-10, 0, 5, 15, 25])
+    rows = np.arange(5.0)[:, None]
+    message = trajectory_message(["a"], times, rows, 0 * rows, now, 10 * ms)
+    assert message.header.stamp.sec == 5 and message.header.stamp.nanosec == 0
+    assert [point.time_from_start.nanosec for point in message.points] == [15 * ms, 25 * ms]
+    assert [point.positions[0] for point in message.points] == [3.0, 4.0]
+    late = trajectory_message(["a"], times, rows, None, now + 2_000_000_000, 10 * ms)
+    assert [(p.positions[0], p.time_from_start.nanosec, len(p.velocities)) for p in late.points] == [(4.0, 10 * ms, 0)]
 
 
 def test_position_commands_follow_the_chunks(streamed):

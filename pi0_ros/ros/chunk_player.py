@@ -59,7 +59,7 @@ SPECS = (
     _set("blend_time", 0.15, "how long a hand-over fades, s", 0, 10),
     _set("ensemble_decay", 0.01, "ensemble: chunk i (0 the oldest) weighs exp(-decay * i)", 0, 10),
     _set("hold_after", 0.0, "how long a chunk's last action stands before holding counts, s", 0, 60),
-    _set("policy_timeout", 2.0, "hold when no chunk came for so long, s; 0: only when the chunk ends", 0, 3600),
+    _set("policy_timeout", 3.0, "hold when no chunk came for so long, s; 0: not before the chunk ends", 0, 3600),
     _set("chunk_max_age", 1.0, "refuse a chunk whose observation is older when it comes, s", 0.001, 3600),
     _set("chunk_max_ahead", 0.05, "refuse a chunk whose stamp is further in the future, s", 0, 60),
     _set("limits", "clamp", "what happens to actions beyond the robot's limits", choices=("clamp", "refuse")),
@@ -154,7 +154,7 @@ class ChunkPlayer(LifecycleNode):
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Tick, and play unless `start_on_activate` is false."""
-        self._active = True
+        self._active, self._ticked = True, 0.0
         if self._settings["start_on_activate"]:
             self._player.start()
         else:
@@ -271,7 +271,8 @@ class ChunkPlayer(LifecycleNode):
         if (self._player.state, self._player.reason) != self._said or not 0 <= now - self._said_at < STATUS_PERIOD:
             self._say()
         self._cost.add(began, time.perf_counter() - began)
-        self._interval.add(began, began - self._ticked)
+        if self._ticked:
+            self._interval.add(began, began - self._ticked)
         self._ticked = began
 
     def _command(self, now: int) -> None:
@@ -322,8 +323,8 @@ class ChunkPlayer(LifecycleNode):
             report.add(name, getattr(player, name))
         report.add("seconds_left", player.seconds_left(now))
         report.add("joint_state_age", player.state_age(now))
-        report.window("tick cost us", self._cost.summary(clock), 1e6)
-        report.window("tick interval ms", self._interval.summary(clock), 1e3)
+        report.window("tick_cost_us", self._cost.summary(clock), 1e6)
+        report.window("tick_interval_ms", self._interval.summary(clock), 1e3)
         return [report]
 
 

@@ -35,7 +35,7 @@ class Settings:
     blend_time: float = 0.15
     ensemble_decay: float = 0.01
     hold_after: float = 0.0
-    policy_timeout: float = 2.0
+    policy_timeout: float = 3.0
     chunk_max_age: float = 1.0
     chunk_max_ahead: float = 0.05
     limits: str = "clamp"
@@ -132,7 +132,7 @@ class Player:
         """Take in measured positions, of some joints or all, in any order; not finite ones are left out."""
         self._watch_clock(now)
         if stamp - now > FUTURE_STATE * SECOND:
-            self._state_note = f"; they are stamped {(stamp - now) / SECOND:.1f} s ahead of this node's clock"
+            self._state_note = f"; they are stamped {(stamp - now) / SECOND:.0f} s ahead of this node's clock"
             return
         here, mine = joint_index(names, self.joint_names)
         if not len(mine) or int(here.max()) >= len(positions):
@@ -170,6 +170,7 @@ class Player:
         if epoch != self._epoch:
             self._drop("the policy dropped it")
         self._epoch, self._sequence = epoch, -1
+        self._heard = max(self._heard, self._last)  # from now on the order counts: see `_out_of_order`
 
     def start(self) -> None:
         """Play from the next chunk on."""
