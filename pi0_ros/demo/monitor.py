@@ -12,6 +12,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from sensor_msgs.msg import JointState
+from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from pi0_ros.demo.recorder import LATCHED_QOS
@@ -41,11 +42,12 @@ class Monitor(Node):
     """The demo's own node. `until` spins it; everything else happens in its callbacks.
 
     Args:
+        prompt_topic: where the instruction is published, beside the service call: it belongs into recordings.
         alive: called while waiting; raises when a process of the demo has died.
         on_chunk: called with each ActionChunk.
     """
 
-    def __init__(self, alive: Callable[[], None], on_chunk: Callable[[ActionChunk], None]) -> None:
+    def __init__(self, prompt_topic: str, alive: Callable[[], None], on_chunk: Callable[[ActionChunk], None]) -> None:
         super().__init__("demo")
         self.seen = Seen()
         self._alive, self._on_chunk = alive, on_chunk
@@ -58,6 +60,7 @@ class Monitor(Node):
         self._reset = self.create_client(ResetEpisode, "reset_episode")
         self._outcome = self.create_client(EpisodeOutcome, "episode_outcome")
         self._prompt = self.create_client(SetPrompt, "policy_node/set_prompt")
+        self._prompt_topic = self.create_publisher(String, prompt_topic, LATCHED_QOS)
         self._player = {verb: self.create_client(Trigger, f"chunk_player/{verb}") for verb in ("start", "stop")}
 
     def _chunk(self, chunk: ActionChunk) -> None:
@@ -107,6 +110,7 @@ class Monitor(Node):
         """
         self.stop_player()
         task = self.call(self._reset, ResetEpisode.Request(seed=seed, prompt=prompt)).prompt
+        self._prompt_topic.publish(String(data=instruction or task))
         self.call(self._prompt, SetPrompt.Request(prompt=instruction or task, drop_current=True))
         self.seen.lowest = self.seen.highest = None
         self.call(self._player["start"], Trigger.Request())

@@ -19,13 +19,15 @@ LATCHED_QOS = QoSProfile(depth=10, durability=DurabilityPolicy.TRANSIENT_LOCAL, 
 class BagRecorder:
     """Subscribes to topics and writes every message, as serialised on the wire, until `close`.
 
-    The recording grows in a folder beside `path` and takes its name when it is whole.
+    The recording grows in a hidden folder beside `path` and moves there when it is whole.
     """
 
     def __init__(self, node: Node, path: Path, topics: dict[str, tuple[type, bool]]) -> None:
         """`topics`: name -> (message class, latched)."""
-        self._node, self._path, self._partial = node, path, path.with_name(path.name + ".partial")
+        self._node, self._path = node, path
+        self._partial = path.parent / ".partial" / path.name  # the file inside takes its name from the folder
         shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.parent.mkdir(parents=True, exist_ok=True)
         self._store = get_typestore(Stores.ROS2_KILTED)
         self._writer = Writer(self._partial, version=9, storage_plugin=StoragePlugin.MCAP)
         self._writer.open()
@@ -51,3 +53,4 @@ class BagRecorder:
         self._writer.close()
         shutil.rmtree(self._path, ignore_errors=True)
         self._partial.rename(self._path)
+        self._partial.parent.rmdir()

@@ -108,7 +108,7 @@ class Demo:
     def run(self, processes: Processes) -> list[Episode]:
         """All episodes; raises DemoFailed or ProcessDied when the system does not work."""
         options = self.options
-        self.monitor = monitor = Monitor(processes.check, self._heard_chunk)
+        self.monitor = monitor = Monitor(self.robot.prompt.topic, processes.check, self._heard_chunk)
         with ExitStack() as stack:
             stack.callback(monitor.destroy_node)
             monitor.until(lambda: monitor.seen.player is not None, 60, "chunk_player to speak")
@@ -144,6 +144,7 @@ class Demo:
         task = monitor.begin_episode(seed, options.prompt, instruction)
         self._began, self._chunk = time.monotonic(), None
         if self._filming:
+            self._images.clear()
             self.album.append(Reel(f"seed {seed}, {instruction or task}", []))
         monitor.until(lambda: monitor.seen.chunks > chunks, 60 if first else 10, "an action chunk from policy_node")
         deadline = time.monotonic() + 60
