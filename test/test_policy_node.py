@@ -178,6 +178,7 @@ def test_reset_clears_buffers_and_caches_and_voids_the_chunks(bench):
     b.start()
     epoch = b.chunks[-1].epoch
     assert b.call(Trigger, "reset").success
+    b.until(lambda: "no message yet" in b.node._worker.health.blame)
     b.until(lambda: b.chunks[-1].epoch > epoch and b.chunks[-1].horizon, doing=b.send)
     assert b.policy.resets == 2
 
