@@ -22,7 +22,7 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument(
                 "robot", default_value=str(SHARE / "config/so101_demo.yaml"), description="robot file of the demo arm"
             ),
-            Node(package="pi0_ros", executable="demo_robot", name="demo_robot", output="screen", emulate_tty=True),
+            Node(package="pi0_ros", executable="demo_robot", name="demo_robot", output="screen"),
             IncludeLaunchDescription(
                 PythonLaunchDescriptionSource(str(SHARE / "launch/policy.launch.py")),
                 launch_arguments={"robot": LaunchConfiguration("robot")}.items(),

@@ -9,7 +9,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
 ARGUMENTS = [
-    DeclareLaunchArgument("robot", description="robot file (config/ has examples to copy)"),
+    DeclareLaunchArgument("robot", default_value="", description="robot file; empty: the one in the checkpoint folder"),
     DeclareLaunchArgument("checkpoint", default_value="", description="checkpoint folder; empty: random weights"),
     DeclareLaunchArgument("params_file", default_value="", description="node parameters (config/policy.params.yaml)"),
     DeclareLaunchArgument("namespace", default_value="", description="namespace of both nodes"),
@@ -32,8 +32,12 @@ def nodes(context: LaunchContext) -> list[Node]:
     # What is not given here is left to the parameter file.
     checkpoint = {"checkpoint": given["checkpoint"]} if given["checkpoint"] else {}
     dry_run = {"dry_run": True} if given["dry_run"] == "true" else {}
-    common = {"package": "pi0_ros", "namespace": given["namespace"], "output": "screen", "emulate_tty": True}
-    robot = {"robot_file": given["robot"]}
+    common = {"package": "pi0_ros", "namespace": given["namespace"], "output": "screen"}
+    robot = {"robot_file": given["robot"]} if given["robot"] else {}
+    # The player finds the robot file in a checkpoint folder.
+    player_robot = {"robot_file": given["robot"] or given["checkpoint"]} if robot or checkpoint else {}
+    if not player_robot and not files:
+        raise RuntimeError("give robot:=FILE (config/ has examples to copy), checkpoint:=FOLDER, or both")
     return [
         Node(
             executable="policy_node",
@@ -44,7 +48,7 @@ def nodes(context: LaunchContext) -> list[Node]:
         Node(
             executable="chunk_player",
             name="chunk_player",
-            parameters=[*files, switches | robot | dry_run],
+            parameters=[*files, switches | player_robot | dry_run],
             **common,
         ),
     ]

@@ -109,7 +109,7 @@ if [ "$(cat .venv/.stamp 2>/dev/null)" != "$environment" ]; then
     else
         phase "installing requirements (some minutes); ROS 2 is the sourced $ros"
     fi
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${requirements[@]/#/--requirement=}"
+    .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check "${requirements[@]/#/--requirement=}"
     [ "$ros" != wheels ] || .venv/bin/python scripts/mend_cmake.py
     rm .venv/.incomplete
     echo "$environment" >.venv/.stamp

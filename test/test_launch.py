@@ -4,6 +4,7 @@
 """
 
 import ast
+import contextlib
 import importlib.util
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from test_structure import PROGRAMS, PROGRAMS_IN_TREE
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +49,20 @@ def test_a_launch_file_starts_only_programs_of_the_list(path):
     assert executables <= set(PROGRAMS)
 
 
+def test_the_parameter_file_names_parameters_that_the_nodes_have_with_values_that_they_take():
+    pytest.importorskip("rclpy", reason="needs ROS 2")
+    from pi0_ros.ros import chunk_player, policy_node
+
+    content = yaml.safe_load((ROOT / "config/policy.params.yaml").read_text(encoding="utf-8"))
+    specs = {"/**/policy_node": policy_node.SPECS, "/**/chunk_player": chunk_player.SPECS}
+    assert content.keys() == specs.keys()
+    for node, section in content.items():
+        known = {spec.name: spec for spec in specs[node]}
+        for name, value in section["ros__parameters"].items():
+            assert known[name].fault(value) is None, name
+            assert value == known[name].default, f"{name}: the file says that it shows the defaults"
+
+
 def started(path: Path, **arguments: str) -> list[str]:
     """The executables of the nodes that a launch file would start, in order; nothing is started."""
     from launch import LaunchContext
@@ -68,10 +84,8 @@ def started(path: Path, **arguments: str) -> list[str]:
 
 
 @needs_launch
-def test_policy_launch_needs_a_robot_file():
-    from launch.substitutions import SubstitutionFailure
-
-    with pytest.raises((RuntimeError, SubstitutionFailure), match="robot"):
+def test_policy_launch_without_robot_and_checkpoint_says_what_to_give():
+    with pytest.raises(RuntimeError, match=r"give robot:=FILE .* checkpoint:=FOLDER, or both"):
         started(ROOT / "launch/policy.launch.py")
 
 
@@ -118,6 +132,6 @@ def test_policy_launch_brings_both_nodes_to_active_and_ends_them(ros, tmp_path):
             launch.send_signal(signal.SIGINT)
             assert launch.wait(30) == 0
         finally:
-            if launch.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # launch and its nodes, should any be left
                 os.killpg(launch.pid, signal.SIGKILL)
     ros.spin_until(lambda: not {"policy_node", "chunk_player"} & set(node.get_node_names()), 30, "both nodes are gone")
