@@ -5,7 +5,10 @@ from __future__ import annotations
 import bag_kit as kit
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from pi0_ros.policy.alignment import Aligned, StreamBuffer, align
 from pi0_ros.training.bags import Bag, BagError, find_bags
 from pi0_ros.training.episodes import Selection, cut_episodes
 from pi0_ros.training.recording import read_recording
@@ -373,3 +376,35 @@ def test_times_of_recording_days_apart_are_refused(cut):
     items[49].time += 90 * 3600 * kit.SECOND
     with pytest.raises(BagError, match="stamps span 90 hours; some must be wrong"):
         cut(items, kit.robot(clock="bag"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_ticks_of_a_bag_see_what_the_live_buffers_would_have_given(tmp_path_factory, seed):
+    rng = np.random.default_rng(seed)
+    robot = kit.robot(
+        cameras={
+            "base_0_rgb": {"topic": "/cam/image_raw", "transport": "compressed", "latency": 0.03, "max_age": 0.15}
+        },
+        state={"topics": ["/joint_states"], "max_age": 0.08, "latency": 0.01},
+        max_skew=0.12,
+    )
+    frames = np.sort(rng.choice(2000, 30, replace=False)) * MS + kit.START
+    states = np.sort(rng.choice(2000, 60, replace=False)) * MS + kit.START
+    items = [kit.compressed(int(ns), kit.picture(1)) for ns in frames]
+    items += [kit.joint_state(int(ns), [i / 100, 0, 0]) for i, ns in enumerate(states)]
+    items.append(kit.trajectory(kit.START, [(0.1, [1, 0, 0])]))
+    (files,) = find_bags(kit.write_bag(tmp_path_factory.mktemp("live") / "bag", items))
+    with Bag(files) as bag:
+        (episode,) = cut_episodes(read_recording(bag, robot), robot, WHOLE)
+    live = [StreamBuffer("state", 80 * MS, 10 * MS, depth=100), StreamBuffer("frame", 150 * MS, 30 * MS, depth=100)]
+    for buffer, stamps in zip(live, (states, frames), strict=True):
+        for i, ns in enumerate(stamps):
+            buffer.push(int(ns), i)
+    for k, tick in enumerate(episode.ticks_ns):
+        found = align(live, int(tick), 120 * MS, clock_reset_ns=None)
+        assert episode.usable[k] == isinstance(found, Aligned)
+        if episode.usable[k]:
+            assert episode.frames["base_0_rgb"][k] == found.samples["frame"].payload
+            assert episode.state[k, 0] == found.samples["state"].payload / 100
+            assert episode.skew_ns[k] == found.skew_ns

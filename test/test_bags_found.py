@@ -52,7 +52,7 @@ def test_kuka_joint_names_out_of_order_are_read_by_name():
     assert delay.min() >= 0.1 and 13 < delay.max() < 14
     found = notes(folder, robot_of([f"lbr_joint_{i}" for i in range(7)]))
     assert "/joint_states: joints are not in the robot file's order; read by name" in found["notes"]
-    assert any("the arm stands still; " in note and "blows up normalisation" in note for note in found["notes"])
+    assert any("the arm stands still" in note and "blows up normalisation" in note for note in found["notes"])
     assert found["refused"].startswith("camera base_0_rgb: topic /camera/image_raw is not in the recording")
 
 

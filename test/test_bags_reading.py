@@ -173,6 +173,19 @@ def test_a_channel_that_cannot_be_parsed_leaves_the_others_readable(tmp_path, wr
     assert {topic for topic, _ in messages} >= {"/joint_states", "/command", "/cam/image_raw/compressed"}
 
 
+def test_an_mcap_file_of_another_system_is_told_from_a_broken_one(tmp_path, written):
+    bag = kit.write_bag(tmp_path / "bag", written)
+    content = (bag / "bag.mcap").read_bytes()
+    (bag / "bag.mcap").write_bytes(content.replace(b"ros2", b"ros9", 1))
+    with pytest.raises(BagError, match=r"bag\.mcap: an mcap file, but not of ROS 2"):
+        read(bag)
+    (bag / "bag.mcap").write_bytes(content[:-30])
+    with pytest.raises(
+        BagError, match=r"truncated or damaged \(.*\); `mcap recover` or `ros2 bag reindex` may mend it"
+    ):
+        read(bag)
+
+
 def test_messages_that_cannot_be_parsed_are_counted_not_fatal(tmp_path, written):
     broken = kit.joint_state(kit.START + 5, [0.0, 0.0, 0.0])
     bag = kit.write_bag(tmp_path / "bag", [*written, broken], storage="sqlite3")

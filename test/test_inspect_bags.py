@@ -179,3 +179,11 @@ def test_found_recordings_are_all_read_and_each_is_refused_for_its_own_reason(in
     assert all(bag["refused"] for bag in data["bags"])
     assert "error: none of 5 recordings can be trained on" in err
     assert "12 of 13 split files are missing" in out and "metadata.yaml names rosbag2_2024_11_24" in out
+
+
+def test_of_many_recordings_the_later_ones_take_a_line_each(inspect, tmp_path):
+    for i in range(10):
+        kit.write_bag(tmp_path / "many" / f"{i}", kit.episode(seconds=1.0))
+    _, out, _, _ = inspect(tmp_path / "many")
+    assert f"{tmp_path / 'many' / '9'}: 1.0 s, ticks kept 10 of 10" in out
+    assert out.count("actions (/command)") == 8

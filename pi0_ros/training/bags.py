@@ -314,7 +314,11 @@ class _named:  # noqa: N801
         if isinstance(error, OSError):
             raise BagError(f"{self.file}: cannot be read: {error.strerror or error}") from None
         if isinstance(error, Exception) and not isinstance(error, BagError):
-            raise BagError(f"{self.file}: truncated or damaged ({_one_line(error)})") from None
+            reason = _one_line(error)
+            if "Profile is not ros2" in reason:
+                raise BagError(f"{self.file}: an mcap file, but not of ROS 2") from None
+            hint = "; `mcap recover` or `ros2 bag reindex` may mend it" if self.file.suffix == ".mcap" else ""
+            raise BagError(f"{self.file}: truncated or damaged ({reason}){hint}") from None
 
 
 def decode(raw: bytes, kind: str) -> Any:

@@ -23,6 +23,7 @@ from pi0_ros.training.cache import CacheError
 from pi0_ros.training.episodes import Selection
 from pi0_ros.training.report import BagReport, inspect_bag, summarise
 
+DETAILED = 8  # bags that the table shows stream by stream
 PICTURED = 6  # bags whose frames and curves the page shows
 
 
@@ -68,9 +69,9 @@ def inspect(options: Options) -> tuple[list[BagReport], dict[str, Any]]:
 
 def table(reports: list[BagReport], summary: dict[str, Any]) -> str:
     """The report as text."""
-    lines = []
-    for report in reports:
-        lines += _bag_lines(report.numbers)
+    lines = [line for report in reports[:DETAILED] for line in _bag_lines(report.numbers)]
+    for numbers in [report.numbers for report in reports[DETAILED:]]:
+        lines += _short_lines(numbers, known=set(lines))
     lines += ["", f"In total, for {summary['robot']}:"]
     lines.append(f"  {summary['usable_bags']} of {summary['bags']} recordings usable, {summary['episodes']} episodes")
     lines.append(f"  ticks kept {summary['kept']} of {summary['ticks']}{_dropped(summary['dropped'])}")
@@ -112,6 +113,15 @@ def _bag_lines(n: dict[str, Any]) -> list[str]:
     if n["refused"]:
         lines.append(f"  REFUSED: {n['refused']}")
     return lines
+
+
+def _short_lines(n: dict[str, Any], known: set[str]) -> list[str]:
+    """One line, and what was not said of an earlier recording."""
+    kept = (
+        f"{n['duration']:.1f} s, ticks kept {n['kept']} of {n['ticks']}{_dropped(n['dropped'])}" if "kept" in n else ""
+    )
+    lines = [f"  note: {note}" for note in n["notes"]] + ([f"  REFUSED: {n['refused']}"] if n["refused"] else [])
+    return [f"{n['bag']}: {kept}", *(line for line in lines if line not in known)]
 
 
 def _dropped(dropped: dict[str, int]) -> str:

@@ -127,18 +127,15 @@ def _percentiles(values: np.ndarray) -> dict[str, float]:
 
 
 def _still(recording: Recording, robot: Robot) -> list[str]:
-    """Joints that do not move over the whole recording, whether it can be trained on or not."""
-    still = {}
+    """Said of an arm that never moves, whether the recording can be trained on or not."""
+    spans = np.array([joint.position[1] - joint.position[0] for joint in robot.joints])
+    spread = np.full(len(spans), np.nan)
     for stream in recording.states:
-        spread = stream.positions.std(axis=0) if len(stream.positions) > 1 else np.full(len(stream.joints), np.inf)
-        for j, std in zip(stream.joints, spread, strict=True):
-            low, high = robot.joints[j].position
-            if std < NEAR_CONSTANT * (high - low):
-                still[robot.joint_names[j]] = std
-    if not still:
+        if len(stream.positions) > 1:
+            spread[list(stream.joints)] = stream.positions.std(axis=0)
+    if not (spread < NEAR_CONSTANT * spans).all():
         return []
-    who = "the arm stands still" if len(still) == len(robot.joints) else f"joints that stand still: {', '.join(still)}"
-    return [f"{who}; standard deviation at most {max(still.values()):.2g}, which blows up normalisation"]
+    return [f"the arm stands still: standard deviation at most {spread.max():.2g}, which blows up normalisation"]
 
 
 def _curve(episode: Episode) -> dict[str, np.ndarray]:
@@ -238,12 +235,11 @@ def _column(values: np.ndarray, limits: tuple[float, float]) -> dict[str, Any]:
 
 
 def _polarity(robot: Robot, i: int, good: list[BagReport]) -> dict[str, Any]:
-    """Where the gripper starts. Episodes usually start with an open one: if it starts at `closed`, the ends may be
-    swapped in the robot file."""
+    """Where the gripper starts. Usually that is open: if it starts at `closed`, the ends may be swapped."""
     joint = robot.joints[i]
     starts = np.array([r.episode["state"][0, i] for r in good if r.episode is not None])
     unit = float(np.median((starts - joint.open) / (joint.closed - joint.open)))  # 0 open, 1 closed
-    guess = "as the robot file says" if unit < 0.4 else "perhaps swapped" if unit > 0.6 else "unclear"
+    guess = "as the robot file says" if unit < 0.5 else "perhaps swapped" if unit > 0.85 else "unclear"
     return {
         "open": joint.open,
         "closed": joint.closed,
