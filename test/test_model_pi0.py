@@ -219,6 +219,19 @@ def test_the_same_generator_gives_the_same_bits(family):
     assert not torch.equal(first, model.sample_actions(observation, generator=generator(6)))
 
 
+@pytest.mark.parametrize("family", ["pi0", "pi05"])
+def test_several_draws_of_a_sample_share_its_prefix_and_change_nothing(family):
+    config = dataclasses.replace(TINY, pi05=family == "pi05")
+    model, observation = random_model(config), random_observation(config)
+    actions, noise = random_chunk(config), torch.randn(3 * 2, 8, 6, generator=generator(5))
+    time = torch.linspace(0.1, 0.9, 6)
+    with torch.no_grad():
+        together = model.compute_loss(observation, actions, noise=noise, time=time)  # [3 * 2, 8]
+        for draw in range(3):
+            alone = model.compute_loss(observation, actions, noise=noise[draw::3], time=time[draw::3])
+            close(together[draw::3], alone)
+
+
 @pytest.mark.parametrize("num_steps", [0, -1, 2.5, True, "10", None])
 def test_a_bad_number_of_steps_is_refused(num_steps):
     model, observation, noise = case("pi0")

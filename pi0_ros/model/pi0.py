@@ -209,9 +209,15 @@ class Pi0(nn.Module):
         return _linear(self.action_out_proj, suffix).float()
 
     def velocity(self, observation: Observation, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """x_t [B, H, A], time [B] or [B, H] -> v_t [B, H, A] float32, with everything computed anew."""
+        """x_t [D * B, H, A], time [D * B] or [D * B, H] -> v_t [D * B, H, A] float32: D draws of each of the B
+        observations, next to one another. The prefix, which is most of the work, is computed once for all D."""
         prefix, valid = self.embed_prefix(observation)
-        return self.suffix_velocity(self.prefix_kv(prefix, valid), valid, observation.state, x_t, time)
+        cache, state = self.prefix_kv(prefix, valid), observation.state
+        draws = len(x_t) // len(valid)
+        if draws > 1:
+            cache = [tuple(part.repeat_interleave(draws, dim=0) for part in layer) for layer in cache]
+            valid, state = valid.repeat_interleave(draws, dim=0), state.repeat_interleave(draws, dim=0)
+        return self.suffix_velocity(cache, valid, state, x_t, time)
 
     def _run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and self.training:
@@ -228,10 +234,12 @@ class Pi0(nn.Module):
         loss_dims: int | None = None,
     ) -> torch.Tensor:
         """Flow-matching loss per action step: actions, noise [B, H, A], time [B] or [B, H] -> float32 [B, H].
+        With D * B noises and times, D draws of each sample next to one another, the loss is [D * B, H].
 
         The mean over all A dimensions, padding included, as openpi does (pi0.py, compute_loss), or over the first
         `loss_dims`, as lerobot does.
         """
+        actions = actions.repeat_interleave(len(noise) // len(actions), dim=0)
         x_t, u_t = interpolate(actions, noise, time)
         error = (self.velocity(observation, x_t, time) - u_t).square()
         return error[..., :loss_dims].mean(dim=-1)
