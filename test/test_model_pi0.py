@@ -223,7 +223,7 @@ def test_the_same_generator_gives_the_same_bits(family):
 def test_several_draws_of_a_sample_share_its_prefix_and_change_nothing(family):
     config = dataclasses.replace(TINY, pi05=family == "pi05")
     model, observation = random_model(config), random_observation(config)
-    actions, noise = random_chunk(config), torch.randn(3 * 2, 8, 6, generator=generator(5))
+    actions, noise = random_chunk(config, 1), torch.randn(3 * 2, 8, 6, generator=generator(5))
     time = torch.linspace(0.1, 0.9, 6)
     with torch.no_grad():
         together = model.compute_loss(observation, actions, noise=noise, time=time)  # [3 * 2, 8]
