@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import bag_kit as kit
@@ -17,7 +18,7 @@ import pytest
 from pi0_ros.policy.images import decode_image, orient, resize_with_pad
 from pi0_ros.training import cache
 from pi0_ros.training.bags import find_bags
-from pi0_ros.training.build import build_cache
+from pi0_ros.training.build import build_cache, run_all
 from pi0_ros.training.cache import CacheError, open_unit, unit_key
 from pi0_ros.training.episodes import Selection
 
@@ -209,3 +210,42 @@ def test_the_index_tells_where_everything_came_from(bags, tmp_path):
     assert index["source"] == str(bags / "take0") and index["digest"] == find_bags(bags)[0].digest()
     assert index["episodes"] == [{"label": "", "begin": 0, "end": 10}]
     assert index["joints"] == ["shoulder", "elbow", "grip"] and index["prompts"] == ["wave"]
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    with pytest.raises(CacheError, match="a worker process was killed"):
+        run_all(os._exit, [(1,), (1,)], 2, lambda _: None)
+
+
+WORKERS = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from pi0_ros.training.build import run_all
+
+def work(seconds):
+    print(os.getpid(), flush=True)
+    time.sleep(seconds)
+
+if __name__ == "__main__":
+    run_all(work, [(300,), (300,)], 2, print)
+"""
+
+
+def test_a_killed_parent_leaves_no_worker_behind(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(WORKERS.format(root=str(Path(__file__).parent.parent)))
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE) as process:
+        workers = [int(process.stdout.readline()) for _ in range(2)]
+        process.kill()
+        deadline = time.monotonic() + 30
+        while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert not any(alive(pid) for pid in workers)
+
+
+def alive(pid):
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -120,6 +121,7 @@ def _start_worker() -> None:
     """One core for each library, and no life beyond the parent's: a killed trainer must leave nothing running."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all; one stack trace less for each
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

@@ -174,6 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (BagError, CacheError, RobotFileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     if summary["refused"]:
         print(f"error: {summary['refused']}", file=sys.stderr)
         return 1
