@@ -102,7 +102,7 @@ def test_a_far_first_action_is_approached_at_limited_speed_then_played():
     speeds = np.abs(np.diff(np.array(bench.trail), axis=0)) / 0.01
     assert (speeds.max(axis=0) <= 0.2 * VELOCITY + 1e-6).all() and speeds[:, 0].max() > 0.39
     assert bench.player.state == PLAYING and bench.arm[0] > 0.7
-    bench.tick(25)
+    bench.tick(35)
     assert bench.arm[0] == pytest.approx(0.8, abs=0.01)
     check_limits(bench.trail)
 

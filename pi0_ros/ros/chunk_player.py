@@ -56,7 +56,7 @@ SPECS = (
     _set("rate", 100.0, "control rate: how often commands are computed, Hz", 1, 1000),
     _set("interpolation", "linear", "between two actions of a chunk", choices=("linear", "cubic")),
     _set("handover", "blend", "how a chunk follows another", choices=("blend", "ensemble", "switch")),
-    _set("blend_time", 0.15, "how long a hand-over fades, s", 0, 10),
+    _set("blend_time", 0.3, "how long a hand-over fades, s", 0, 10),
     _set("ensemble_decay", 0.01, "ensemble: chunk i (0 the oldest) weighs exp(-decay * i)", 0, 10),
     _set("hold_after", 0.0, "how long a chunk's last action stands before holding counts, s", 0, 60),
     _set("policy_timeout", 3.0, "hold when no chunk came for so long, s; 0: not before the chunk ends", 0, 3600),

@@ -32,7 +32,7 @@ class Settings:
     rate: float = 100.0
     interpolation: str = "linear"
     handover: str = "blend"
-    blend_time: float = 0.15
+    blend_time: float = 0.3
     ensemble_decay: float = 0.01
     hold_after: float = 0.0
     policy_timeout: float = 3.0
