@@ -37,6 +37,7 @@ ROS_MODULES = {
     "launch",
     "launch_ros",
     "lifecycle_msgs",
+    "nav_msgs",
     "rcl_interfaces",
     "rclpy",
     "rosgraph_msgs",
@@ -106,6 +107,7 @@ def test_programs_are_the_agreed_names_each_with_a_main_where_its_module_is_ther
     assert list(PROGRAMS) == [
         "policy_node",
         "chunk_player",
+        "visualiser",
         "demo_robot",
         "record_demos",
         "train",
