@@ -94,8 +94,7 @@ def _bag_lines(n: dict[str, Any]) -> list[str]:
         for name, stream in n["streams"].items():
             rate = f"{stream['rate']:.1f} Hz" if stream["rate"] else "-"
             gap = f", {stream['gaps']} gaps, longest {stream['longest_gap']:.2f} s" if stream["gaps"] else ""
-            delay = stream.get("bag_minus_header_ms")
-            behind = f", recorded {delay['min']:.1f}..{delay['max']:.1f} ms after its stamp" if delay else ""
+            behind = _behind(stream.get("bag_minus_header_ms"))
             where = "" if stream["topic"] == name else f" ({stream['topic']})"
             lines.append(f"  {name}{where}: {stream['messages']} messages, {rate}{gap}{behind}")
         if n["missing"]:
@@ -113,6 +112,14 @@ def _bag_lines(n: dict[str, Any]) -> list[str]:
     if n["refused"]:
         lines.append(f"  REFUSED: {n['refused']}")
     return lines
+
+
+def _behind(delay: dict[str, float] | None) -> str:
+    if delay is None:
+        return ""
+    if abs(delay["p50"]) > 60_000:
+        return f", clocks {delay['p50'] / 1000:.0f} s apart, within {delay['max'] - delay['min']:.1f} ms"
+    return f", recorded {delay['min']:.1f}..{delay['max']:.1f} ms after its stamp"
 
 
 def _short_lines(n: dict[str, Any], known: set[str]) -> list[str]:

@@ -182,6 +182,8 @@ def summarise(reports: list[BagReport], robot: Robot, horizon: int, selection: S
         reasons = Counter(r.numbers["refused"] for r in reports)
         reason, count = reasons.most_common(1)[0]
         refused = f"none of {len(reports)} recordings can be trained on; {count} of them: {reason}"
+        if len(reports) == 1:
+            refused = f"the recording cannot be trained on: {reason}"
     elif not len(actions):
         refused = "no tick with an observation has a command"
     return {
