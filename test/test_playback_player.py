@@ -93,7 +93,7 @@ def test_joint_states_from_another_clock_are_not_believed():
 def test_a_far_first_action_is_approached_at_limited_speed_then_played():
     bench = Bench(approach_speed=0.2)
     bench.tick(2)
-    bench.offer(np.tile([0.8, 0.0, 1.0], (41, 1)))
+    bench.offer(np.tile([0.8, 0.0, 1.0], (61, 1)))
     bench.tick(1)
     state, reason = bench.seen
     assert state == APPROACHING and "joint 'a' is 0.8 from where chunk 0 begins, more than 0.25" in reason
