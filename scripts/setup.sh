@@ -15,7 +15,7 @@ as_root() { [ "$(id -u)" = 0 ] || echo "sudo "; }
 
 # The interpreter that lies behind a virtual environment or a version manager's shim; nothing if it does not run.
 base_interpreter() {
-    "$1" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))' 2>/dev/null || true
+    "$1" -c 'import os, sys; print(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))' 2>/dev/null || true
 }
 supported() {
     "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
@@ -83,7 +83,7 @@ fi
 digest() { sha256sum | cut -c 1-16; }
 requirements=(requirements/run.txt requirements/dev.txt)
 [ "$ros" != wheels ] || requirements+=(requirements/ros.txt)
-identity="$("$python" -c 'import sys; print(sys.version)') $python $ros $PWD"
+identity="$("$python" -c 'import sys; print(*sys.version_info[:2])') $python $ros $PWD"
 environment=$({ echo "$identity" && cat "${requirements[@]}" scripts/mend_cmake.py; } | digest)
 
 if [ "$(cat .venv/.stamp 2>/dev/null)" != "$environment" ]; then
