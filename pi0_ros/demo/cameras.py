@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+
 import mujoco
 import numpy as np
 
@@ -23,6 +25,8 @@ class Cameras:
             # The off-screen buffer has the model's size, whatever the picture's: larger would only cost time.
             self._model.vis.global_.offwidth, self._model.vis.global_.offheight = size
             self._renderers[size] = mujoco.Renderer(self._model, size[1], size[0], max_geom=MAX_GEOMS)
+            if len(self._renderers) == 1:
+                atexit.register(self.close)  # after mujoco's own: contexts left open must go before EGL does
         renderer = self._renderers[size]
         renderer.update_scene(data, CAMERAS[slot])
         return renderer.render()
@@ -33,6 +37,7 @@ class Cameras:
 
     def close(self) -> None:
         """Free the OpenGL contexts."""
+        atexit.unregister(self.close)
         for renderer in self._renderers.values():
             renderer.close()
         self._renderers.clear()

@@ -72,11 +72,9 @@ class RobotNode(Node):
     def _start(self, settings: Parameters) -> None:
         self._factor = settings["realtime_factor"]
         self._own_clock = self._factor != 1 or self.get_parameter("use_sim_time").value
-        self._origin, self._began = time.time_ns(), time.monotonic_ns()
         self._scene = threading.Lock()
-        self._simulation = Simulation(settings["seed"], settings["prompt"], self._wanted_time())
+        self._simulation = Simulation(settings["seed"], settings["prompt"])
         self._frame_ns = round(SECOND / settings["rate"])
-        self._next_frame = self._simulation.now
         self._periods, self._ended = 0, False
 
         self._states = self.create_publisher(JointState, "joint_states", 10)
@@ -91,6 +89,10 @@ class RobotNode(Node):
         self.create_subscription(Float64MultiArray, "forward_position_controller/commands", self._on_positions, 10)
         self.create_service(ResetEpisode, "reset_episode", self._on_reset)
         self.create_service(EpisodeOutcome, "episode_outcome", self._on_outcome)
+        self._origin = time.time_ns() if self._own_clock else self.get_clock().now().nanoseconds
+        self._began = time.monotonic_ns()
+        self._simulation.skip(self._origin)
+        self._next_frame = self._origin
         self._episode.publish(String(data=self._simulation.prompt))
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.create_timer(PERIOD_NS / SECOND if self._factor else 1e-4, self._advance, clock=steady)
@@ -108,7 +110,7 @@ class RobotNode(Node):
         if not self._own_clock:
             return self.get_clock().now().nanoseconds
         if self._factor == 0:
-            return self._simulation.now + PERIOD_NS if hasattr(self, "_simulation") else self._origin
+            return self._simulation.now + PERIOD_NS
         return self._origin + round((time.monotonic_ns() - self._began) * self._factor)
 
     def _advance(self) -> None:
