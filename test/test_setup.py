@@ -90,3 +90,12 @@ def test_the_environment_file_says_what_to_do_before_set_up(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr == "error: pi0_ros is not set up yet, run: make setup\n"
+
+
+def test_set_up_after_set_up_has_nothing_to_do():
+    if not (ROOT / "install/.stamp").exists():
+        pytest.skip("not set up (make setup)")
+    for _ in range(2):  # the first may have to catch up with files that were added since
+        done = subprocess.run([ROOT / "scripts/setup.sh"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout + done.stderr == ""
