@@ -102,8 +102,8 @@ if [ "$(cat .venv/.stamp 2>/dev/null)" != "$environment" ]; then
         site=()
         [ "$ros" = wheels ] || site=(--system-site-packages)
         "$python" -m venv "${site[@]}" .venv
-        echo "$identity" >.venv/.identity
     fi
+    echo "$identity" >.venv/.identity
     if [ "$ros" = wheels ]; then
         phase "installing requirements and ROS 2 Kilted wheels (some minutes)"
     else
