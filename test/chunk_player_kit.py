@@ -10,11 +10,12 @@ import yaml
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import JointState
-from std_msgs.msg import Float64MultiArray, UInt32
+from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory
 
 from pi0_ros.msg import ActionChunk, PlayerStatus
 from pi0_ros.robot import Robot, parse_robot
+from pi0_ros.ros.conversions import void_message
 from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp
 
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -128,7 +129,6 @@ class Policy:
         self.node, self.robot, self.centre, self.horizon = node, robot, np.array(centre), horizon
         self.sequence, self.epoch, self.change = 0, 0, {}
         self._publisher = node.create_publisher(ActionChunk, "action_chunk", 1)
-        self._epochs = node.create_publisher(UInt32, "policy_epoch", LATCHED)
         self._timer = node.create_timer(0.1, self.publish)
 
     def motion(self, time: np.ndarray) -> np.ndarray:
@@ -154,8 +154,12 @@ class Policy:
         self.sequence += 1
 
     def announce(self, epoch: int) -> None:
+        """A chunk without actions, which only says that older epochs are void."""
         self.epoch = epoch
-        self._epochs.publish(UInt32(data=epoch))
+        now = self.node.get_clock().now().nanoseconds
+        void = void_message(self.robot, now=now, sequence=self.sequence, epoch=epoch, prompt="", checkpoint="")
+        self._publisher.publish(void)
+        self.sequence += 1
 
     def die(self) -> None:
         self.node.destroy_timer(self._timer)

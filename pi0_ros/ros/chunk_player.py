@@ -3,9 +3,8 @@
 A lifecycle node around `player.Player`, which decides; this file only moves messages.
 
 Topics, relative to the namespace:
-    action_chunk (pi0_ros/ActionChunk): the chunks.
-    policy_epoch (std_msgs/UInt32, latched): the policy's epoch, published at every bump. A new epoch drops what is
-        left of the current chunk at once; without it that happens when the first chunk of the new epoch comes.
+    action_chunk (pi0_ros/ActionChunk): the chunks. One of a newer epoch, with actions or without, drops what is left of
+        the current one at once.
     the robot file's JointState topics in, its command topics out.
     ~/status (pi0_ros/PlayerStatus, latched): on every change of state or reason, and at 10 Hz while active.
 Services (std_srvs/Trigger): ~/stop brakes and plays nothing until ~/start.
@@ -29,7 +28,6 @@ from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackRet
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import JointState
-from std_msgs.msg import UInt32
 from std_srvs.srv import Trigger
 
 from pi0_ros.msg import ActionChunk, PlayerStatus
@@ -137,7 +135,6 @@ class ChunkPlayer(LifecycleNode):
             self._outputs = Outputs(self, robot, self._player, period, self._settings["trajectory.velocities"])
             for kind, topic, callback, qos in (
                 (ActionChunk, "action_chunk", self._chunk_came, NEWEST),
-                (UInt32, "policy_epoch", self._epoch_came, LATCHED),
                 *((JointState, topic, self._state_came, SENSOR) for topic in robot.state.topics),
             ):
                 self._subscriptions_made.append(self.create_subscription(kind, topic, callback, qos))
@@ -234,9 +231,6 @@ class ChunkPlayer(LifecycleNode):
         )
         if refusal := self._player.offer(offer, self._now()):
             self.get_logger().warning(refusal, throttle_duration_sec=1.0)
-
-    def _epoch_came(self, message: UInt32) -> None:
-        self._player.announce_epoch(message.data)
 
     def _state_came(self, message: JointState) -> None:
         now = self._now()
