@@ -15,8 +15,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from pi0_ros.msg import ActionChunk, PlayerStatus
 from pi0_ros.robot import Robot, parse_robot
-from pi0_ros.ros.conversions import void_message
-from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp
+from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp, void_message
 
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
