@@ -184,7 +184,7 @@ def _add_cubes(spec: mujoco.MjSpec) -> None:
 
 def _add_cameras(spec: mujoco.MjSpec) -> None:
     spec.worldbody.add_camera(
-        name="base_camera", pos=[0.60, 0.34, 0.46], fovy=41, quat=_looking([0.60, 0.34, 0.46], [0.18, 0.0, 0.07])
+        name="base_camera", pos=[0.54, 0.26, 0.48], fovy=40, quat=_looking([0.54, 0.26, 0.48], [0.18, 0.0, 0.06])
     )
     position = np.array([0.01, -0.075, 0.0])  # gripper frame: beside the fingers, which point along -z
     spec.body("gripper").add_camera(
