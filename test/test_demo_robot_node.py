@@ -116,7 +116,7 @@ def test_cameras_publish_raw_and_compressed_of_the_same_moment_with_their_geomet
     age = bench.robot.get_clock().now().nanoseconds - stamp_ns(image.header.stamp)
     assert 0 <= age < 20e9
     camera = ros.spin_until(lambda: info and info[-1])
-    focal = 32 / np.tan(np.radians(41) / 2)
+    focal = 32 / np.tan(np.radians(40) / 2)
     np.testing.assert_allclose(camera.k, [focal, 0, 48, 0, focal, 32, 0, 0, 1])
 
 

@@ -10,6 +10,7 @@ import imageio_ffmpeg
 import mujoco
 import numpy as np
 
+from pi0_ros.demo.cameras import Cameras
 from pi0_ros.demo.scene import CAMERAS, JOINTS, build_model
 
 _NOW, _LATER = np.array([255, 235, 60]), np.array([255, 60, 160])  # rgb of the path's beginning and end
@@ -40,6 +41,7 @@ class Painter:
     def __init__(self) -> None:
         self._model = build_model()
         self._data = mujoco.MjData(self._model)
+        self._cameras = Cameras(self._model)  # for their geometry alone: nothing is rendered
         self._qpos = [self._model.joint(name).qposadr[0] for name in JOINTS]
         self._tip = self._model.site("gripperframe").id
 
@@ -74,7 +76,7 @@ class Painter:
         """World points [N, 3] -> pixels [N, 2]; NaN behind the camera or far outside the picture."""
         camera = self._data.cam(CAMERAS[slot])
         height, width = shape[:2]
-        focal = height / 2 / np.tan(np.radians(self._model.camera(CAMERAS[slot]).fovy[0]) / 2)
+        focal = self._cameras.focal_length(slot, height)
         local = (points - camera.xpos) @ camera.xmat.reshape(3, 3)  # x right, y up, looking along -z
         depth = np.where(local[:, 2] < -1e-3, -local[:, 2], np.nan)
         pixels = np.stack([width / 2 + focal * local[:, 0] / depth, height / 2 - focal * local[:, 1] / depth], axis=1)
