@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pi0_ros.benchmark.inputs import BenchmarkError
 from pi0_ros.model.config import GemmaConfig, Pi0Config
 from pi0_ros.model.pi0 import Observation, Pi0
 
@@ -14,10 +15,17 @@ _EMBED_ACTION_TIME = ("state_proj.", "action_in_proj.", "action_time_mlp_")
 
 
 def to_transformers(model: Pi0) -> torch.nn.Module:
-    """transformers' `PI0ForConditionalGeneration` with the weights of `model` (pi0 only: it has no pi0.5)."""
-    import transformers
+    """transformers' `PI0ForConditionalGeneration` with the weights of `model`, on its device, in float32.
 
+    BenchmarkError where transformers is missing, or for pi0.5, which it does not have.
+    """
     config = model.config
+    if config.pi05:
+        raise BenchmarkError("transformers has no pi0.5 to compare with, choose a pi0 model")
+    try:
+        import transformers
+    except ImportError:
+        raise BenchmarkError("transformers is not installed, so there is no peer: pip install transformers") from None
     vision = {
         "model_type": "siglip_vision_model",
         "hidden_size": config.vision.width,
@@ -28,29 +36,32 @@ def to_transformers(model: Pi0) -> torch.nn.Module:
         "image_size": config.vision.image_size,
         "vision_use_head": False,
     }
-    peer = transformers.PI0ForConditionalGeneration(
-        transformers.PI0Config(
-            vlm_config={
-                "model_type": "paligemma",
-                "text_config": _gemma(config, config.vlm),
-                "vision_config": vision,
-                "projection_dim": config.vlm.width,
-                "image_token_id": config.vocab_size,
-            },
-            dit_config=_gemma(config, config.expert),
-            chunk_size=config.action_horizon,
-            max_state_dim=config.action_dim,
-            max_action_dim=config.action_dim,
-        )
+    settings = transformers.PI0Config(
+        vlm_config={
+            "model_type": "paligemma",
+            "text_config": _gemma(config, config.vlm),
+            "vision_config": vision,
+            "projection_dim": config.vlm.width,
+            "image_token_id": config.vocab_size,
+        },
+        dit_config=_gemma(config, config.expert),
+        chunk_size=config.action_horizon,
+        max_state_dim=config.action_dim,
+        max_action_dim=config.action_dim,
     )
-    renamed = {}
-    for key, value in model.state_dict().items():
-        key = key.replace(_PALIGEMMA, "model.vlm.").replace(_EXPERT, "model.dit.").replace(".vision_model.", ".")
-        renamed["embed_action_time." + key if key.startswith(_EMBED_ACTION_TIME) else key] = value
+    with model.device:  # drawing its first weights, all replaced, takes a CPU minutes at the published sizes
+        peer = transformers.PI0ForConditionalGeneration(settings)
+    renamed = {peer_name(key): value for key, value in model.state_dict().items()}
     missing, unexpected = peer.load_state_dict(renamed, strict=False)
     if missing != ["model.dit.embed_tokens.weight"] or unexpected:  # the expert's embedding is never read
         raise RuntimeError(f"transformers' PI0 names its weights otherwise: missing {missing}, unexpected {unexpected}")
     return peer.eval()
+
+
+def peer_name(key: str) -> str:
+    """What transformers calls a parameter of ours."""
+    name = key.replace(_PALIGEMMA, "model.vlm.").replace(_EXPERT, "model.dit.").replace(".vision_model.", ".")
+    return "embed_action_time." + name if name.startswith(_EMBED_ACTION_TIME) else name
 
 
 def _gemma(config: Pi0Config, sizes: GemmaConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+LEAST_RUNS = 3
+
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median seconds of one function over another's, from runs in turn, and the ratio pair by pair."""
+    """Median seconds of one function and of another, and the ratio of their runs pair by pair."""
 
     ours: float
     theirs: float
@@ -29,27 +32,43 @@ def synchronise(device: torch.device) -> None:
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds that one call takes, the device's work included."""
-    synchronise(device)
-    begin = time.perf_counter()
+    """Seconds that one call takes, the device's work included: by CUDA events on a GPU, by the clock elsewhere."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        synchronise(device)
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    started = time.perf_counter()
     function()
-    synchronise(device)
-    return time.perf_counter() - begin
+    return time.perf_counter() - started
 
 
 def interleave(
-    functions: Mapping[str, Callable[[], object]], runs: int, device: torch.device, title: str
+    functions: Mapping[str, Callable[[], object]],
+    runs: int,
+    device: torch.device,
+    title: str,
+    seconds: float = math.inf,
 ) -> dict[str, np.ndarray]:
-    """Seconds of `runs` calls of each function, A B C A B C ..., after one call of each that does not count."""
-    seconds = {name: np.empty(runs) for name in functions}
+    """Seconds of `runs` calls of each function, A B C A B C ..., after one call of each that does not count.
+
+    Rounds end early once `seconds` are over, though never before `LEAST_RUNS` of them.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    deadline = time.monotonic() + seconds
     with tqdm(total=runs + 1, desc=title, leave=False) as bar:
-        for i in range(-1, runs):
+        for round_ in range(-1, runs):
+            if round_ >= LEAST_RUNS and time.monotonic() > deadline:
+                break
             for name, function in functions.items():
                 elapsed = timed(function, device)
-                if i >= 0:
-                    seconds[name][i] = elapsed
+                if round_ >= 0:
+                    taken[name].append(elapsed)
             bar.update()
-    return seconds
+    return {name: np.array(values) for name, values in taken.items()}
 
 
 def ratio(ours: np.ndarray, theirs: np.ndarray) -> Ratio:

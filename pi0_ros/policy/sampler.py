@@ -253,8 +253,12 @@ class Sampler:
         if not self.config.pi05:
             self._run_state()
         for k in range(self.num_steps):
-            v = self._velocity(self.x, k, frozen)
-            self.x.add_(v.mul_(self.free) if frozen else v, alpha=-1.0 / self.num_steps)
+            self.step(k, frozen)
+
+    def step(self, k: int, frozen: bool = False) -> None:
+        """The k-th Euler step: velocity of x, and x moved along it in place. What `sample` loaded stays in force."""
+        v = self._velocity(self.x, k, frozen)
+        self.x.add_(v.mul_(self.free) if frozen else v, alpha=-1.0 / self.num_steps)
 
     def _velocity(self, x_t: Tensor, k: int, frozen: bool) -> Tensor:
         """v_t of x_t f32 [horizon, action_dim] at the k-th time of the schedule."""
