@@ -38,7 +38,6 @@ ROS_MODULES = {
     "launch_ros",
     "lifecycle_msgs",
     "nav_msgs",
-    "nav_msgs",
     "rcl_interfaces",
     "rclpy",
     "rosgraph_msgs",

@@ -1,0 +1,117 @@
+"""RViz with the robot, a ghost of it that is ahead on the chunk, the fingertip's path, the cameras and the status.
+
+ros2 launch pi0_ros view.launch.py robot:=my_arm.yaml
+
+Run it beside policy.launch.py. The robot's own robot_state_publisher is expected to run, as it does with ros2_control;
+for a robot without one, such as the demo's, add publish_robot:=true.
+"""
+
+import tempfile
+from pathlib import Path
+
+import yaml
+from launch import LaunchContext, LaunchDescription
+from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import Node
+from launch_ros.parameter_descriptions import ParameterValue
+
+from pi0_ros.robot import Robot
+from pi0_ros.ros.kinematics import robot_description
+from pi0_ros.ros.visualiser import load_kinematics
+
+CONFIG = Path(__file__).parents[1] / "config/pi0.rviz"
+SWITCH = ["true", "false"]
+ARGUMENTS = [
+    DeclareLaunchArgument("robot", description="robot file, or checkpoint folder with one"),
+    DeclareLaunchArgument("urdf", default_value="", description="path or package://...; empty: the robot file's"),
+    DeclareLaunchArgument("namespace", default_value="", description="namespace of policy_node and chunk_player"),
+    DeclareLaunchArgument("publish_robot", default_value="false", choices=SWITCH, description="the robot's TF too"),
+    DeclareLaunchArgument("rviz", default_value="true", choices=SWITCH, description="start RViz"),
+    DeclareLaunchArgument("use_sim_time", default_value="false", choices=SWITCH, description="time from /clock"),
+]
+
+
+def absolute(topic: str, namespace: str) -> str:
+    """A robot file's topic as the nodes in `namespace` ("" or "/name") mean it."""
+    return topic if topic.startswith("/") else f"{namespace}/{topic}"
+
+
+def rviz_config(robot: Robot, namespace: str) -> str:
+    """Path of a copy of config/pi0.rviz with the topics of `robot` and the nodes' namespace ("" or "/name")."""
+    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    for display in config["Visualization Manager"]["Displays"]:
+        topic = display.get("Topic") or display.get("Description Topic") or {}
+        if topic.get("Value", "").startswith(("/visualiser/", "/ghost/")):
+            topic["Value"] = namespace + topic["Value"]
+        if display["Class"] == "rviz_default_plugins/Image":
+            camera = robot.cameras[display["Name"]]
+            display["Enabled"] = display["Value"] = camera is not None
+            if camera is not None:
+                name = absolute(camera.topic, namespace)
+                topic["Value"] = f"{name}/compressed" if camera.transport == "compressed" else name
+    with tempfile.NamedTemporaryFile("w", prefix="pi0_", suffix=".rviz", delete=False, encoding="utf-8") as file:
+        yaml.safe_dump(config, file, sort_keys=False)
+    return file.name
+
+
+def nodes(context: LaunchContext) -> list[Node]:
+    given = {argument.name: LaunchConfiguration(argument.name).perform(context) for argument in ARGUMENTS}
+    robot, kinematics, urdf = load_kinematics(given["robot"], given["urdf"])
+    namespace = given["namespace"].strip("/")
+    inside = f"/{namespace}" if namespace else ""
+    common = {"output": "screen", "emulate_tty": True}
+    clock = {"use_sim_time": given["use_sim_time"] == "true"}
+    description = {"robot_description": ParameterValue(robot_description(urdf), value_type=str)}
+    started = [
+        Node(
+            package="pi0_ros",
+            executable="visualiser",
+            name="visualiser",
+            namespace=namespace,
+            parameters=[clock, {"robot_file": given["robot"], "urdf": str(urdf)}],
+            **common,
+        ),
+        Node(
+            package="robot_state_publisher",
+            executable="robot_state_publisher",
+            namespace=f"{inside}/ghost",
+            parameters=[clock, description, {"frame_prefix": "ghost/"}],
+            remappings=[("joint_states", f"{inside}/visualiser/ghost_joint_states")],
+            **common,
+        ),
+        Node(
+            package="tf2_ros",
+            executable="static_transform_publisher",
+            name="ghost_at_robot",
+            namespace=namespace,
+            arguments=["--frame-id", kinematics.root, "--child-frame-id", f"ghost/{kinematics.root}"],
+            parameters=[clock],
+            **common,
+        ),
+    ]
+    if given["publish_robot"] == "true":
+        started.append(
+            Node(
+                package="robot_state_publisher",
+                executable="robot_state_publisher",
+                parameters=[clock, description],
+                remappings=[("joint_states", absolute(robot.state.topics[0], inside))],
+                **common,
+            )
+        )
+    if given["rviz"] == "true":
+        started.append(
+            Node(
+                package="rviz2",
+                executable="rviz2",
+                arguments=["-d", rviz_config(robot, inside), "-f", kinematics.root],
+                parameters=[clock],
+                **common,
+            )
+        )
+    return started
+
+
+def generate_launch_description() -> LaunchDescription:
+    return LaunchDescription([*ARGUMENTS, OpaqueFunction(function=nodes)])
