@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pi0_ros.model.pi0 import Observation, preprocess_observation
+from pi0_ros.model.pi0 import Observation, drop_padding, preprocess_observation
 from pi0_ros.policy.prompt import PromptEncoder
 from pi0_ros.policy.transforms import Group
 from pi0_ros.training.dataset import Dataset
@@ -23,28 +23,23 @@ class Batch:
     observation: Observation
     actions: torch.Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(self.observation.to(device, non_blocking=True), self.actions.to(device, non_blocking=True))
-
 
 def collate(dataset: Dataset, indices: np.ndarray, transforms: Group, encoder: PromptEncoder) -> Batch:
-    """The samples `indices` as one batch. Prompt tokens that are padding for the whole batch are left out: positions
-    count valid tokens only, so nothing changes but the work."""
+    """The samples `indices` as one batch, without cameras and prompt tokens that none of them has."""
     samples = [dataset.sample(int(index)) for index in indices]
     state = np.stack([sample["state"] for sample in samples])
     data = transforms.encode(state, np.stack([sample["actions"] for sample in samples]))
     joints = state.shape[-1]
     encoded = [encoder.encode_padded(sample["prompt"], data["state"][i, :joints]) for i, sample in enumerate(samples)]
     tokens, valid = (np.stack(column) for column in zip(*encoded, strict=True))
-    longest = int(valid.sum(axis=1).max())
     observation = preprocess_observation(
         np.stack([sample["images"] for sample in samples]),
         np.stack([sample["image_masks"] for sample in samples]),
-        tokens[:, :longest],
-        valid[:, :longest],
+        tokens,
+        valid,
         data["state"],
     )
-    return Batch(observation, torch.from_numpy(data["actions"]).float())
+    return Batch(drop_padding(observation), torch.from_numpy(data["actions"]).float())
 
 
 def prefetch(make: Callable[[int], list[Batch]], begin: int, end: int, ahead: int = 2) -> Iterator[list[Batch]]:

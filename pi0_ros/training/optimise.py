@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
+
+from pi0_ros.training.parts import trained
 
 
 def learning_rate(step: int, *, steps: int, warmup: int, peak: float, final: float) -> float:
@@ -20,16 +24,19 @@ def learning_rate(step: int, *, steps: int, warmup: int, peak: float, final: flo
 
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over the trained parameters, with openpi's betas and epsilon."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = list(trained(model).values())
     return torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay, fused=True)
 
 
 class Average:
-    """Exponential moving average of the trained parameters: d * old + (1 - d) * new after every step."""
+    """Exponential moving average of the trained parameters: d * old + (1 - d) * new after every step.
+
+    With decay 0 there is none, and the live weights stand for it.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._live = trained(model)
         self.weights = {name: p.detach().clone() for name, p in self._live.items()} if decay else {}
 
     @torch.no_grad()
@@ -42,3 +49,18 @@ class Average:
     def swapped(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A model's state dict with the averaged weights in place of the live ones."""
         return {**state, **self.weights}
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model itself has the averaged weights for the time of the block."""
+        live = {name: self._live[name].detach().clone() for name in self.weights}
+        try:
+            self._set(self.weights)
+            yield
+        finally:
+            self._set(live)
+
+    @torch.no_grad()
+    def _set(self, values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self._live[name].copy_(value)

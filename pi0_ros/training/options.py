@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import tyro
 import yaml
 
 
-class OptionsError(ValueError):
+class OptionsError(RuntimeError):  # of a ValueError tyro would make a box of its own
     """Options that do not go together; the message names the option, the value and the way out."""
 
 
@@ -29,14 +30,16 @@ class TrainOptions:
     """Sizes of the model; not used with --init."""
     init: Path | None = None
     """Checkpoint to begin from, in any layout that convert reads; without it weights are random."""
+    tokenizer: Path | None = None
+    """Folder with a tokenizer's files, or a SentencePiece .model file; None: the checkpoint's; nano reads bytes."""
     horizon: int | None = None
     """Actions of a chunk; None: the preset's or the checkpoint's."""
     steps: int = 30_000
     """Optimizer steps of the whole run."""
     batch: int = 32
-    """Samples of one optimizer step on one process."""
+    """Samples of one optimizer step, over all processes together."""
     accumulate: int = 1
-    """Pieces that a batch is worked through in, to save memory; the result is the same."""
+    """Pieces that each process works its share of a batch through in, to save memory."""
     learning_rate: float | None = None
     """Peak; None: 2.5e-5 with --init (openpi), 1e-3 from random weights."""
     final_learning_rate: float = 0.1
@@ -53,14 +56,20 @@ class TrainOptions:
     """Of the arithmetic; weights, averages and the optimizer stay float32."""
     device: str = "auto"
     """torch device: auto, cpu, cuda."""
+    freeze: tuple[Literal["vision", "vlm", "expert"], ...] = ()
+    """Parts that keep their weights: vision (tower and projector), vlm (language model), expert (action expert). The
+    projections of state, actions and time are always trained."""
+    lora: tuple[Literal["vlm", "expert"], ...] = ()
+    """Parts that keep their weights and learn a low-rank update of attention and MLP instead, as openpi's: rank 16 for
+    the vlm, 32 for the expert. The update is merged into the checkpoint."""
     augment: bool = True
     """Random crops, rotations and colours of the images."""
     loss_dims: Literal["real", "all"] = "real"
     """Over which action dimensions the loss is averaged: the robot's own, or all of the model's, padding included
     (openpi). The default spends nothing on dimensions that are cut off anyway, and its value means the same for
     every robot."""
-    noise: Literal["white", "pink", "cold"] = "white"
-    """What the flow starts from; recorded in the checkpoint."""
+    noise: Literal["white", "pink", "cold"] | None = None
+    """What the flow starts from; recorded in the checkpoint. None: what --init was trained with, else white."""
     noise_beta: float = 1.0
     """Pink noise: power falls as 1 / f^beta along the chunk."""
     cold: Literal["smooth", "downsample", "mask"] = "smooth"
@@ -68,7 +77,7 @@ class TrainOptions:
     cold_strength: float = 0.8
     """Cold start: from 0, not at all, to 1."""
     rtc_max_delay: int = 0
-    """Prefix conditioning for real-time chunking: each sample keeps 0 to this many first actions clean."""
+    """Prefix conditioning for real-time chunking: each sample keeps 0 to this many first actions clean; 0: none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     held_out: float = 0.05
@@ -90,22 +99,58 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "save_every", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise OptionsError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(self, name)}")
-        if self.batch % self.accumulate:
-            raise OptionsError(f"--batch {self.batch} must be a multiple of --accumulate {self.accumulate}")
-        if not 0 <= self.ema < 1:
-            raise OptionsError(f"--ema must be from 0 to below 1, found {self.ema}")
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        self._require("ema", 0 <= self.ema < 1, "must be from 0 to below 1")
+        self._require("held_out", 0 <= self.held_out < 1, "must be from 0 to below 1")
+        self._require("clip", self.clip > 0, "must be above 0")
+        self._require("seed", self.seed >= 0, "must not be negative")
+        self._require("rtc_max_delay", self.rtc_max_delay >= 0, "must not be negative")
+        self._require("horizon", self.horizon is None or self.horizon >= 1, "must be at least 1")
+        self._require("learning_rate", self.learning_rate is None or self.learning_rate > 0, "must be above 0")
+        if both := set(self.freeze) & set(self.lora):
+            raise OptionsError(f"--freeze and --lora both name {', '.join(sorted(both))}: choose one for each part")
+        if self.lora and not self.init:
+            raise OptionsError("--lora needs --init: a low-rank update of random weights learns nothing")
+
+    def _require(self, name: str, fine: bool, rule: str) -> None:
+        if not fine:
+            raise OptionsError(f"--{name.replace('_', '-')} {rule}, found {getattr(self, name)}")
+
+    def parts(self, ranks: int = 1) -> int:
+        """Pieces that one optimizer step consists of, over all processes. OptionsError if the batch does not divide."""
+        parts = ranks * self.accumulate
+        if self.batch % parts:
+            raise OptionsError(
+                f"--batch {self.batch} must be a multiple of processes x --accumulate, {ranks} x {self.accumulate}"
+            )
+        return parts
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML."""
-        values = dataclasses.asdict(self)
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
     @property
     def peak(self) -> float:
         """The learning rate after warm-up."""
         return self.learning_rate or (2.5e-5 if self.init else 1e-3)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up."""
+        return min(self.warmup, self.steps // 10)
+
+
+# What a resumed run may be told anew; its numbers do not depend on it. Recordings and robot file are compared by
+# content, accumulate by the number of pieces.
+FREE = {"bags", "robot", "output", "cache", "jobs", "save_every", "evaluate_every", "minutes", "device", "accumulate"}
+
+
+def require_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """OptionsError naming every option whose change would give a resumed run other numbers."""
+    changed = [name for name in now if name not in FREE and saved.get(name) != now[name]]
+    if changed:
+        told = ", ".join(f"--{n.replace('_', '-')} (was {saved.get(n)}, now {now[n]})" for n in changed)
+        raise OptionsError(f"a run goes on with the options it began with; changed: {told}. Use another --output")
 
 
 def parse(arguments: list[str] | None = None) -> TrainOptions:
@@ -114,25 +159,37 @@ def parse(arguments: list[str] | None = None) -> TrainOptions:
     Raises:
         OptionsError: the file cannot be read or holds an unknown option, or options do not go together.
     """
-    import sys
-
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    defaults: dict[str, Any] = {}
-    if "--config" in arguments:
-        at = arguments.index("--config")
-        if at + 1 >= len(arguments):
+    given = [argument.partition("=")[0] for argument in arguments]
+    if "--config" in given:
+        at = given.index("--config")
+        path = arguments[at].partition("=")[2] or (arguments[at + 1] if at + 1 < len(arguments) else "")
+        if not path:
             raise OptionsError("--config needs a YAML file")
-        defaults = _read(Path(arguments[at + 1]))
-        del arguments[at : at + 2]
-    for name, value in defaults.items():
-        flag = "--" + name.replace("_", "-")
-        if value is None or any(a == flag or a.startswith(flag + "=") for a in arguments):
-            continue
-        if isinstance(value, bool):
-            arguments.append(flag if value else "--no-" + flag[2:])
-        else:
-            arguments += [flag, str(value)]
+        del arguments[at : at + (1 if "=" in arguments[at] else 2)]
+        for name, value in _read(Path(path)).items():
+            if not {"--" + name.replace("_", "-"), "--no-" + name.replace("_", "-")} & {
+                g.replace("_", "-") for g in given
+            }:
+                arguments += _flag(name, value)
     return tyro.cli(TrainOptions, prog="train", args=arguments)
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag[2:]]
+    if isinstance(value, (list, tuple)):
+        return [flag, *map(str, value)] if value else []
+    return [flag, str(value)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -143,7 +200,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError):
         raise OptionsError(f"--config {path}: not YAML") from None
     if not isinstance(data, dict):
-        raise OptionsError(f"--config {path}: must hold a mapping of options")
+        raise OptionsError(f"--config {path}: must hold a mapping of options, found {str(data)[:60]!r}")
     known = [field.name for field in dataclasses.fields(TrainOptions)]
     if unknown := sorted(set(data) - set(known)):
         raise OptionsError(

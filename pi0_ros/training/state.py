@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,9 +20,18 @@ class StateError(RuntimeError):
 
 
 def save_state(folder: Path, step: int, content: dict[str, Any]) -> None:
-    """Write the state after `step` steps, then remove all but the newest `KEPT`."""
-    with whole_folder(folder / f"step_{step:08d}") as partial:
-        torch.save(content, partial / "state.pt")
+    """Write the state after `step` steps, then remove all but the newest `KEPT`.
+
+    Raises:
+        StateError, OSError: the disk is full or not writable; the states before stay.
+    """
+    with whole_folder(folder / f"step_{step:08d}") as partial, (partial / "state.pt").open("wb") as stream:
+        try:
+            torch.save(content, stream)
+        except RuntimeError as error:  # torch's own for a write that fails
+            raise StateError(f"{folder}: the state cannot be written ({_first_line(error)}); make room") from None
+        stream.flush()
+        os.fsync(stream.fileno())  # a name must not outlive a power cut that its content does not
     for old in _saved(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -39,13 +49,23 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise StateError(
-            f"{path}: cannot be read ({reason}); remove {saved[-1]} to go on from the state before"
+            f"{path}: cannot be read ({_first_line(error)}); remove {saved[-1]} to go on from the state before"
         ) from None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed run left half-written. Only for the process that writes."""
+    for partial in folder.glob(".step_*.part") if folder.is_dir() else ():
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _saved(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d{8}", path.name) and path.is_dir())
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__

@@ -1,286 +1,349 @@
-"""Recorded bags and a robot file in, a checkpoint folder out that policy_node loads as it is."""
+"""Recorded bags and a robot file in, a checkpoint folder out that policy_node loads as it is.
+
+OUTPUT/checkpoint/      averaged weights, robot file, statistics: for policy_node and evaluate
+OUTPUT/state/           to go on from after an interruption
+OUTPUT/options.yaml     every option as it was resolved; episodes.json: what was trained on and what held out
+OUTPUT/loss.png, tensorboard/
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pi0_ros.model.checkpoint import open_checkpoint
-from pi0_ros.model.config import PRESETS, Pi0Config
+from pi0_ros.model.config import ConfigError
 from pi0_ros.model.files import CheckpointError
-from pi0_ros.model.flow import Cold, NoiseSource, Pink, White, sample_time
-from pi0_ros.model.pi0 import Pi0
-from pi0_ros.policy.bundle import BundleSettings, save_bundle
-from pi0_ros.policy.policy import PolicyError
+from pi0_ros.model.flow import noise_source_from_dict
+from pi0_ros.policy.bundle import save_bundle
 from pi0_ros.policy.prompt import PromptEncoder
-from pi0_ros.policy.statistics import NormStats
 from pi0_ros.policy.tokenizer import load_tokenizer
-from pi0_ros.policy.transforms import Group, build_transforms
-from pi0_ros.robot import Robot, RobotFileError, load_robot
+from pi0_ros.policy.transforms import build_transforms
+from pi0_ros.robot import RobotFileError, load_robot
+from pi0_ros.training import data
 from pi0_ros.training.augment import augment
-from pi0_ros.training.bags import BagError, find_bags
+from pi0_ros.training.bags import BagError
 from pi0_ros.training.batches import Batch, collate, prefetch
-from pi0_ros.training.build import build_cache
-from pi0_ros.training.cache import FOLDER, CacheError
+from pi0_ros.training.cache import CacheError
 from pi0_ros.training.curves import plot_losses
 from pi0_ros.training.dataset import Dataset, batch_indices, split, statistics
-from pi0_ros.training.episodes import Selection
+from pi0_ros.training.distributed import World, joined
+from pi0_ros.training.lora import merged
+from pi0_ros.training.memory import available_memory, forecast, report
+from pi0_ros.training.objective import flow_loss
 from pi0_ros.training.optimise import Average, learning_rate, make_optimizer
-from pi0_ros.training.options import OptionsError, TrainOptions, parse
-from pi0_ros.training.state import StateError, newest_state, save_state
-from pi0_ros.training.streams import Streams, step_streams
+from pi0_ros.training.options import OptionsError, TrainOptions, parse, require_same
+from pi0_ros.training.parts import trained
+from pi0_ros.training.start import start
+from pi0_ros.training.state import StateError, newest_state, remove_leftovers, save_state
+from pi0_ros.training.streams import step_streams
 
 EVALUATED = 256  # held-out samples that a look at the loss is averaged over
+LOGGED = 10  # steps between two looks at the loss, which wait for the device
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says what to change."""
 
 
 class Run:
-    """One training run: its data, its model, and the loop."""
+    """One training run: its data, its model, and the loop. It goes on from the newest state in its output folder.
 
-    def __init__(self, options: TrainOptions) -> None:
-        self.options = options
-        self.robot: Robot = load_robot(options.robot)
-        self.device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-        )
-        self.source = noise_source(options)
-        checkpoint = open_checkpoint(options.init) if options.init else None
-        config: Pi0Config = checkpoint.config if checkpoint else PRESETS[options.preset]
-        if options.horizon:
-            config = replace(config, action_horizon=options.horizon)
-        self.settings = BundleSettings(
-            config,
-            noise_source=self.source.to_dict(),
-            rtc_max_delay=options.rtc_max_delay,
-            loss_dims=len(self.robot.joints) if options.loss_dims == "real" else None,
-        )
-        self.train_set, self.held_out = self._load_data()
-        self.stats: NormStats = statistics(self.train_set, self.robot, self.settings)
-        self.transforms: Group = build_transforms(self.robot, self.stats, self.settings)
-        self.encoder = PromptEncoder(
-            load_tokenizer(None, config.vocab_size), self.settings.prompt_format, config.max_token_len,
-            config.action_dim,
-        )  # fmt: skip
-        if checkpoint:
-            self.model = checkpoint.model(torch.float32, progress=True)
-            self.model.config = config
-        else:
-            self.model = Pi0(config, generator=torch.Generator().manual_seed(options.seed))
-        self.model.to(self.device).train()
-        self.model.set_gradient_checkpointing(options.gradient_checkpointing)
+    Raises:
+        OptionsError: options, robot file or recordings are not those that the run began with.
+        StateError: the state is damaged, or not every process sees the same one.
+    """
+
+    def __init__(self, options: TrainOptions, world: World = World()) -> None:  # noqa: B008 - it is frozen
+        self.options, self.world = options, world
+        self.pieces = options.parts(world.size)  # of one optimizer step, over all processes
+        self.device = world.device(options.device)
+        saved = newest_state(options.output / "state")
+        if saved:
+            require_same(saved["options"], options.to_dict())
+        self.robot = load_robot(options.robot)
+        begin = start(options, self.robot)
+        self.settings, self.tokenizer = begin.settings, begin.tokenizer
+        self.source = noise_source_from_dict(dict(self.settings.noise_source))
+        config = self.settings.model
+        tokenizer = load_tokenizer(self.tokenizer, config.vocab_size)
+        self.encoder = PromptEncoder(tokenizer, self.settings.prompt_format, config.max_token_len, config.action_dim)
+        for note in begin.notes if world.first else ():
+            print(note)
+        self._load_data()
+        self.stats = statistics(self.train_set, self.robot, self.settings)
+        if world.first and (still := [self._named(place) for place in self.stats.constant()]):
+            print(f"warning: never changes in these recordings, so any change will seem huge: {', '.join(still)}")
+        self.transforms = build_transforms(self.robot, self.stats, self.settings)
+        self.model = begin.model(options).to(self.device)
         self.optimizer = make_optimizer(self.model, options.weight_decay)
-        self.average = Average(self.model, options.ema)
+        self.average = Average(self.model, options.ema if world.first else 0.0)
         self.step = 0
         self.losses: list[tuple[int, float]] = []
         self.held_out_losses: list[tuple[int, float]] = []
+        self._unread: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss and gradient norm of steps not yet looked at
+        self._restore(saved)
+        self.forward = world.wrap(self.model, self.device)
 
-    def _load_data(self) -> tuple[Dataset, Dataset]:
-        options, robot = self.options, self.robot
-        bags = find_bags(options.bags)
-        root = options.bags if options.bags.is_dir() else options.bags.parent
-        cached = build_cache(
-            bags,
-            robot,
-            self.settings.model.vision.image_size,
-            options.cache or root / FOLDER,
-            selection=Selection(prompt=options.prompt),
-            jobs=options.jobs,
+    def _load_data(self) -> None:
+        options = self.options
+        size = self.settings.model.vision.image_size
+        with self.world.one_first():
+            units = data.load_units(
+                options.bags, self.robot, size, cache=options.cache, prompt=options.prompt, jobs=options.jobs
+            )
+        self.cameras = tuple(slot for slot in self.settings.model.cameras if slot in self.robot.present_cameras)
+        train, held_out = split(units, options.held_out, options.seed)
+        self.train_set, self.held_out = (
+            Dataset(units, self.settings.model.action_horizon, episodes=episodes, cameras=self.cameras)
+            for episodes in (train, held_out)
         )
-        for bag, reason in cached.skipped.items():
-            print(f"skipped {bag}: {reason}")
-        cameras = tuple(slot for slot in self.settings.model.cameras if slot in robot.present_cameras)
-        parts = [
-            Dataset(cached.units, self.settings.model.action_horizon, episodes=episodes, cameras=cameras)
-            for episodes in split(cached.units, options.held_out, options.seed)
-        ]
-        if not len(parts[0]):
-            raise BagError(f"{options.bags}: no usable sample for {robot.name!r}; inspect_bags says what is wrong")
-        return parts[0], parts[1]
+        if not len(self.train_set):
+            raise BagError(f"{options.bags}: no usable sample for {self.robot.name!r}; inspect_bags says what is wrong")
+        self.episodes = {"train": data.names(units, train), "held_out": data.names(units, held_out)}
+        self.fingerprint = data.fingerprint(units, train, held_out)
+        if self.world.first:
+            counts = f"{len(train)} episodes, {len(self.train_set)} samples; held out {len(held_out)} episodes"
+            print(f"training on {counts}")
+
+    def _named(self, place: str) -> str:
+        """'state[1]' -> 'state of elbow'."""
+        what, _, number = place.rstrip("]").partition("[")
+        return f"{what} of {self.robot.joint_names[int(number)]}"
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def batches(self, step: int) -> list[Batch]:
-        """The pieces of optimizer step `step`."""
-        size = self.options.batch // self.options.accumulate
-        return [
-            collate(
-                self.train_set,
-                batch_indices(
-                    len(self.train_set), step, size, seed=self.options.seed, rank=part, ranks=self.options.accumulate
-                ),
-                self.transforms,
-                self.encoder,
+        """This process's pieces of optimizer step `step`, augmented."""
+        options, pieces = self.options, []
+        for part in self._parts():
+            indices = batch_indices(
+                len(self.train_set), step, options.batch // self.pieces, seed=options.seed, rank=part, ranks=self.pieces
             )
-            for part in range(self.options.accumulate)
-        ]
+            batch = collate(self.train_set, indices, self.transforms, self.encoder)
+            if options.augment:
+                generator = step_streams(options.seed, step, part).augmentation
+                images = augment(batch.observation.images, self.cameras, generator)
+                batch = Batch(replace(batch.observation, images=images), batch.actions)
+            pieces.append(batch)
+        return pieces
 
-    def loss(self, batch: Batch, streams: Streams, augmented: bool) -> torch.Tensor:
-        """Flow-matching loss of one piece, a scalar."""
-        observation, actions = batch.observation, batch.actions
-        if augmented:
-            images = augment(observation.images, self.train_set.cameras, streams.augmentation)
-            observation = replace(observation, images=images)
-        noise = self.source.start(tuple(actions.shape), generator=streams.noise, trajectory=actions)
-        time = sample_time(len(actions), generator=streams.time)
-        observation, actions, noise, time = (x.to(self.device) for x in (observation, actions, noise, time))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"):
-            loss = self.model.compute_loss(
-                observation, actions, noise=noise, time=time, loss_dims=self.settings.loss_dims
-            )
-        return loss.float().mean()
+    def _parts(self) -> range:
+        """Which of a step's pieces are this process's; as many processes with one piece each have the same ones."""
+        own = self.options.accumulate
+        return range(self.world.rank * own, (self.world.rank + 1) * own)
 
-    def train_step(self, pieces: list[Batch]) -> tuple[torch.Tensor, float]:
-        """One optimizer step; the loss and the learning rate."""
+    def train_step(self, pieces: list[Batch]) -> float:
+        """One optimizer step; returns its learning rate."""
         options, total = self.options, torch.zeros((), device=self.device)
-        for part, batch in enumerate(pieces):
-            streams = step_streams(options.seed, self.step, part)
-            loss = self.loss(batch, streams, options.augment) / len(pieces)
-            loss.backward()
+        for part, batch in zip(self._parts(), pieces, strict=True):
+            last = part == self._parts()[-1]
+            quiet = contextlib.nullcontext() if last or self.world.size == 1 else self.forward.no_sync()
+            with quiet:
+                loss = self._loss(self.forward, batch, options.seed, self.step, part) / len(pieces)
+                loss.backward()
             total += loss.detach()
         rate = learning_rate(
             self.step,
             steps=options.steps,
-            warmup=min(options.warmup, options.steps // 10),
+            warmup=options.warmup_steps,
             peak=options.peak,
             final=options.final_learning_rate,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        torch.nn.utils.clip_grad_norm_(
-            [p for p in self.model.parameters() if p.requires_grad], options.clip, foreach=True
-        )
+        norm = torch.nn.utils.clip_grad_norm_(list(trained(self.model).values()), options.clip, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update()
         self.step += 1
-        return total, rate
+        self._unread.append((total, norm))
+        return rate
+
+    def _loss(self, model: torch.nn.Module, batch: Batch, seed: int, step: int, part: int = 0) -> torch.Tensor:
+        return flow_loss(
+            model,
+            batch,
+            step_streams(seed, step, part),
+            source=self.source,
+            max_delay=self.options.rtc_max_delay,
+            loss_dims=self.settings.loss_dims,
+            dtype=DTYPES[self.options.dtype],
+            device=self.device,
+        )
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """Loss on held-out samples with the averaged weights, always the same noise and times."""
         count = min(EVALUATED, len(self.held_out))
         size, losses = min(32, count), []
-        with self._averaged():
+        with self.average.in_place():
             for step in range(count // size):
                 indices = batch_indices(len(self.held_out), step, size, seed=0)
                 batch = collate(self.held_out, indices, self.transforms, self.encoder)
-                losses.append(self.loss(batch, step_streams(0, step), augmented=False).item())
+                losses.append(self._loss(self.model, batch, 0, step).item())
         return sum(losses) / len(losses)
 
-    @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        live = {name: p.detach().clone() for name, p in self.model.named_parameters() if name in self.average.weights}
-        self.model.load_state_dict(self.average.swapped(self.model.state_dict()))
-        try:
-            yield
-        finally:
-            self.model.load_state_dict({**self.model.state_dict(), **live})
+    # --- saved and resumed ------------------------------------------------------------------------------------------
 
-    # --- the run ----------------------------------------------------------------------------------------------------
-
-    def resume(self) -> bool:
-        """Go on from the newest saved state, if there is one."""
-        saved = newest_state(self.options.output / "state")
+    def _restore(self, saved: dict[str, Any] | None) -> None:
+        if not self.world.same(saved["step"] if saved else 0):
+            raise StateError(f"{self.options.output}: not every machine sees the same state; use a folder they share")
         if saved is None:
-            return False
-        self.model.load_state_dict(saved["model"])
+            return
+        for name, now in self._identity().items():
+            if saved[name] != now:
+                raise OptionsError(f"{self.options.output}: {CHANGED[name]}; use another --output for another run")
+        for name, parameter in trained(self.model).items():
+            parameter.data.copy_(saved["weights"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
-        for name, value in saved["average"].items():
-            self.average.weights[name].copy_(value)
+        for name, value in self.average.weights.items():
+            value.copy_(saved["average"][name])
         self.step = saved["step"]
         self.losses, self.held_out_losses = ([tuple(x) for x in saved[name]] for name in ("losses", "held_out_losses"))
-        return True
+
+    def _identity(self) -> dict[str, object]:
+        return {"robot": self.robot.to_yaml(), "recordings": self.fingerprint, "pieces": self.pieces}
 
     def save(self) -> None:
-        """The state, to resume from."""
+        """The state, to resume from, and the loss curve. Only what is trained: the rest comes from --init again."""
+        self._read_losses()
+        if not self.world.first:
+            return
         save_state(
             self.options.output / "state",
             self.step,
             {
-                "model": self.model.state_dict(),
+                "weights": {name: parameter.detach() for name, parameter in trained(self.model).items()},
                 "optimizer": self.optimizer.state_dict(),
                 "average": self.average.weights,
                 "step": self.step,
                 "losses": [list(x) for x in self.losses],
                 "held_out_losses": [list(x) for x in self.held_out_losses],
+                "options": self.options.to_dict(),
+                **self._identity(),
             },
         )
+        plot_losses(self.options.output / "loss.png", self.losses, self.held_out_losses)
 
     def export(self) -> str:
         """The checkpoint folder with the averaged weights; returns its digest."""
         settings = replace(self.settings, trained_steps=self.step)
-        weights = self.average.swapped(self.model.state_dict())
-        return save_bundle(self.options.output / "checkpoint", weights, settings, self.robot, self.stats)
+        weights = merged(self.model, self.average.swapped(self.model.state_dict()))
+        folder = self.options.output / "checkpoint"
+        return save_bundle(folder, weights, settings, self.robot, self.stats, self.tokenizer)
+
+    def _read_losses(self) -> None:
+        if not self._unread:
+            return
+        losses, norms = (torch.stack(column) for column in zip(*self._unread, strict=True))
+        first = self.step - len(self._unread) + 1
+        self._unread.clear()
+        for i, (loss, norm) in enumerate(zip(self.world.mean(losses).tolist(), norms.tolist(), strict=True)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise TrainingError(
+                    f"loss {loss} with gradient norm {norm} at step {first + i}: try a smaller --learning-rate; states "
+                    f"saved before are whole"
+                )
+            self.losses.append((first + i, loss))
+
+    # --- the run ----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the last step, saving on the way."""
-        options = self.options
-        (options.output).mkdir(parents=True, exist_ok=True)
-        if self.resume():
-            print(f"going on from step {self.step}")
-        (options.output / "options.yaml").write_text(yaml.safe_dump(options.to_dict(), sort_keys=False))
-        began, first = time.monotonic(), self.step
-        board = SummaryWriter(str(options.output / "tensorboard"), purge_step=self.step)
-        with tqdm(total=options.steps, initial=self.step, desc="train", unit="step") as bar:
-            for pieces in prefetch(self.batches, self.step, options.steps):
-                loss, rate = self.train_step(pieces)
+        """Train to the last step, saving on the way, and export."""
+        options, world = self.options, self.world
+        options.output.mkdir(parents=True, exist_ok=True)
+        if world.first:
+            self._introduce()
+        board = SummaryWriter(str(options.output / "tensorboard"), purge_step=self.step + 1) if world.first else None
+        bar = tqdm(total=options.steps, initial=self.step, desc="train", unit="step", disable=not world.first)
+        with contextlib.closing(prefetch(self.batches, self.step, options.steps)) as batches, bar:
+            began, first = time.monotonic(), self.step
+            for pieces in batches:
+                rate = self.train_step(pieces)
                 bar.update()
-                if self.step % 10 == 0 or self.step == options.steps:  # reading the loss waits for the device
-                    self._log(board, bar, loss.item(), rate, (self.step - first) / (time.monotonic() - began))
-                if self.step % options.evaluate_every == 0 and len(self.held_out):
+                if self.step % LOGGED == 0 or self.step == options.steps:
+                    self._read_losses()
+                    speed = (self.step - first) * options.batch / (time.monotonic() - began)
+                    self._log(board, bar, rate, speed)
+                if self.step % options.evaluate_every == 0 and len(self.held_out) and world.first:
                     self.held_out_losses.append((self.step, self.evaluate()))
                     board.add_scalar("loss/held_out", self.held_out_losses[-1][1], self.step)
-                if self.step % options.save_every == 0:
+                if self.step % options.save_every == 0 and self.step < options.steps:
                     self.save()
-                    plot_losses(options.output / "loss.png", self.losses, self.held_out_losses)
-                if options.minutes and time.monotonic() - began > options.minutes * 60:
+                if options.minutes and world.agreed(time.monotonic() - began > options.minutes * 60):
                     break
-        board.close()
         self.save()
-        plot_losses(options.output / "loss.png", self.losses, self.held_out_losses)
-        print(f"checkpoint {self.export()} after {self.step} steps: {options.output / 'checkpoint'}")
+        if world.first:
+            board.close()
+            print(f"checkpoint {self.export()} after {self.step} steps: {options.output / 'checkpoint'}")
 
-    def _log(self, board: SummaryWriter, bar: tqdm, loss: float, rate: float, speed: float) -> None:
-        if loss != loss:
-            raise OptionsError(f"the loss is not a number at step {self.step}: try a smaller --learning-rate")
-        self.losses.append((self.step, loss))
-        board.add_scalar("loss/train", loss, self.step)
-        board.add_scalar("learning_rate", rate, self.step)
-        held = f" held out {self.held_out_losses[-1][1]:.4f}" if self.held_out_losses else ""
-        recent = [value for _, value in self.losses[-20:]]
-        bar.set_postfix_str(
-            f"loss {sum(recent) / len(recent):.4f}{held} lr {rate:.1e} {speed * self.options.batch:.0f} samples/s"
+    def _introduce(self) -> None:
+        """Say what will be trained and what it takes; write down what was asked for."""
+        options = self.options
+        remove_leftovers(options.output / "state")
+        data.write_whole(options.output / "options.yaml", yaml.safe_dump(options.to_dict(), sort_keys=False))
+        data.write_whole(options.output / "episodes.json", json.dumps(self.episodes, indent=1))
+        needed = forecast(
+            self.model,
+            self.settings.model,
+            piece=options.batch // self.pieces,
+            cameras=len(self.cameras),
+            dtype=DTYPES[options.dtype],
+            gradient_checkpointing=options.gradient_checkpointing,
+            average=options.ema > 0,
         )
+        print(report(self.model, needed, available_memory(self.device), str(self.device)))
+        if self.step:
+            print(f"going on from step {self.step}")
+
+    def _log(self, board: SummaryWriter | None, bar: tqdm, rate: float, speed: float) -> None:
+        if board is None:
+            return
+        recent = [value for _, value in self.losses[-20 * LOGGED :]]
+        board.add_scalar("loss/train", sum(recent[-LOGGED:]) / len(recent[-LOGGED:]), self.step)
+        board.add_scalar("learning_rate", rate, self.step)
+        board.add_scalar("samples_per_second", speed, self.step)
+        held = f" held out {self.held_out_losses[-1][1]:.4f}" if self.held_out_losses else ""
+        bar.set_postfix_str(f"loss {sum(recent) / len(recent):.4f}{held} lr {rate:.1e} {speed:.0f} samples/s")
 
 
-def noise_source(options: TrainOptions) -> NoiseSource:
-    """The noise source that the options ask for."""
-    if options.noise == "pink":
-        return Pink(options.noise_beta)
-    if options.noise == "cold":
-        return Cold(options.cold, options.cold_strength)
-    return White()
+CHANGED = {
+    "robot": "the robot file is not the one that this run began with",
+    "recordings": "the recordings are not those that this run began with",
+    "pieces": "processes x --accumulate is not what this run began with",
+}
+FAULTS = (
+    OptionsError, RobotFileError, BagError, CacheError, CheckpointError, ConfigError, StateError, TrainingError,
+    ValueError, OSError,
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; 1 and one line when something is wrong with options, data or checkpoint."""
     try:
         options = parse(arguments)
-        Run(options).run()
+        with joined() as world:
+            Run(options, world).run()
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last saved state", file=sys.stderr)
         return 130
-    except (
-        OptionsError, RobotFileError, BagError, CacheError, CheckpointError, PolicyError, StateError, ValueError, OSError
-    ) as error:  # fmt: skip
+    except FAULTS as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        print(f"error: {reason}: see the memory forecast above for what needs less", file=sys.stderr)
         return 1
     return 0
 

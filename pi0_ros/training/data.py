@@ -1,0 +1,96 @@
+"""The recordings of a run: decoded, checked against the robot file, and known again by their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pi0_ros.robot import Robot
+from pi0_ros.training.bags import BagError, find_bags
+from pi0_ros.training.build import build_cache
+from pi0_ros.training.cache import FOLDER, Unit
+from pi0_ros.training.episodes import Selection
+
+FEWEST_CHANGES = 10  # changes of a command from which its rate is judged
+
+Episodes = list[tuple[int, int]]  # (unit, episode of the unit)
+
+
+def load_units(
+    bags: Path,
+    robot: Robot,
+    image_size: int,
+    *,
+    cache: Path | None = None,
+    prompt: str | None = None,
+    jobs: int | None = None,
+) -> list[Unit]:
+    """The usable recordings at `bags`, decoded into the cache (by default `.pi0_cache` beside them).
+
+    One that cannot be read, or contradicts the robot file in joints or cameras, is named with its reason and left out.
+
+    Raises:
+        BagError: no recording is usable, or actions were recorded at another rate than the robot file's.
+        CacheError: the cache cannot be written.
+    """
+    root = bags if bags.is_dir() and not (bags / "metadata.yaml").is_file() else bags.parent
+    found = find_bags(bags)
+    cached = build_cache(
+        found, robot, image_size, cache or root / FOLDER, selection=Selection(prompt=prompt), jobs=jobs
+    )
+    if not cached.units:
+        bag, reason = next(iter(cached.skipped.items()))
+        others = f" (and {len(cached.skipped) - 1} more)" if len(cached.skipped) > 1 else ""
+        raise BagError(f"none of {len(found)} recordings fits {robot.name!r}: {_without(reason, bag)}: {bag}{others}")
+    for bag, reason in cached.skipped.items():
+        print(f"left out {bag}: {_without(reason, bag)}")
+    check_rate(cached.units, robot)
+    return cached.units
+
+
+def _without(reason: str, bag: str) -> str:
+    return reason.removeprefix(f"{bag}: ")
+
+
+def check_rate(units: Sequence[Unit], robot: Robot) -> None:
+    """BagError if commands that hold until the next one came at half the control rate or less: every other action of a
+    chunk would repeat the one before, and the policy would learn to move in jerks. Trajectories have times of their
+    own, between which they are interpolated."""
+    if robot.actions is None or robot.actions.type == "JointTrajectory":
+        return
+    gaps = []
+    for unit in units:
+        for episode in unit.episodes:
+            window = slice(episode["begin"], episode["end"])
+            actions = unit.arrays["actions"][window][unit.arrays["known"][window]]
+            gaps.append(np.diff(np.flatnonzero((np.diff(actions, axis=0) != 0).any(axis=1))))
+    gaps = np.concatenate(gaps) if gaps else np.empty(0)
+    if len(gaps) >= FEWEST_CHANGES and (median := float(np.median(gaps))) >= 2:
+        rate = robot.control_rate / median
+        raise BagError(
+            f"actions on {robot.actions.topic} change {rate:.3g} times a second, but the robot file's control_rate is "
+            f"{robot.control_rate:g} Hz; set control_rate to the rate that commands were recorded at"
+        )
+
+
+def names(units: Sequence[Unit], episodes: Episodes) -> list[list[Any]]:
+    """Episodes by content: [digest of the recording, number of the episode in it], whatever folder it lies in."""
+    return [[units[unit].index["digest"], episode] for unit, episode in episodes]
+
+
+def fingerprint(units: Sequence[Unit], train: Episodes, held_out: Episodes) -> str:
+    """Changes with anything that the samples of a run depend on: 16 hex digits."""
+    content = [[unit.folder.name for unit in units], train, held_out]  # a unit's folder is named by its content
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

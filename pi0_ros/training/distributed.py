@@ -1,0 +1,98 @@
+"""Several processes that train one model: who this process is, and what it agrees on with the others.
+
+Started by torchrun, which sets the environment; without it there is one process and nothing to agree on. Weights are
+copied to every device and gradients averaged (DDP).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+PATIENCE = timedelta(hours=6)  # others wait as long while the first one decodes recordings
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`; `local_rank` counts on its own machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and speaks."""
+        return self.rank == 0
+
+    def device(self, name: str) -> torch.device:
+        """The device that a `--device` means for this process."""
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if chosen.type == "cuda" and chosen.index is None and self.size > 1:
+            return torch.device("cuda", self.local_rank)
+        return chosen
+
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model as the training loop calls it."""
+        if self.size == 1:
+            return model
+        ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over processes, on the CPU."""
+        values = values.detach().cpu()
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def agreed(self, flag: bool) -> bool:
+        """What the first process says."""
+        if self.size == 1:
+            return flag
+        said = torch.tensor(int(flag))
+        dist.broadcast(said, src=0)
+        return bool(said)
+
+    def same(self, number: int) -> bool:
+        """Whether every process has this number."""
+        if self.size == 1:
+            return True
+        ends = torch.tensor([number, -number])
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        return int(ends[0]) == -int(ends[1])
+
+    @contextlib.contextmanager
+    def one_first(self) -> Iterator[None]:
+        """On each machine one process goes through the block first, then the others."""
+        if self.size > 1 and self.local_rank > 0:
+            dist.all_reduce(torch.zeros(1))
+        yield
+        if self.size > 1 and self.local_rank == 0:
+            dist.all_reduce(torch.zeros(1))
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[World]:
+    """The world that torchrun's environment describes, for the time of the block."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    try:
+        yield World(dist.get_rank(), size, local)
+    finally:
+        dist.destroy_process_group()

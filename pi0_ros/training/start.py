@@ -1,0 +1,125 @@
+"""What a run begins from: a checkpoint of any layout, or random weights of a preset's size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pi0_ros.model.checkpoint import Checkpoint, open_checkpoint
+from pi0_ros.model.config import PRESETS
+from pi0_ros.model.flow import Cold, NoiseSource, Pink, White, noise_source_from_dict
+from pi0_ros.model.pi0 import Pi0
+from pi0_ros.policy.bundle import CONFIG, BundleSettings, load_bundle
+from pi0_ros.policy.convert import foreign_settings
+from pi0_ros.robot import Robot
+from pi0_ros.training.lora import add_lora
+from pi0_ros.training.objective import keep_float32
+from pi0_ros.training.options import OptionsError, TrainOptions
+from pi0_ros.training.parts import freeze, trained
+
+FROM_SCRATCH = ("nano", "nano05")  # presets that a robot's own recordings can train from random weights
+
+
+@dataclass(frozen=True)
+class Start:
+    """Settings of the checkpoint to be, the weights to begin with (None: random), and a tokenizer to travel along."""
+
+    settings: BundleSettings
+    checkpoint: Checkpoint | None
+    tokenizer: Path | None
+    notes: tuple[str, ...]
+
+    def model(self, options: TrainOptions) -> Pi0:
+        """The model in float32, with the parts frozen and the updates added that the options ask for."""
+        config = self.settings.model
+        if self.checkpoint:
+            model = self.checkpoint.model(torch.float32, progress=True)
+            model.config = config  # the horizon is not in the weights
+        else:
+            model = Pi0(config, generator=torch.Generator().manual_seed(options.seed))
+        freeze(model, options.freeze)
+        if options.lora:
+            add_lora(model, options.lora, options.seed)
+        if not trained(model):
+            raise OptionsError("--freeze leaves nothing to train")
+        keep_float32(model)
+        model.set_gradient_checkpointing(options.gradient_checkpointing)
+        return model.train()
+
+
+def start(options: TrainOptions, robot: Robot) -> Start:
+    """The beginning that the options describe.
+
+    Raises:
+        CheckpointError: `--init` cannot be read.
+        OptionsError: model and robot do not go together.
+    """
+    notes: list[str] = []
+    checkpoint = tokenizer = None
+    if options.init:
+        settings, checkpoint, tokenizer = _from_checkpoint(options.init, robot, notes)
+    else:
+        settings = BundleSettings(PRESETS[options.preset])
+        if options.preset not in FROM_SCRATCH:
+            notes.append(
+                f"warning: --preset {options.preset} without --init trains {options.preset} from random weights; "
+                "published weights (--init) are what makes that size worth its cost"
+            )
+    if options.horizon:
+        settings = replace(settings, model=replace(settings.model, action_horizon=options.horizon))
+    _require_fit(options, settings, robot)
+    source = noise_source(options, settings)
+    if options.init and source.to_dict() != dict(settings.noise_source):
+        notes.append(f"warning: {options.init} was trained with noise source {dict(settings.noise_source)}")
+    settings = replace(
+        settings,
+        noise_source=source.to_dict(),
+        rtc_max_delay=options.rtc_max_delay,
+        loss_dims=len(robot.joints) if options.loss_dims == "real" else None,
+        trained_steps=0,
+    )
+    return Start(settings, checkpoint, options.tokenizer or tokenizer, tuple(notes))
+
+
+def _from_checkpoint(path: Path, robot: Robot, notes: list[str]) -> tuple[BundleSettings, Checkpoint, Path | None]:
+    if path.is_dir() and (path / "manifest.json").is_file() and (path / CONFIG).is_file():
+        bundle = load_bundle(path)
+        if bundle.robot is not None and (faults := bundle.robot.contradictions(robot)):
+            notes.append(f"{path} was trained for another robot: {'; '.join(faults)}")
+        checkpoint, settings, tokenizer = bundle.weights(), bundle.settings, bundle.tokenizer
+    else:
+        checkpoint = open_checkpoint(path)
+        settings = foreign_settings(checkpoint, str(path))
+        folder = path if path.is_dir() else path.parent
+        beside = (folder / "tokenizer.json").is_file() or len(list(folder.glob("*.model"))) == 1
+        tokenizer = folder if beside else None
+    notes.insert(0, f"{path}: {checkpoint.describe()}")
+    notes.append("normalisation statistics are taken from these recordings anew, those of --init are not used")
+    return settings, checkpoint, tokenizer
+
+
+def _require_fit(options: TrainOptions, settings: BundleSettings, robot: Robot) -> None:
+    model = settings.model
+    if len(robot.joints) > model.action_dim:
+        raise OptionsError(f"{robot.name!r} has {len(robot.joints)} joints, the model {model.action_dim} dimensions")
+    if extra := [slot for slot in robot.present_cameras if slot not in model.cameras]:
+        raise OptionsError(
+            f"camera {', '.join(extra)} of {robot.name!r} has no slot in the model: allowed: {', '.join(model.cameras)}"
+        )
+    if options.rtc_max_delay >= model.action_horizon:
+        raise OptionsError(
+            f"--rtc-max-delay {options.rtc_max_delay} must be below the horizon, {model.action_horizon} actions"
+        )
+
+
+def noise_source(options: TrainOptions, settings: BundleSettings) -> NoiseSource:
+    """The noise source that the options ask for, by default the checkpoint's."""
+    if options.noise == "pink":
+        return Pink(options.noise_beta)
+    if options.noise == "cold":
+        return Cold(options.cold, options.cold_strength)
+    if options.noise == "white":
+        return White()
+    return noise_source_from_dict(dict(settings.noise_source))

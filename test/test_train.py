@@ -1,0 +1,300 @@
+"""A training run from bags to a checkpoint folder, interrupted and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train_kit as kit
+import yaml
+
+from pi0_ros.model.config import PRESETS
+from pi0_ros.model.flow import Pink
+from pi0_ros.policy.bundle import BundleSettings, load_bundle, save_bundle
+from pi0_ros.policy.policy import Policy, RobotObservation
+from pi0_ros.training import train as train_module
+from pi0_ros.training.batches import prefetch
+from pi0_ros.training.optimise import Average, learning_rate
+from pi0_ros.training.options import OptionsError, parse
+from pi0_ros.training.train import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return kit.make_data(tmp_path_factory.mktemp("train"))
+
+
+def infer(policy: Policy) -> np.ndarray:
+    images = {"base_0_rgb": np.full((12, 16, 3), 20, np.uint8)}
+    observation = RobotObservation(0, images, {"base_0_rgb": 0}, np.array([0.2, 0.5, 1.0]), "wave")
+    return policy.infer(observation).actions
+
+
+def test_a_run_learns_and_leaves_a_checkpoint_that_acts(data, tmp_path, capsys):
+    assert main(kit.arguments(data, tmp_path / "out", steps=120, batch=8, learning_rate=3e-3, ema=0.9)) == 0
+    policy = Policy.load(tmp_path / "out" / "checkpoint", device="cpu")
+    actions = infer(policy)
+    assert actions.shape == (5, 3) and np.isfinite(actions).all()
+    assert policy.settings.trained_steps == 120 and policy.settings.loss_dims == 3
+    assert policy.robot.name == "bench"
+    losses = [loss for _, loss in torch.load(newest(tmp_path / "out"), weights_only=True)["losses"]]
+    assert len(losses) == 120
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
+    said = capsys.readouterr().out
+    assert "statistics are taken from these recordings anew" in said
+    assert "2 episodes" in said and "held out 1 episodes" in said
+
+
+def last_line(capsys) -> str:
+    """The last line on stderr, without the progress bars before it."""
+    return capsys.readouterr().err.rstrip("\n").rpartition("\n")[2].rpartition("\r")[2]
+
+
+def newest(output: Path) -> Path:
+    return sorted((output / "state").glob("step_*"))[-1] / "state.pt"
+
+
+def test_a_run_leaves_its_options_episodes_curve_and_tensorboard_log(data, tmp_path):
+    run = kit.make_run(data, tmp_path / "out", evaluate_every=2)
+    run.run()
+    options = yaml.safe_load((tmp_path / "out" / "options.yaml").read_text())
+    assert options["steps"] == 6 and options["seed"] == 42 and options["init"] == str(data / "start")
+    episodes = json.loads((tmp_path / "out" / "episodes.json").read_text())
+    assert len(episodes["train"]) == 2 and len(episodes["held_out"]) == 1
+    assert (tmp_path / "out" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((tmp_path / "out" / "tensorboard").glob("events*"))
+    assert [step for step, _ in run.held_out_losses] == [2, 4, 6]
+
+
+def test_the_saved_options_begin_the_same_run_anew(data, tmp_path):
+    first = kit.make_run(data, tmp_path / "first", steps=2)
+    first.run()
+    again = parse(["--config", str(tmp_path / "first" / "options.yaml"), "--output", str(tmp_path / "second")])
+    second = train_module.Run(again)
+    second.run()
+    assert second.losses == first.losses
+    same(kit.weights(second), kit.weights(first))
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys, torch
+from pi0_ros.training import state
+from pi0_ros.training.train import main
+
+whole = torch.save
+
+def save(content, stream):
+    if content["step"] < 4:
+        return whole(content, stream)
+    stream.write(b"half of a state")
+    stream.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+state.torch.save = save
+torch.set_num_threads(1)
+main(sys.argv[1:])
+"""
+
+
+def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(data, tmp_path):
+    options = {"steps": 6, "save_every": 2, "evaluate_every": 3, "accumulate": 2, "rtc_max_delay": 2}
+    command = [sys.executable, "-c", KILLED_WHILE_SAVING, *kit.arguments(data, tmp_path / "killed", **options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    states = tmp_path / "killed" / "state"
+    assert [path.name for path in states.glob("step_*")] == ["step_00000002"]
+    assert list(states.glob(".step_00000004.*.part"))
+    assert not (tmp_path / "killed" / "checkpoint").exists()
+
+    resumed = kit.make_run(data, tmp_path / "killed", **options)
+    resumed.run()
+    whole = kit.make_run(data, tmp_path / "whole", **options)
+    whole.run()
+    assert [step for step, _ in resumed.losses] == [1, 2, 3, 4, 5, 6]
+    assert resumed.losses == whole.losses
+    assert resumed.held_out_losses == whole.held_out_losses
+    same(kit.weights(resumed), kit.weights(whole))
+    same(resumed.average.weights, whole.average.weights)
+    assert not list(states.glob(".*"))
+    digests = [load_bundle(tmp_path / name / "checkpoint").digest for name in ("killed", "whole")]
+    assert digests[0] == digests[1]
+
+
+def test_a_resumed_run_is_held_to_its_options(data, tmp_path, capsys):
+    kit.make_run(data, tmp_path / "out", steps=2).run()
+    changes = {"--batch": {"batch": 8}, "--steps": {"steps": 4}, "--seed": {"seed": 7}, "--lora": {"lora": ("vlm",)},
+               "--rtc-max-delay": {"rtc_max_delay": 1}, "--dtype": {"dtype": "bfloat16"}}  # fmt: skip
+    for flag, change in changes.items():
+        assert main(kit.arguments(data, tmp_path / "out", **{"steps": 2, **change})) == 1
+        error = last_line(capsys)
+        assert error.startswith("error: ") and flag in error
+    assert main(kit.arguments(data, tmp_path / "out", steps=2, accumulate=2)) == 1
+    assert "processes x --accumulate" in capsys.readouterr().err
+    assert main(kit.arguments(data, tmp_path / "out", steps=2, save_every=1, minutes=5.0, jobs=None)) == 0
+
+
+def test_a_resumed_run_is_held_to_its_recordings_and_robot_file(tmp_path, capsys):
+    data = kit.make_data(tmp_path)
+    kit.make_run(data, tmp_path / "out", steps=2).run()
+    (data / "robot.yaml").write_text((data / "robot.yaml").read_text().replace("velocity: 1.0", "velocity: 2.0"))
+    assert main(kit.arguments(data, tmp_path / "out", steps=2)) == 1
+    assert "the robot file is not the one that this run began with" in capsys.readouterr().err
+    kit.make_data(tmp_path / "more")
+    (tmp_path / "more" / "bags" / "episode_2").rename(tmp_path / "gone")
+    assert main(kit.arguments(tmp_path / "more", tmp_path / "out", steps=2, init=data / "start")) == 1
+    assert "the recordings are not those" in capsys.readouterr().err
+
+
+def test_a_damaged_state_is_named_with_the_way_out(data, tmp_path, capsys):
+    kit.make_run(data, tmp_path / "out", steps=2, save_every=1).run()
+    path = newest(tmp_path / "out")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert main(kit.arguments(data, tmp_path / "out", steps=2, save_every=1)) == 1
+    assert f"remove {path.parent}" in capsys.readouterr().err
+    for file in path.parent.iterdir():
+        file.unlink()
+    path.parent.rmdir()
+    assert main(kit.arguments(data, tmp_path / "out", steps=2, save_every=1)) == 0
+
+
+def test_a_preset_of_random_weights_trains_and_large_ones_are_warned_about(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(PRESETS, "nano", kit.TINY)
+    monkeypatch.setitem(PRESETS, "pi0", kit.TINY)
+    assert main(kit.arguments(data, tmp_path / "nano", init=None, steps=2)) == 0
+    said = capsys.readouterr().out
+    assert "--preset" not in said
+    assert "warning: never changes in these recordings, so any change will seem huge: state of elbow" in said
+    assert main(kit.arguments(data, tmp_path / "pi0", init=None, preset="pi0", steps=2)) == 0
+    assert "warning: --preset pi0 without --init" in capsys.readouterr().out
+    assert load_bundle(tmp_path / "nano" / "checkpoint").settings.noise_source == {"source": "white"}
+
+
+def test_a_checkpoint_to_start_from_hands_on_tokenizer_prompt_format_and_noise_source(data, tmp_path, capsys):
+    tokenizer = tmp_path / "words"
+    tokenizer.mkdir()
+    make_tokenizer(tokenizer)
+    settings = BundleSettings(kit.TINY, noise_source=Pink(0.5).to_dict(), normalisation="quantile")
+    save_bundle(tmp_path / "start", kit.random_start(), settings, None, None, tokenizer)
+    assert main(kit.arguments(data, tmp_path / "out", init=tmp_path / "start", steps=2, horizon=7)) == 0
+    bundle = load_bundle(tmp_path / "out" / "checkpoint")
+    assert bundle.settings.noise_source == {"source": "pink", "beta": 0.5}
+    assert bundle.settings.normalisation == "quantile" and bundle.settings.model.action_horizon == 7
+    assert (bundle.tokenizer / "tokenizer.json").read_text() == (tokenizer / "tokenizer.json").read_text()
+    assert Policy.load(bundle.folder, device="cpu").config.action_horizon == 7
+    capsys.readouterr()
+    assert main(kit.arguments(data, tmp_path / "white", init=tmp_path / "start", steps=2, noise="white")) == 0
+    assert "was trained with noise source {'source': 'pink', 'beta': 0.5}" in capsys.readouterr().out
+    assert load_bundle(tmp_path / "white" / "checkpoint").settings.noise_source == {"source": "white"}
+
+
+def make_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "wave", "point", "\n"])}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="<bos>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def test_weights_that_are_no_longer_numbers_end_the_run_and_are_never_saved(data, tmp_path, capsys):
+    assert main(kit.arguments(data, tmp_path / "out", steps=6, learning_rate=1e30, clip=1e30, save_every=1)) == 1
+    error = last_line(capsys)
+    assert error.startswith("error: loss") and "--learning-rate" in error
+    for path in (tmp_path / "out" / "state").glob("step_*/state.pt"):
+        assert all(torch.isfinite(w).all() for w in torch.load(path, weights_only=True)["weights"].values())
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_a_run_with_a_time_limit_stops_and_exports(data, tmp_path):
+    run = kit.make_run(data, tmp_path / "out", steps=10_000, minutes=1e-9)
+    run.run()
+    assert run.step == 1 and load_bundle(tmp_path / "out" / "checkpoint").settings.trained_steps == 1
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
+    rates = [learning_rate(step, steps=12, warmup=4, peak=1.0, final=0.1) for step in (0, 2, 4, 8, 12, 20)]
+    assert rates == pytest.approx([0.2, 0.6, 1.0, 0.55, 0.1, 0.1])
+
+
+def test_the_average_follows_the_weights_and_lends_them_out():
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        average = Average(model, 0.9)
+        model.weight.fill_(2.0)
+        average.update()
+        assert average.weights["weight"].item() == pytest.approx(1.1)
+        with average.in_place():
+            assert model.weight.item() == pytest.approx(1.1)
+        assert model.weight.item() == 2.0
+        without = Average(model, 0.0)
+        without.update()
+        assert without.swapped(model.state_dict())["weight"].item() == 2.0
+
+
+def test_what_preparing_a_batch_raises_is_raised_where_the_batch_is_asked_for():
+    def make(step: int) -> list:
+        if step == 2:
+            raise ValueError("step 2 is bad")
+        return [step]
+
+    batches = prefetch(make, 0, 5)
+    assert [next(batches), next(batches)] == [[0], [1]]
+    with pytest.raises(ValueError, match="step 2 is bad"):
+        next(batches)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch", "6", "--accumulate", "4"], "--batch 6 must be a multiple"),
+        (["--ema", "1.0"], "--ema must be from 0 to below 1, found 1.0"),
+        (["--freeze", "vlm", "--lora", "vlm", "--init", "x"], "--freeze and --lora both name vlm"),
+        (["--lora", "vlm"], "--lora needs --init"),
+        (["--steps", "0"], "--steps must be at least 1, found 0"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_by_name(words, message):
+    with pytest.raises(OptionsError, match=message):
+        parse(["--bags", "a", "--robot", "b", "--output", "c", *words]).parts()
+
+
+def test_options_come_from_a_file_and_the_command_line_has_the_last_word(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("bags: a\nrobot: b\noutput: c\nsteps: 7\naugment: false\nfreeze: [vision, vlm]\nhorizon: null\n")
+    options = parse(["--config", str(path), "--steps", "9"])
+    assert (options.steps, options.augment, options.freeze, options.horizon) == (9, False, ("vision", "vlm"), None)
+    assert parse([f"--config={path}", "--augment"]).augment
+    for text, message in (("speed: 3", "unknown option speed, allowed: bags"), ("[1, 2]", "must hold a mapping"),
+                          ("a: b: c", "not YAML")):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(OptionsError, match=message):
+            parse(["--config", str(path)])
+    with pytest.raises(OptionsError, match="No such file"):
+        parse(["--config", str(tmp_path / "none.yaml")])
