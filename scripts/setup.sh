@@ -111,6 +111,8 @@ if [ "$(cat .venv/.stamp 2>/dev/null)" != "$environment" ]; then
     fi
     .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check "${requirements[@]/#/--requirement=}"
     [ "$ros" != wheels ] || .venv/bin/python scripts/mend_cmake.py
+    phase "lighter meshes for the demo's arm"
+    .venv/bin/python -m pi0_ros.demo.assets >/dev/null
     rm .venv/.incomplete
     echo "$environment" >.venv/.stamp
     phase "requirements are in place ($((SECONDS - begun)) s)"
