@@ -129,11 +129,11 @@ def compare_sampling(
 def _our_outputs(feed: Feed) -> dict[str, Tensor]:
     """What each mode gives, with what it reuses really coming from an earlier chunk."""
     outputs, base, state = {}, feed.sampler.cameras[0], feed.state
-    outputs["chunk"] = feed.chunk(3).actions
     feed.images[base] = 255 - feed.images[base]
-    feed.chunk(1)
+    feed.chunk(3)
     feed.images[base] = 255 - feed.images[base]
     outputs["one camera new"] = feed.chunk(1).actions
+    outputs["chunk"] = feed.chunk(3).actions
     feed.state = -state
     feed.chunk(0)
     feed.state = state
