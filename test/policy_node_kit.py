@@ -52,6 +52,7 @@ class StubPolicy:
         self.robot = robot
         self.asked: list[RobotObservation] = []
         self.executed: list[np.ndarray | None] = []
+        self.following: list[np.ndarray | None] = []
         self.threads: set[int] = set()
         self.resets = self.warm = self.closed = 0
         self.go = threading.Event()  # inference waits for it
@@ -63,10 +64,11 @@ class StubPolicy:
         self.warm += 1
         self.threads.add(threading.get_ident())
 
-    def infer(self, observation: RobotObservation, executed: np.ndarray | None = None, **_) -> Chunk:
+    def infer(self, observation: RobotObservation, executed: np.ndarray | None = None, following=None, **_) -> Chunk:
         self.threads.add(threading.get_ident())
         self.asked.append(observation)
         self.executed.append(executed)
+        self.following.append(following)
         self.go.wait(20)
         if self.error is not None:
             raise self.error

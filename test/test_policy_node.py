@@ -313,16 +313,17 @@ def test_real_time_chunking_hands_over_what_will_have_been_executed(bench):
         b.send()
 
     b.start()
-    b.until(lambda: b.chunks[-1].frozen == 3, doing=status)
+    b.until(lambda: b.chunks[-1].frozen == 4, doing=status)  # 2.4 actions: on the way to the fourth
     k = max(i for i, executed in enumerate(b.policy.executed) if executed is not None)
     executed, asked = b.policy.executed[k], b.policy.asked[k]
     # Every chunk is state + 0.01 a step, so what runs 50 ms * s after its observation is state + 0.01 * s.
     before = (asked.stamp - b.policy.asked[k - 1].stamp) / SECOND / 0.05
-    np.testing.assert_allclose(executed[:, 0], 0.1 + 0.01 * (before + np.arange(3)), atol=1e-9)
+    np.testing.assert_allclose(executed[:, 0], 0.1 + 0.01 * (before + np.arange(4)), atol=1e-9)
     assert b.call(SetPrompt, "set_prompt", SetPrompt.Request(prompt="jump")).success
     b.until(lambda: b.chunks[-1].prompt == "jump", doing=status)
     first = next(i for i, asked in enumerate(b.policy.asked) if asked.prompt == "jump")
-    assert b.policy.executed[first] is None
+    assert b.policy.executed[first] is not None  # the arm goes on until the chunk is there, whatever it was told
+    assert len(b.policy.following[first]) == 0
 
 
 def test_an_exception_in_inference_stops_the_node_visibly_and_leaves_it_controllable(bench):

@@ -31,23 +31,83 @@ def test_actions_of_a_chunk_at_other_times_are_interpolated_and_end_with_it():
     assert actions_from(actions, NOW, 0.1, NOW - 1, 3).shape == (0, 2)
 
 
-def test_executed_is_what_the_last_chunk_commands_for_the_measured_delay():
+def test_committed_is_what_the_last_chunk_commands_for_the_measured_delay_and_what_it_would_do_then():
     handover = Handover()
     handover.published(published())
     handover.heard(status(handover_delay=1.3), NOW)
-    np.testing.assert_allclose(handover.executed(NOW + 200 * MS, 1, "go"), [[2, -2], [3, -3]], atol=1e-6)
+    committed = handover.committed(NOW + 250 * MS, 1, "go")
+    # Taken over at 1.3 actions, between the second and the third: three rows stand.
+    np.testing.assert_allclose(committed.executed, [[2.5, -2.5], [3.5, -3.5], [4.5, -4.5]], atol=1e-6)
+    np.testing.assert_allclose(committed.following[:, 0], [5.5, 6.5, 7.5, 8.5], atol=1e-6)
+
+
+def test_another_prompt_leaves_the_committed_actions_and_nothing_after_them():
+    handover = Handover()
+    handover.published(published())
+    handover.heard(status(handover_delay=1.3), NOW)
+    committed = handover.committed(NOW + 200 * MS, 1, "stop")
+    np.testing.assert_allclose(committed.executed[:, 0], [2, 3, 4], atol=1e-6)
+    assert committed.following.shape == (0, 2)
 
 
 @pytest.mark.parametrize(
-    ("change", "epoch", "prompt"),
-    [({}, 2, "go"), ({}, 1, "stop"), ({"state": PlayerStatus.HOLDING}, 1, "go"), ({"epoch": 0}, 1, "go")],
+    ("change", "epoch", "later"),
+    [
+        ({}, 2, 200),
+        ({"state": PlayerStatus.HOLDING}, 1, 200),
+        ({"state": PlayerStatus.APPROACHING}, 1, 200),
+        ({"state": PlayerStatus.STOPPED}, 1, 200),
+        ({"epoch": 0}, 1, 200),
+        ({"sequence": 8}, 1, 200),  # a chunk of somebody else
+        ({}, 1, 1100),  # silent: gone
+        ({}, 1, 950),  # the chunk is over
+    ],
 )
-def test_nothing_is_known_across_epochs_prompts_and_holds(change, epoch, prompt):
+def test_nothing_is_known_across_epochs_holds_and_silence(change, epoch, later):
     handover = Handover()
     handover.published(published())
     handover.heard(status(handover_delay=1.3), NOW)
+    assert handover.committed(NOW + 200 * MS, 1, "go") is not None
     handover.heard(status(handover_delay=1.3, **change), NOW)
-    assert handover.executed(NOW + 200 * MS, epoch, prompt) is None
+    assert handover.committed(NOW + later * MS, epoch, "go") is None
+
+
+def test_the_first_chunk_and_the_time_after_a_reset_are_free():
+    handover = Handover()
+    assert handover.committed(NOW, 1, "go") is None
+    handover.published(published())
+    assert handover.committed(NOW, 1, "go") is None  # the player has not spoken
+    handover.heard(status(handover_delay=1.3), NOW)
+    handover.forget_all()
+    handover.published(published())
+    assert handover.committed(NOW, 1, "go") is None
+
+
+def test_a_chunk_that_the_player_does_not_name_was_lost_and_the_one_before_counts():
+    handover = Handover()
+    handover.published(published())
+    handover.heard(status(handover_delay=1.3), NOW)
+    newer = published(NOW + 100 * MS, sequence=8)
+    handover.published(newer)
+    begin = lambda at: handover.committed(NOW + at * MS, 1, "go").executed[0, 0]  # noqa: E731
+    assert begin(200) == pytest.approx(1)  # row 1 of the newer one: it is on its way
+    handover.heard(status(NOW + 150 * MS, handover_delay=1.3), NOW + 150 * MS)
+    assert begin(200) == pytest.approx(1)
+    handover.heard(status(NOW + 210 * MS, handover_delay=1.3), NOW + 210 * MS)
+    assert begin(300) == pytest.approx(3)  # it never came: row 3 of the old one
+    handover.heard(status(NOW + 310 * MS, sequence=8, handover_delay=2.1), NOW + 310 * MS)
+    assert begin(400) == pytest.approx(3)  # it did, late: row 3 of the newer
+
+
+def test_a_refused_chunk_counts_no_more_at_once_and_the_next_one_does():
+    handover = Handover()
+    handover.published(published())
+    handover.heard(status(handover_delay=1.3), NOW)
+    handover.published(published(NOW + 100 * MS, sequence=8))
+    handover.heard(status(NOW + 110 * MS, handover_delay=1.3, chunks_refused=1), NOW + 110 * MS)
+    assert handover.committed(NOW + 200 * MS, 1, "go").executed[0, 0] == pytest.approx(2)
+    handover.published(published(NOW + 200 * MS, sequence=9))
+    assert handover.committed(NOW + 300 * MS, 1, "go").executed[0, 0] == pytest.approx(1)
 
 
 def test_the_delay_is_the_largest_of_the_last_ten_hand_overs_and_never_a_running_maximum():

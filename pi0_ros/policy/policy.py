@@ -195,6 +195,7 @@ class Policy:
         generator: torch.Generator | None = None,
         noise: torch.Tensor | np.ndarray | None = None,
         executed: np.ndarray | None = None,
+        following: np.ndarray | None = None,
     ) -> Chunk:
         """The chunk for an observation.
 
@@ -203,22 +204,27 @@ class Policy:
             noise: the start itself, [H, A] in model space, instead of a draw.
             executed: float64 [d, J], robot units: the actions from the observation's stamp on that will have been
                 executed before this chunk can take over (real-time chunking); the chunk begins with them.
+            following: float64 [n, J], robot units: what the chunk in execution would do after those, which guided
+                in-painting leans on; by default the rest of the last chunk, if it was for the same prompt.
 
         Raises:
-            ObservationError: a camera is missing, an image, the state or `executed` has the wrong shape or is not
-                finite.
+            ObservationError: a camera is missing, an image, the state, `executed` or `following` has the wrong shape
+                or is not finite.
         """
         if self._sampler is None:
             raise RuntimeError("this policy is closed")
         begin = time.perf_counter()
         state = self._checked_state(observation.state)
-        committed = self._checked_executed(executed)
+        committed = self._checked_actions("executed", executed, self.config.action_horizon)
         images = {slot: self._image(observation, slot) for slot in self._slots}
         data = self.transforms.encode(state)
         tokens = self.encoder.encode(observation.prompt, data["state"][: len(state)])
         left = self._left_of_last(observation)
         start = self._start(state, left, generator, noise)
-        frozen, guidance = self._conditions(state, committed, left)
+        if following is None:
+            following = left[len(committed) :]
+        following = self._checked_actions("following", following)
+        frozen, guidance = self._conditions(state, committed, following)
         preprocessed = time.perf_counter()
         try:
             sample = self._sampler.sample(
@@ -280,16 +286,15 @@ class Policy:
             raise ObservationError(f"state of {', '.join(bad)} is not finite")
         return state
 
-    def _checked_executed(self, executed: np.ndarray | None) -> np.ndarray:
-        joints, horizon = len(self.robot.joints), self.config.action_horizon
-        executed = np.empty((0, joints)) if executed is None else np.asarray(executed, np.float64)
-        if executed.ndim != 2 or executed.shape[1] != joints or len(executed) >= horizon:
-            raise ObservationError(
-                f"executed actions must be [fewer than {horizon}, {joints}], found shape {list(executed.shape)}"
-            )
-        if not np.isfinite(executed).all():
-            raise ObservationError("executed actions are not finite")
-        return executed
+    def _checked_actions(self, name: str, actions: np.ndarray | None, below: int | None = None) -> np.ndarray:
+        joints = len(self.robot.joints)
+        actions = np.empty((0, joints)) if actions is None else np.asarray(actions, np.float64)
+        if actions.ndim != 2 or actions.shape[1] != joints or (below is not None and len(actions) >= below):
+            rows = "any" if below is None else f"fewer than {below}"
+            raise ObservationError(f"{name} actions must be [{rows}, {joints}], found shape {list(actions.shape)}")
+        if not np.isfinite(actions).all():
+            raise ObservationError(f"{name} actions are not finite")
+        return actions
 
     def _image(self, observation: RobotObservation, slot: str) -> np.ndarray:
         """uint8 [S, S, 3] of a camera, resized once a frame."""
@@ -338,7 +343,7 @@ class Policy:
         return self._source.start((1, horizon, dims), generator=generator or self._generator, trajectory=trajectory)[0]
 
     def _conditions(
-        self, state: np.ndarray, committed: np.ndarray, left: np.ndarray
+        self, state: np.ndarray, committed: np.ndarray, following: np.ndarray
     ) -> tuple[torch.Tensor | None, Guidance | None]:
         """What holds the chunk to its committed actions: clean prefix where that was trained, guidance elsewhere."""
         if not len(committed):
@@ -346,7 +351,7 @@ class Policy:
         if len(committed) <= self.settings.rtc_max_delay:
             return self._to_model(state, committed), None
         horizon, settings = self.config.action_horizon, self._guidance
-        known = np.concatenate([committed, left[len(committed) :]])[:horizon]
+        known = np.concatenate([committed, following])[:horizon]
         previous = torch.zeros(horizon, self.config.action_dim)
         previous[: len(known)] = self._to_model(state, known)
         weights = torch.from_numpy(guidance_weights(len(committed), len(known), horizon, settings.schedule)).float()

@@ -18,6 +18,8 @@ from pi0_ros.ros.conversions import SECOND, actions_from, stamp_ns
 HANDOVERS = 10  # the delay is the largest of so many hand-overs: a slow one is forgotten after as many
 GRACE = 0.5  # seconds in which a published chunk counts before the player has said that it plays it
 SILENCE = 1.0  # seconds after which a player that said that it moves, and no more, counts as gone
+SETTLED = 0.1  # seconds after which a chunk that the player does not name as its own was lost or refused
+REMEMBERED = 32  # published chunks
 EXECUTING = (PlayerStatus.PLAYING, PlayerStatus.DRY_RUN)  # a dry run is asked for what a real one would be
 MOVING = (PlayerStatus.PLAYING, PlayerStatus.APPROACHING, PlayerStatus.DRY_RUN)
 
@@ -35,6 +37,15 @@ class Published:
     dt: float
 
 
+@dataclass(frozen=True)
+class Committed:
+    """What the arm does while a chunk is computed: float64 [d, J], d from 1 to H - 1, and what its chunk would do then:
+    float64 [n, J], nothing of a chunk for another prompt. In steps of the chunk's dt from the observation on."""
+
+    executed: np.ndarray
+    following: np.ndarray
+
+
 class Handover:
     """The newest chunk and the newest player status, seen together."""
 
@@ -42,14 +53,21 @@ class Handover:
         self._lock = threading.Lock()
         self._status: PlayerStatus | None = None
         self._heard = 0
-        self._last: Published | None = None
+        self._chunks: deque[Published] = deque(maxlen=REMEMBERED)  # of the present epoch, oldest first
+        self._doubted = -1  # of the chunks up to this one, those that the player does not name do not count
         self._delays: deque[tuple[tuple[int, int], float]] = deque(maxlen=HANDOVERS)
+
+    @property
+    def _last(self) -> Published | None:
+        return self._chunks[-1] if self._chunks else None
 
     def heard(self, status: PlayerStatus, now: int) -> None:
         """The player has spoken, at `now` (ns)."""
         key = (status.epoch, status.sequence)
         with self._lock:
-            self._status, self._heard = status, now
+            before, self._status, self._heard = self._status, status, now
+            if before is not None and status.chunks_refused > before.chunks_refused:
+                self._doubted = self._last.sequence if self._last else -1  # which it was is not said
             known = self._delays and self._delays[-1][0] == key
             if status.state in EXECUTING and not known and math.isfinite(status.handover_delay):
                 self._delays.append((key, status.handover_delay))
@@ -57,17 +75,18 @@ class Handover:
     def published(self, chunk: Published) -> None:
         """A chunk went out."""
         with self._lock:
-            self._last = chunk
+            self._chunks.append(chunk)
 
     def forget(self) -> None:
         """The last chunk is void: new epoch. Delays stay, they are the machine's and not the chunk's."""
         with self._lock:
-            self._last = None
+            self._chunks.clear()
 
     def forget_all(self) -> None:
         """The clock was set back, or a new activation begins."""
         with self._lock:
-            self._last = self._status = None
+            self._status, self._doubted = None, -1
+            self._chunks.clear()
             self._delays.clear()
 
     def seconds_left(self, now: int) -> float | None:
@@ -85,17 +104,34 @@ class Handover:
         with self._lock:
             return math.ceil(max((delay for _, delay in self._delays), default=0.0) - 1e-6)
 
-    def executed(self, at: int, epoch: int, prompt: str) -> np.ndarray | None:
-        """float64 [d < H, J]: what the player will execute from `at` (ns) until the chunk observed then takes over.
+    def committed(self, at: int, epoch: int, prompt: str) -> Committed | None:
+        """What the player will execute from `at` (ns, now) until the chunk observed then takes over.
 
-        None when nothing is known: no chunk of this epoch and prompt before, or the player is not playing it.
+        None when that is not known: no hand-over was seen yet, no chunk of this epoch went out, the player is silent,
+        or does anything but play one of them.
         """
         delay = self.delay()
         with self._lock:
-            status, last = self._status, self._last
-        if delay < 1 or last is None or (last.epoch, last.prompt) != (epoch, prompt):
+            status, heard, chunk = self._status, self._heard, self._played(epoch)
+        if delay < 1 or chunk is None or status.state not in EXECUTING or abs(at - heard) > SILENCE * SECOND:
             return None
-        if status is None or status.state not in EXECUTING or status.epoch != epoch:
+        rows = actions_from(chunk.actions, chunk.observed, chunk.dt, at, len(chunk.actions))
+        # It hands over between two actions, on its way to the next: that one must stand, or there is a step.
+        count = min(delay + 1, len(chunk.actions) - 1, len(rows))
+        return Committed(rows[:count], rows[count:] if chunk.prompt == prompt else rows[:0]) if count else None
+
+    def _played(self, epoch: int) -> Published | None:
+        """The chunk that moves the arm, by the player's own word; newer ones count until it has had time to say so."""
+        status = self._status
+        if status is None or status.epoch != epoch:
             return None
-        rows = actions_from(last.actions, last.observed, last.dt, at, min(delay, len(last.actions) - 1))
-        return rows if len(rows) else None
+        spoken = stamp_ns(status.header.stamp)
+        for chunk in reversed(self._chunks):
+            if chunk.epoch == epoch and (
+                chunk.sequence == status.sequence
+                or (
+                    chunk.sequence > max(status.sequence, self._doubted) and spoken - chunk.published < SETTLED * SECOND
+                )
+            ):
+                return chunk
+        return None

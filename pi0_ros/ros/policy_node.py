@@ -55,6 +55,7 @@ SPECS = (
         -1,
         2**31 - 1,
     ),
+    Spec("extra_latency", 0.0, "for rehearsal: inference takes so much longer on purpose, wall-clock s", 0, 5),
     Spec("realtime_chunking", False, "keep the actions that will be executed before the new chunk arrives"),
     Spec(
         "guidance.schedule", "exp", "pull towards the old chunk after those actions", choices=SCHEDULES, configured=True
@@ -256,7 +257,7 @@ class PolicyNode(LifecycleNode):
     def _apply(self, values: dict[str, Any]) -> None:
         if "prompt" in values:
             self._worker.set_prompt(values["prompt"] or self._worker.policy.robot.prompt.default)
-        for name in ("on_demand_seconds", "realtime_chunking", "seed"):
+        for name in ("on_demand_seconds", "realtime_chunking", "seed", "extra_latency"):
             if name in values:
                 setattr(self._worker, name, values[name])
 

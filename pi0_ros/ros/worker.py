@@ -56,11 +56,12 @@ class Worker:
         self.on_demand_seconds = 0.0  # > 0: a chunk only when the player has less left
         self.realtime_chunking = False
         self.seed = -1  # from 0 on: every chunk starts from the noise of this seed
+        self.extra_latency = 0.0  # s that inference takes longer, on purpose
         self.policy: Policy | None = None
         self._streams: Streams | None = None
         self._publish: Callable[[ActionChunk], None] | None = None
         self._lock = threading.Lock()
-        self._wake, self._ready, self._closing = threading.Event(), threading.Event(), False
+        self._wake, self._ready, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._error: BaseException | None = None
         self._busy = self._active = False
         self._running = True  # while active; what the services start, stop and pause change
@@ -84,6 +85,7 @@ class Worker:
     def connect(self, streams: Streams, publish: Callable[[ActionChunk], None]) -> None:
         """Where observations come from and chunks go to; before the first activation."""
         self._streams, self._publish = streams, publish
+        self._position_limits = np.array([joint.position for joint in self.policy.robot.joints]).T  # low, high: [2, J]
 
     def activate(self) -> None:
         """Begin to tick: a new epoch, chunks counted from 0."""
@@ -161,7 +163,8 @@ class Worker:
     def close(self, seconds: float = 60.0) -> bool:
         """End the thread and free the policy. False when it did not end within `seconds`."""
         with self._lock:
-            self._active, self._closing = False, True
+            self._active = False
+        self._ended.set()
         self.wake()
         self._thread.join(seconds)
         return not self._thread.is_alive()
@@ -178,7 +181,7 @@ class Worker:
             self._wake.wait()
             self._busy = True
             self._wake.clear()
-            if self._closing:
+            if self._ended.is_set():
                 break
             if self.ticking and self._due():
                 try:
@@ -242,10 +245,12 @@ class Worker:
         decoded = clock()
         frames = {slot: sample.stamp_ns for slot, sample in snapshot.frames.items()}
         observation = RobotObservation(begin, images, frames, snapshot.state, prompt)
-        executed = self.handover.executed(begin, epoch, prompt) if self.realtime_chunking else None
+        committed = self.handover.committed(begin, epoch, prompt) if self.realtime_chunking else None
+        condition = vars(committed) if committed is not None else {}
         generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
         try:
-            chunk = policy.infer(observation, generator=generator, executed=executed)
+            chunk = policy.infer(observation, generator=generator, **condition)
+            self._ended.wait(self.extra_latency)
         except ObservationError as error:
             return self._reject(begin, Rejected("observation", str(error), "missing"))
         if not np.isfinite(chunk.actions).all():
@@ -265,7 +270,9 @@ class Worker:
         with self._lock:
             if not self.ticking or epoch != self._epoch:
                 return False
-            self.handover.published(Published(self._sequence, epoch, prompt, begin, end, chunk.actions, robot.dt))
+            # The player keeps to the position limits, so what it executes does.
+            actions = np.clip(chunk.actions, *self._position_limits)
+            self.handover.published(Published(self._sequence, epoch, prompt, begin, end, actions, robot.dt))
             self._publish(
                 chunk_message(
                     chunk,
