@@ -60,7 +60,7 @@ def nodes(context: LaunchContext) -> list[Node]:
     robot, kinematics, urdf = load_kinematics(given["robot"], given["urdf"])
     namespace = given["namespace"].strip("/")
     inside = f"/{namespace}" if namespace else ""
-    common = {"output": "screen", "emulate_tty": True}
+    common = {"output": "screen"}
     clock = {"use_sim_time": given["use_sim_time"] == "true"}
     description = {"robot_description": ParameterValue(robot_description(urdf), value_type=str)}
     started = [

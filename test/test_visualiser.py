@@ -253,3 +253,15 @@ def test_the_text_tells_state_reason_prompt_and_complaints(kinematics):
     text = drawn(looking, 0)["status"].text
     assert text == "DRY RUN\ntouch the red cube\nWARN policy_node: policy: late"
     assert drawn(looking, 2 * SECOND)["status"].text.startswith("chunk_player is silent")
+
+
+def test_long_complaints_are_wrapped_and_a_clock_set_back_leaves_the_players_word(kinematics):
+    looking = view(kinematics)
+    looking.hear_chunk(9 * SECOND, 0.1, 7, JOINTS, swing(), "")
+    looking.hear_player(Player(0, HOLDING, "why " * 50, 7, 0.0))
+    looking.move(9 * SECOND)
+    looking.set_back()
+    shapes = drawn(looking, 0)
+    assert len(shapes["chunk"].points) == len(shapes["executed"].points) == 0
+    assert shapes["status"].text.startswith("HOLDING: why")
+    assert max(map(len, shapes["status"].text.splitlines())) <= 60

@@ -7,6 +7,7 @@ into a picture. Positions in metres in the URDF's root frame, times in nanosecon
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ NOW, LATER = np.array([1.0, 0.92, 0.24, 1.0]), np.array([1.0, 0.24, 0.63, 1.0]) 
 HELD, REFUSED = np.array([0.55, 0.55, 0.6, 0.8]), np.array([1.0, 0.08, 0.05, 1.0])
 EXECUTED, TEXT = np.array([0.15, 0.75, 1.0, 1.0]), np.array([1.0, 1.0, 1.0, 1.0])
 STEP = 5e-4  # m; the executed path gets a new point when the tip has moved so far
+WRAP = 60  # characters of a line of the text
 SILENCE = SECOND  # ns; an active player says something ten times a second
 _REFUSAL = re.compile(r"refused chunk (\d+): ")  # in the words of player.Player.offer
 
@@ -110,12 +112,16 @@ class View:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything: nobody looked for a while, or the clock was set back."""
-        self._chunk: Heard | None = None
+        """Forget everything: nobody looked for a while."""
+        self.set_back()
         self._player: Player | None = None
         self._joints: dict[str, float] = {}  # all joints ever heard, also those that the policy does not know
-        self._trail: deque[tuple[int, np.ndarray]] = deque()  # stamp, tip pose [4, 4]
         self.problems.clear()
+
+    def set_back(self) -> None:
+        """Forget what has a time: the clock was set back (bag loop, simulator reset)."""
+        self._chunk: Heard | None = None
+        self._trail: deque[tuple[int, np.ndarray]] = deque()  # stamp, tip pose [4, 4]
 
     def hear_chunk(
         self, stamp: int, dt: float, sequence: int, names: Sequence[str], actions: np.ndarray, prompt: str
@@ -202,14 +208,15 @@ class View:
             lines.append("nothing heard from chunk_player")
         elif player.state != STOPPED and now - player.stamp > SILENCE:
             lines.append("chunk_player is silent")
-        elif player.state == PLAYING:
-            lines.append(f"PLAYING chunk {player.sequence}, {player.seconds_left:.1f} s left")
         else:
             name = "DRY RUN" if player.state == DRY_RUN else STATES[player.state]
+            if player.state == PLAYING:
+                name += f" chunk {player.sequence}, {player.seconds_left:.1f} s left"
             lines.append(f"{name}: {player.reason}" if player.reason else name)
         if chunk is None:
             lines.append("no chunk")
         else:
             lines += [text for text in (chunk.prompt, chunk.fault) if text]
-        lines += [text for text in self.problems.values() if player is None or text != player.reason]
-        return Shape("status", "text", np.zeros((1, 3)), TEXT[None], "\n".join(lines))
+        lines += self.problems.values()
+        text = "\n".join(textwrap.fill(line, WRAP) for line in lines)  # RViz does not wrap
+        return Shape("status", "text", np.zeros((1, 3)), TEXT[None], text)

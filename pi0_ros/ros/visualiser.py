@@ -15,7 +15,9 @@ Frame: the URDF's root link.
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import Point, PoseStamped
 from nav_msgs.msg import Path as PathMessage
 from rclpy.clock import Clock, ClockType
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
 from scipy.spatial.transform import Rotation
 from sensor_msgs.msg import JointState
 from std_msgs.msg import ColorRGBA
@@ -114,8 +117,8 @@ class Visualiser(Node):
         if not any(wanted):
             return
         now = self.get_clock().now().nanoseconds
-        if now < self._last:  # bag loop, simulator reset
-            self.view.clear()
+        if now < self._last:
+            self.view.set_back()
         self._last, self.view.trail = now, self._settings["trail_seconds"]
         moved = (wanted[0] or wanted[1]) and self.view.move(now)
         if wanted[0]:
@@ -187,7 +190,7 @@ class Visualiser(Node):
         width = self._settings["line_width"]
         marker.scale.x = width
         if shape.kind == "dots":
-            marker.scale.x = marker.scale.y = marker.scale.z = 2 * width
+            marker.scale.x = marker.scale.y = marker.scale.z = 1.6 * width
         marker.points = [Point(x=x, y=y, z=z) for x, y, z in shape.points.tolist()]
         marker.colors = [_colour(colour) for colour in shape.colours]
         return marker
@@ -220,15 +223,17 @@ def main(args: list[str] | None = None) -> int:
     if "--help" in args or "-h" in args:
         print(usage("visualiser", SPECS))
         return 0
-    node, code = None, 0
+    # Launch may pass on the Ctrl-C that the terminal already sent: a second one must not break off the ending.
+    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    ending, node, code = threading.Event(), None, 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ending.set())
     try:
-        rclpy.init(args=args)
         node = Visualiser()
         executor = SingleThreadedExecutor()
         executor.add_node(node)
-        executor.spin()
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
+        while rclpy.ok() and not ending.is_set():
+            executor.spin_once(timeout_sec=0.1)
     except (ParameterError, RobotFileError, KinematicsError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 1
