@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pi0_ros.policy.policy import pick_device
+
 PATIENCE = timedelta(hours=6)  # others wait as long while the first one decodes recordings
 
 
@@ -34,8 +36,8 @@ class World:
         return self.rank == 0
 
     def device(self, name: str) -> torch.device:
-        """The device that a `--device` means for this process."""
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        """The device that a `--device` means for this process. PolicyError for what there is not."""
+        chosen = pick_device(name, "auto")[0]
         if chosen.type == "cuda" and chosen.index is None and self.size > 1:
             return torch.device("cuda", self.local_rank)
         return chosen

@@ -17,7 +17,7 @@ from pi0_ros.robot import Robot
 from pi0_ros.training.lora import add_lora
 from pi0_ros.training.objective import keep_float32
 from pi0_ros.training.options import OptionsError, TrainOptions
-from pi0_ros.training.parts import freeze, trained
+from pi0_ros.training.parts import freeze
 
 FROM_SCRATCH = ("nano", "nano05")  # presets that a robot's own recordings can train from random weights
 
@@ -42,8 +42,6 @@ class Start:
         freeze(model, options.freeze)
         if options.lora:
             add_lora(model, options.lora, options.seed)
-        if not trained(model):
-            raise OptionsError("--freeze leaves nothing to train")
         keep_float32(model)
         model.set_gradient_checkpointing(options.gradient_checkpointing)
         return model.train()
@@ -106,7 +104,7 @@ def _require_fit(options: TrainOptions, settings: BundleSettings, robot: Robot) 
         raise OptionsError(f"{robot.name!r} has {len(robot.joints)} joints, the model {model.action_dim} dimensions")
     if extra := [slot for slot in robot.present_cameras if slot not in model.cameras]:
         raise OptionsError(
-            f"camera {', '.join(extra)} of {robot.name!r} has no slot in the model: allowed: {', '.join(model.cameras)}"
+            f"camera {', '.join(extra)} of {robot.name!r} has no slot in the model: it has {', '.join(model.cameras)}"
         )
     if options.rtc_max_delay >= model.action_horizon:
         raise OptionsError(

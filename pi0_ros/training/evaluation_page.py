@@ -1,0 +1,94 @@
+"""An evaluation as pictures: predicted against recorded motion of each joint, and one HTML page with all of it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pi0_ros.training.dataset import Dataset
+from pi0_ros.training.page import STYLE
+
+if TYPE_CHECKING:
+    from pi0_ros.training.evaluate import Comparison
+
+EPISODES = 3  # that the plots show
+COLOURS = {"policy": "#1f4e9c", "hold": "#c8501e", "repeat": "#8a8a8a"}
+
+
+def joint_plots(comparison: Comparison, dataset: Dataset, result: dict[str, Any]) -> dict[str, bytes]:
+    """A PNG for each joint: on the left chunks over the recorded actions, episode after episode, on the right the
+    error of every step of the chunk."""
+    return {name: _joint(i, name, comparison, dataset, result) for i, name in enumerate(result["joints"])}
+
+
+def _joint(i: int, name: str, comparison: Comparison, dataset: Dataset, result: dict[str, Any]) -> bytes:
+    figure = Figure(figsize=(11, 2.8), layout="constrained")
+    motion, error = figure.subplots(1, 2, width_ratios=(3, 1))
+    begin, dt = 0.0, result["dt"]
+    for unit, episode in dataset.episodes[:EPISODES]:
+        span = dataset.units[unit].episodes[episode]
+        actions = dataset.units[unit].arrays["actions"][span["begin"] : span["end"], i]
+        first = begin == 0.0
+        times = begin + np.arange(len(actions)) * dt
+        motion.plot(times, actions, color="#222", linewidth=1.4, label="recorded" if first else None)
+        for n, (u, e, tick) in enumerate(comparison.where):
+            if (u, e) == (unit, episode):
+                length = min(result["horizon"], len(actions) - tick)
+                chunk = comparison.predicted[n, 0, :length, i]
+                label = "predicted" if first else None
+                motion.plot(times[tick : tick + length], chunk, color="#1f4e9c", alpha=0.45, linewidth=0.8, label=label)
+                first = False
+        begin = times[-1] + 5 * dt if len(times) else begin
+    motion.set(title=name, xlabel="s")
+    handles, labels = motion.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    motion.legend(unique.values(), unique.keys(), fontsize=7)
+    for kind, colour in COLOURS.items():
+        steps = [np.nan if row is None else row[i] for row in result["error"][kind]["per_step"]]
+        error.plot(np.arange(len(steps)), steps, color=colour, label=kind)
+    error.set(xlabel="step of the chunk", title="mean absolute error")
+    error.set_ylim(bottom=0)
+    error.legend(fontsize=7)
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=90)
+    return target.getvalue()
+
+
+def page(result: dict[str, Any], plots: dict[str, bytes]) -> str:
+    """The whole page; it needs no other file."""
+    title = escape(f"Evaluation of {result['digest']}")
+    head = (
+        f"{result['chunks']} chunks of {result['horizon']} actions, {result['seeds']} seeds, {result['num_steps']} "
+        f"denoising steps, from {result['episodes']} {result['which']}."
+    )
+    rows = []
+    for i, name in enumerate(result["joints"]):
+        cells = [f"{result['error'][kind]['per_joint'][i]:.4f}" for kind in COLOURS]
+        cells += [f"{result['spread_over_seeds'][i]:.4f}"]
+        cells += [
+            "-" if (jerk := result["jerk"][kind][i]) is None else f"{jerk:.1f}" for kind in ("policy", "recorded")
+        ]
+        rows.append([name, *cells])
+    shares = [f"{result['error'][kind]['share_of_range']:.3%}" for kind in COLOURS]
+    rows.append(["share of the joints' ranges", *shares, "", "", ""])
+    columns = ["joint", "policy", "hold", "repeat last", "spread over seeds", "jerk", "recorded jerk"]
+    pictures = "".join(
+        f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
+        for name, png in plots.items()
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1><p>{escape(head)} Mean absolute error in robot units "
+        f"(rad or m), jerk in units / s&sup3;.</p>{_table(columns, rows)}{pictures}</body></html>"
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    header = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{header}</tr>{body}</table>"

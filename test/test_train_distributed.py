@@ -1,0 +1,100 @@
+"""Two processes train what one process trains."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train_kit as kit
+
+from pi0_ros.training.distributed import World
+from pi0_ros.training.options import OptionsError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def start_two(words: list[str]) -> list[subprocess.Popen]:
+    """Both processes of a training run, as torchrun would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pi0_ros.training.train", *words]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    try:
+        said = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *both) for process, both in zip(processes, said, strict=True)]
+
+
+def state(output: Path) -> dict:
+    return torch.load(sorted((output / "state").glob("step_*"))[-1] / "state.pt", weights_only=True)
+
+
+def test_two_processes_give_the_weights_of_one_with_the_same_batch(tmp_path):
+    data = kit.make_data(tmp_path)
+    options = {"steps": 3, "batch": 8, "evaluate_every": 2, "rtc_max_delay": 2, "learning_rate": 1e-3}
+    alone = kit.make_run(data, tmp_path / "alone", **options, accumulate=4)
+    alone.run()
+    ends = finish(start_two(kit.arguments(data, tmp_path / "together", **options, accumulate=2)))
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    one, two = state(tmp_path / "alone"), state(tmp_path / "together")
+    moved = 0.0
+    fresh = kit.random_start().state_dict()
+    for name, weight in one["weights"].items():
+        if name.endswith("vision_tower.vision_model.encoder.layers.0.self_attn.k_proj.bias"):
+            continue  # a softmax does not see it: its gradient is rounding, of which AdamW makes a step
+        torch.testing.assert_close(two["weights"][name], weight, atol=1e-6, rtol=0)
+        torch.testing.assert_close(two["average"][name], one["average"][name], atol=1e-6, rtol=0)
+        moved = max(moved, (weight - fresh[name]).abs().max().item())
+    assert moved > 1e-3
+    assert [step for step, _ in two["losses"]] == [1, 2, 3]
+    for (_, a), (_, b) in zip(one["losses"], two["losses"], strict=True):
+        assert b == pytest.approx(a, abs=1e-6)
+    assert two["held_out_losses"][0][1] == pytest.approx(one["held_out_losses"][0][1], abs=1e-6)
+    # Only the first process spoke and wrote; the pair goes on as one process with as many pieces would.
+    assert "memory forecast" in ends[0][1] and ends[1][1] == ""
+    assert two["pieces"] == 4
+    again = kit.make_run(data, tmp_path / "together", **options, accumulate=4)
+    assert again.step == 3
+
+
+def test_a_process_among_several_takes_its_own_pieces(tmp_path):
+    data = kit.make_data(tmp_path)
+    from pi0_ros.training.options import parse
+    from pi0_ros.training.train import Run
+
+    options = parse(kit.arguments(data, tmp_path / "out", batch=8, accumulate=2, augment=False))
+    alone = Run(options)
+    assert [len(piece.actions) for piece in alone.batches(0)] == [4, 4]
+    with pytest.raises(OptionsError, match=r"--batch 8 must be a multiple of processes x --accumulate, 3 x 2"):
+        options.parts(3)
+    assert World().first and World().mean(torch.tensor(2.0)).item() == 2.0 and World().agreed(True)

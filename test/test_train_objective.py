@@ -1,0 +1,171 @@
+"""The loss of a piece: the clean prefix of real-time chunking, bfloat16, pieces of a batch, recomputed activations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import train_kit as kit
+from model_cases import TINY, random_chunk, random_model, random_observation
+from torch import nn
+
+from pi0_ros.model.config import PRESETS
+from pi0_ros.model.flow import White
+from pi0_ros.policy.bundle import load_bundle
+from pi0_ros.policy.policy import Policy
+from pi0_ros.training.batches import Batch
+from pi0_ros.training.objective import condition_on_prefix, flow_loss, keep_float32
+from pi0_ros.training.streams import step_streams
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return kit.make_data(tmp_path_factory.mktemp("objective"))
+
+
+class Velocity(nn.Module):
+    """A stand-in for the model that keeps what it was called with and says that every action costs its number."""
+
+    def forward(self, observation, actions, *, noise, time, loss_dims):
+        self.noise, self.time, self.loss_dims = noise, time, loss_dims
+        return torch.arange(1.0, actions.shape[1] + 1).expand(len(actions), -1)
+
+
+def batch(config=TINY, size: int = 2) -> Batch:
+    return Batch(random_observation(config, batch=size), random_chunk(config, 1, batch=size))
+
+
+def test_the_first_actions_are_clean_and_the_loss_is_the_mean_of_the_others():
+    time, weight = condition_on_prefix(torch.tensor([0.5, 0.8, 0.3]), torch.tensor([0, 1, 3]), 4)
+    torch.testing.assert_close(
+        time, torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.0, 0.8, 0.8, 0.8], [0.0, 0.0, 0.0, 0.3]]), atol=0, rtol=0
+    )
+    third = 1 / 3
+    torch.testing.assert_close(
+        weight, torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.0, third, third, third], [0.0, 0.0, 0.0, 1.0]])
+    )
+
+
+def test_delays_are_drawn_from_none_to_the_longest_and_the_rest_of_the_draws_stay():
+    model, plain = Velocity(), Velocity()
+    many = batch(size=2)
+    delays = set()
+    for step in range(40):
+        flow_loss(model, many, step_streams(0, step), source=White(), max_delay=3)
+        flow_loss(plain, many, step_streams(0, step), source=White())
+        torch.testing.assert_close(model.noise, plain.noise, atol=0, rtol=0)
+        torch.testing.assert_close(model.time[:, -1], plain.time, atol=0, rtol=0)
+        delays |= set((model.time == 0).sum(dim=1).tolist())
+    assert delays == {0, 1, 2, 3}
+
+
+def test_the_loss_of_a_conditioned_piece_weighs_every_sample_alike():
+    model = Velocity()
+    loss = flow_loss(model, batch(), step_streams(0, 0), source=White(), max_delay=7)
+    delays = (model.time == 0).sum(dim=1).tolist()
+    expected = [sum(range(delay + 1, 9)) / (8 - delay) for delay in delays]  # 8 actions that cost 1 to 8
+    assert loss.item() == pytest.approx(sum(expected) / 2)
+    assert len(set(delays)) == 2
+
+
+def test_the_model_sees_clean_actions_where_time_is_zero():
+    """Noise in the prefix changes nothing, so the loss of the rest may depend on its true values alone."""
+    model, observation, actions = random_model(TINY), random_observation(TINY), random_chunk(TINY, 1)
+    noise = random_chunk(TINY, 2)
+    time, weight = condition_on_prefix(torch.tensor([0.5, 0.8]), torch.tensor([2, 2]), TINY.action_horizon)
+    other = noise.clone()
+    other[:, :2] += 5.0
+    losses = [(model(observation, actions, noise=n, time=time) * weight).sum() for n in (noise, other)]
+    assert losses[0].item() == losses[1].item()
+
+
+def test_the_checkpoint_records_the_longest_delay_and_the_policy_then_freezes_what_is_committed(data, tmp_path):
+    kit.make_run(data, tmp_path / "out", steps=2, rtc_max_delay=2).run()
+    assert load_bundle(tmp_path / "out" / "checkpoint").settings.rtc_max_delay == 2
+    assert Policy.load(tmp_path / "out" / "checkpoint", device="cpu").settings.rtc_max_delay == 2
+
+
+def test_a_delay_as_long_as_the_chunk_is_refused(data, tmp_path):
+    with pytest.raises(RuntimeError, match="--rtc-max-delay 5 must be below the horizon, 5 actions"):
+        kit.make_run(data, tmp_path / "out", rtc_max_delay=5)
+
+
+def gradients(model: nn.Module, pieces: list[Batch], **options) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    total = 0.0
+    for piece in pieces:
+        loss = flow_loss(model, piece, step_streams(0, 0), source=Fixed(), **options) / len(pieces)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Fixed:
+    """A start of the flow that depends on the actions alone, so that pieces of a batch have what the batch has."""
+
+    def start(self, shape, *, generator, trajectory):
+        return trajectory.flip(1) * 2.0
+
+
+@pytest.fixture
+def same_time(monkeypatch):
+    monkeypatch.setattr("pi0_ros.training.objective.sample_time", lambda n, generator: torch.full((n,), 0.4))
+
+
+@pytest.mark.parametrize("config", [TINY, PRESETS["nano05"]], ids=["pi0", "pi05"])
+def test_activations_computed_again_give_the_same_loss_and_gradients(config):
+    model = random_model(config).train()
+    plain = gradients(model, [batch(config)])
+    model.set_gradient_checkpointing(True)
+    again = gradients(model, [batch(config)])
+    assert again[0] == plain[0]
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(again[1][name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_two_pieces_of_a_batch_give_the_gradients_of_the_batch(same_time):
+    model, whole = random_model(TINY).train(), batch(size=2)
+    pieces = [Batch(take(whole.observation, i), whole.actions[i : i + 1]) for i in range(2)]
+    one, two = gradients(model, [whole]), gradients(model, pieces)
+    assert two[0] == pytest.approx(one[0], rel=1e-5)
+    for name, gradient in one[1].items():
+        torch.testing.assert_close(two[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def take(observation, i: int):
+    from dataclasses import fields
+
+    return type(observation)(**{f.name: getattr(observation, f.name)[i : i + 1] for f in fields(observation)})
+
+
+@pytest.mark.parametrize("config", [TINY, PRESETS["nano05"]], ids=["pi0", "pi05"])
+def test_bfloat16_stays_within_two_hundredths_of_float32_and_the_weights_stay_float32(config):
+    """Loss within 2 %, the gradient as a whole within 5 % of its length: about what 8 bits of a product leave."""
+    model = random_model(config).train()
+    keep_float32(model)
+    exact, rounded = gradients(model, [batch(config)]), gradients(model, [batch(config)], dtype=torch.bfloat16)
+    assert rounded[0] == pytest.approx(exact[0], rel=0.02) and rounded[0] != exact[0]
+    a, b = (torch.cat([gradient.flatten() for gradient in found[1].values()]) for found in (exact, rounded))
+    assert (a - b).norm() < 0.05 * a.norm()
+    assert {gradient.dtype for gradient in rounded[1].values()} == {torch.float32}
+
+
+def test_small_projections_norms_and_time_are_computed_in_float32_under_autocast():
+    model = random_model(PRESETS["nano05"]).train()
+    keep_float32(model)
+    seen: dict[str, torch.dtype] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, out.dtype))
+    flow_loss(model, batch(PRESETS["nano05"]), step_streams(0, 0), source=White(), dtype=torch.bfloat16)
+    exact = {name for name, dtype in seen.items() if dtype == torch.float32}
+    expected = {"action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out"}
+    assert exact == expected | {name for name in seen if name.endswith("norm.dense")}
+    assert sum(name.endswith("norm.dense") for name in exact) == 9  # two of each of four layers, and the last
