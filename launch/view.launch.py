@@ -9,15 +9,14 @@ for a robot without one, such as the demo's, add publish_robot:=true.
 import tempfile
 from pathlib import Path
 
-import yaml
 from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
-from pi0_ros.robot import Robot
 from pi0_ros.ros.kinematics import robot_description
+from pi0_ros.ros.rviz import absolute, rviz_config
 from pi0_ros.ros.visualiser import load_kinematics
 
 CONFIG = Path(__file__).parents[1] / "config/pi0.rviz"
@@ -32,26 +31,10 @@ ARGUMENTS = [
 ]
 
 
-def absolute(topic: str, namespace: str) -> str:
-    """A robot file's topic as the nodes in `namespace` ("" or "/name") mean it."""
-    return topic if topic.startswith("/") else f"{namespace}/{topic}"
-
-
-def rviz_config(robot: Robot, namespace: str) -> str:
-    """Path of a copy of config/pi0.rviz with the topics of `robot` and the nodes' namespace ("" or "/name")."""
-    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
-    for display in config["Visualization Manager"]["Displays"]:
-        topic = display.get("Topic") or display.get("Description Topic") or {}
-        if topic.get("Value", "").startswith(("/visualiser/", "/ghost/")):
-            topic["Value"] = namespace + topic["Value"]
-        if display["Class"] == "rviz_default_plugins/Image":
-            camera = robot.cameras[display["Name"]]
-            display["Enabled"] = display["Value"] = camera is not None
-            if camera is not None:
-                name = absolute(camera.topic, namespace)
-                topic["Value"] = f"{name}/compressed" if camera.transport == "compressed" else name
+def written(config: str) -> str:
+    """The path of a new file with this text, for rviz2 -d."""
     with tempfile.NamedTemporaryFile("w", prefix="pi0_", suffix=".rviz", delete=False, encoding="utf-8") as file:
-        yaml.safe_dump(config, file, sort_keys=False)
+        file.write(config)
     return file.name
 
 
@@ -101,11 +84,12 @@ def nodes(context: LaunchContext) -> list[Node]:
             )
         )
     if given["rviz"] == "true":
+        config = rviz_config(CONFIG.read_text(encoding="utf-8"), robot, inside)
         started.append(
             Node(
                 package="rviz2",
                 executable="rviz2",
-                arguments=["-d", rviz_config(robot, inside), "-f", kinematics.root],
+                arguments=["-d", written(config), "-f", kinematics.root],
                 parameters=[clock],
                 **common,
             )

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pi0_ros.robot import load_robot
+from pi0_ros.robot import CAMERA_SLOTS, Camera, load_robot
+from pi0_ros.ros.rviz import rviz_config
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "config/so101_demo.yaml"
@@ -21,13 +22,16 @@ needs_launch = pytest.mark.skipif(
 )
 
 
-def displays(path: Path) -> dict[str, dict]:
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+CONFIG = (ROOT / "config/pi0.rviz").read_text(encoding="utf-8")
+
+
+def displays(text: str) -> dict[str, dict]:
+    config = yaml.safe_load(text)
     return {display["Name"]: display for display in config["Visualization Manager"]["Displays"]}
 
 
-def topics(path: Path) -> dict[str, str]:
-    found = {name: d.get("Topic") or d.get("Description Topic") for name, d in displays(path).items()}
+def topics(text: str) -> dict[str, str]:
+    found = {name: d.get("Topic") or d.get("Description Topic") for name, d in displays(text).items()}
     return {name: topic["Value"] for name, topic in found.items() if topic}
 
 
@@ -51,14 +55,13 @@ def started(**arguments: str) -> list[dict]:
 
 
 def test_the_configuration_names_displays_and_panels_that_rviz_has():
-    config = yaml.safe_load((ROOT / "config/pi0.rviz").read_text(encoding="utf-8"))
-    assert {display["Class"] for display in displays(ROOT / "config/pi0.rviz").values()} <= DISPLAYS
-    assert {panel["Class"] for panel in config["Panels"]} <= PANELS
+    assert {display["Class"] for display in displays(CONFIG).values()} <= DISPLAYS
+    assert {panel["Class"] for panel in yaml.safe_load(CONFIG)["Panels"]} <= PANELS
 
 
 def test_the_configuration_as_it_is_fits_the_demo_robot_and_the_visualisers_own_topics():
     robot = load_robot(DEMO)
-    assert topics(ROOT / "config/pi0.rviz") == {
+    assert topics(CONFIG) == {
         "Robot": "/robot_description",
         "Ghost": "/ghost/robot_description",
         "Chunk": "/visualiser/markers",
@@ -67,15 +70,9 @@ def test_the_configuration_as_it_is_fits_the_demo_robot_and_the_visualisers_own_
     } | {slot: camera.topic for slot, camera in robot.present_cameras.items()}
 
 
-@pytest.fixture
-def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
-
-@needs_launch
-def test_rviz_is_given_the_topics_of_the_robot_file_and_the_namespace(own_temporary_folder):
-    path = Path(launch_file().rviz_config(load_robot(ROOT / "config/bimanual.yaml"), "/arm"))
-    assert topics(path) == {
+def test_rviz_is_given_the_topics_of_the_robot_file_and_the_namespace():
+    config = rviz_config(CONFIG, load_robot(ROOT / "config/bimanual.yaml"), "/arm")
+    assert topics(config) == {
         "Robot": "/robot_description",
         "Ghost": "/arm/ghost/robot_description",
         "Chunk": "/arm/visualiser/markers",
@@ -84,11 +81,22 @@ def test_rviz_is_given_the_topics_of_the_robot_file_and_the_namespace(own_tempor
         "left_wrist_0_rgb": "/cam_left_wrist/image_raw/compressed",
         "right_wrist_0_rgb": "/cam_right_wrist/image_raw/compressed",
     }
-    assert displays(path)["right_wrist_0_rgb"]["Enabled"]
+    assert all(displays(config)[slot]["Enabled"] for slot in CAMERA_SLOTS)
+
+
+def test_a_robot_file_without_a_camera_or_with_relative_topics_is_meant_too():
+    relative = Camera(topic="eye/image", transport="compressed")
+    robot = load_robot(DEMO)
+    robot = robot.model_copy(update={"cameras": dict(robot.cameras, base_0_rgb=relative, left_wrist_0_rgb=None)})
+    config = rviz_config(CONFIG, robot, "/arm")
+    assert topics(config)["base_0_rgb"] == "/arm/eye/image/compressed"
+    assert not displays(config)["left_wrist_0_rgb"]["Enabled"]
+    assert displays(rviz_config(CONFIG, load_robot(DEMO), "")) == displays(CONFIG)
 
 
 @needs_launch
-def test_the_ghost_hangs_on_the_robots_root_and_listens_to_the_visualiser(own_temporary_folder):
+def test_the_ghost_hangs_on_the_robots_root_and_listens_to_the_visualiser(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     viewer, ghost, joined, rviz = started(robot=str(DEMO), namespace="arm")
     assert (viewer["executable"], viewer["namespace"]) == ("visualiser", "arm")
     assert (ghost["executable"], ghost["namespace"]) == ("robot_state_publisher", "/arm/ghost")
@@ -96,7 +104,7 @@ def test_the_ghost_hangs_on_the_robots_root_and_listens_to_the_visualiser(own_te
     assert {"frame_prefix": "ghost/"} in ghost["parameters"]
     assert joined["arguments"] == ["--frame-id", "base_link", "--child-frame-id", "ghost/base_link"]
     assert rviz["arguments"][2:] == ["-f", "base_link"]
-    assert topics(Path(rviz["arguments"][1]))["Ghost"] == "/arm/ghost/robot_description"
+    assert topics(Path(rviz["arguments"][1]).read_text(encoding="utf-8"))["Ghost"] == "/arm/ghost/robot_description"
 
 
 @needs_launch
