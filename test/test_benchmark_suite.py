@@ -87,6 +87,12 @@ def test_parts_share_the_time_that_is_left_by_weight(tree):
     assert seen == [pytest.approx(10, abs=1), pytest.approx(40, abs=1)]
 
 
+def test_a_set_whose_time_is_over_ends_and_says_what_it_left_out(tree, capsys):
+    suite.run_suite(tree / "out", 0, "", [part(peers_row("chunk"))])
+    assert "left out: part: no time was left" in capsys.readouterr().out
+    assert not (tree / "out/peers.json").exists()
+
+
 def test_the_set_holds_every_comparison_and_leaves_bfloat16_to_processors_that_have_it(monkeypatch):
     parts = {part.title: part for part in suite.parts()}
     assert {"peers small float32", "peers mid float32", "peers mid bfloat16", "peers small training step"} <= set(parts)

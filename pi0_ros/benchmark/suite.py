@@ -90,17 +90,20 @@ def parts() -> list[Part]:
 def run_suite(output: Path, seconds: float, command: str, chosen: list[Part] | None = None) -> list[str]:
     """Run the parts within `seconds`, print and write as they come; returns the modes whose outputs disagree.
 
-    Each part may take its share of the time that is left, by weight. What cannot be measured here (no bfloat16, no
-    ROS, no transformers) is said and left out. In a source tree the document's table is rewritten.
+    Each part may take its share of the time that is left, by weight, and has at least one run. What cannot be measured
+    here (no bfloat16, no ROS, no transformers, no time) is said and left out. In a source tree the document's table is
+    rewritten.
     """
     chosen = parts() if chosen is None else chosen
     facts, results, end = describe(CPU), Results(), time.monotonic() + seconds
     print(report.machine_text(facts))
     for i, part in enumerate(chosen):
-        share = part.weight / sum(p.weight for p in chosen[i:])
+        share, left = part.weight / sum(p.weight for p in chosen[i:]), end - time.monotonic()
         print(f"{part.title} ...", flush=True)
         try:
-            part.measure(results, max(0.0, end - time.monotonic()) * share)
+            if left <= 0:
+                raise BenchmarkError(f"{part.title}: no time was left, give more with --minutes")
+            part.measure(results, left * share)
         except BenchmarkError as error:
             print(f"left out: {error}")
             results.skipped.append(str(error))

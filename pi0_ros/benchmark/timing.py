@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-LEAST_RUNS = 3
+LEAST_RUNS = 1
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def interleave(
 ) -> dict[str, np.ndarray]:
     """Seconds of `runs` calls of each function, A B C A B C ..., after one call of each that does not count.
 
-    Rounds end early once `seconds` are over, though never before `LEAST_RUNS` of them.
+    Rounds end early once `seconds` are over, though never before `LEAST_RUNS`.
     """
     taken: dict[str, list[float]] = {name: [] for name in functions}
     deadline = time.monotonic() + seconds
