@@ -17,9 +17,7 @@ import threading
 import time
 from typing import Any
 
-import rclpy
 from rclpy.clock import Clock, ClockType
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock as ClockMessage
@@ -34,7 +32,8 @@ from pi0_ros.demo.scene import JOINTS
 from pi0_ros.demo.simulation import PERIOD_NS, Simulation, TaskError
 from pi0_ros.robot import RobotFileError, config_folder
 from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp
-from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
+from pi0_ros.ros.parameters import Parameters, Spec
+from pi0_ros.ros.program import run_node
 from pi0_ros.srv import EpisodeOutcome, ResetEpisode
 
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -201,28 +200,8 @@ def _make_room_for_images() -> None:
 
 def main(args: list[str] | None = None) -> int:
     """Run the robot until it is told to end; 1 and one line on stderr when it cannot start."""
-    args = sys.argv if args is None else args
-    if "--help" in args or "-h" in args:
-        print(usage("demo_robot", SPECS))
-        return 0
     _make_room_for_images()
-    rclpy.init(args=args)
-    node, code = None, 0
-    try:
-        node = RobotNode()
-        executor = SingleThreadedExecutor()
-        executor.add_node(node)
-        executor.spin()
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
-    except (ParameterError, TaskError, AssetError, RobotFileError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
-    finally:
-        if node is not None:
-            node.destroy_node()
-        rclpy.try_shutdown()
-    return code
+    return run_node("demo_robot", SPECS, RobotNode, errors=(TaskError, AssetError, RobotFileError), args=args)
 
 
 if __name__ == "__main__":

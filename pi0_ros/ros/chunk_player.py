@@ -13,20 +13,15 @@ Services (std_srvs/Trigger): ~/stop brakes and plays nothing until ~/start.
 from __future__ import annotations
 
 import math
-import signal
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rclpy
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
-from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import JointState
 from std_srvs.srv import Trigger
 
@@ -35,9 +30,10 @@ from pi0_ros.robot import Robot, load_robot
 from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window
 from pi0_ros.ros.outputs import Outputs, streamed_joints
-from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
+from pi0_ros.ros.parameters import ParameterError, Parameters, Spec
 from pi0_ros.ros.playback import Offer
 from pi0_ros.ros.player import STATES, Player, Settings
+from pi0_ros.ros.program import run_node
 
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 NEWEST = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
@@ -121,6 +117,13 @@ class ChunkPlayer(LifecycleNode):
         self._diagnostics = DiagnosticsPublisher(self, self._reports, self.get_name())
         self.create_service(Trigger, "~/start", self._start)
         self.create_service(Trigger, "~/stop", self._stop)
+
+    def autostart(self) -> None:
+        """Configure and activate where the parameter says so. RuntimeError with the reason when that fails."""
+        if self._settings["autostart"]:
+            started = self.trigger_configure() == TransitionCallbackReturn.SUCCESS
+            if not started or self.trigger_activate() != TransitionCallbackReturn.SUCCESS:
+                raise RuntimeError(self._failure or "could not activate")
 
     # Transitions. rclpy swallows what they raise, so each says itself what went wrong.
 
@@ -324,33 +327,7 @@ class ChunkPlayer(LifecycleNode):
 
 def main(args: list[str] | None = None) -> int:
     """Run the node until it is told to end, then brake; 1 and one line on stderr when it cannot start."""
-    args = sys.argv if args is None else args
-    if "--help" in args or "-h" in args:
-        print(usage("chunk_player", SPECS))
-        return 0
-    # rclpy's own handlers would end the context before the arm is at rest.
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    ending, node, code = threading.Event(), None, 0
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ending.set())
-    try:
-        node = ChunkPlayer()
-        executor = SingleThreadedExecutor()
-        executor.add_node(node)
-        if node.get_parameter("autostart").value:
-            started = node.trigger_configure() == TransitionCallbackReturn.SUCCESS
-            if not started or node.trigger_activate() != TransitionCallbackReturn.SUCCESS:
-                raise RuntimeError(node._failure or "could not activate")
-        while rclpy.ok() and not ending.is_set():
-            executor.spin_once(timeout_sec=0.1)
-    except (ParameterError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
-    finally:
-        if node is not None:
-            node.destroy_node()
-        rclpy.try_shutdown()
-    return code
+    return run_node("chunk_player", SPECS, ChunkPlayer, start=ChunkPlayer.autostart, args=args)
 
 
 if __name__ == "__main__":

@@ -15,23 +15,18 @@ Frame: the URDF's root link.
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rclpy
 from builtin_interfaces.msg import Duration
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import Point, PoseStamped
 from nav_msgs.msg import Path as PathMessage
 from rclpy.clock import Clock, ClockType
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
-from rclpy.signals import SignalHandlerOptions
 from scipy.spatial.transform import Rotation
 from sensor_msgs.msg import JointState
 from std_msgs.msg import ColorRGBA
@@ -42,7 +37,8 @@ from pi0_ros.robot import Robot, RobotFileError, load_robot
 from pi0_ros.ros.conversions import chunk_actions, stamp_ns, to_stamp
 from pi0_ros.ros.kinematics import Kinematics, KinematicsError, find_urdf
 from pi0_ros.ros.markers import Player, Shape, View
-from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
+from pi0_ros.ros.parameters import ParameterError, Parameters, Spec
+from pi0_ros.ros.program import run_node
 
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 NEWEST = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
@@ -219,29 +215,7 @@ def _colour(rgba: np.ndarray) -> ColorRGBA:
 
 def main(args: list[str] | None = None) -> int:
     """Run the node until it is told to end; 1 and one line on stderr when it cannot start."""
-    args = sys.argv if args is None else args
-    if "--help" in args or "-h" in args:
-        print(usage("visualiser", SPECS))
-        return 0
-    # Launch may pass on the Ctrl-C that the terminal already sent: a second one must not break off the ending.
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    ending, node, code = threading.Event(), None, 0
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ending.set())
-    try:
-        node = Visualiser()
-        executor = SingleThreadedExecutor()
-        executor.add_node(node)
-        while rclpy.ok() and not ending.is_set():
-            executor.spin_once(timeout_sec=0.1)
-    except (ParameterError, RobotFileError, KinematicsError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 1
-    finally:
-        if node is not None:
-            node.destroy_node()
-        rclpy.try_shutdown()
-    return code
+    return run_node("visualiser", SPECS, Visualiser, errors=(RobotFileError, KinematicsError), args=args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""What the programs of all nodes share: help, signals, one clear line when the node cannot start, an orderly end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import rclpy
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.signals import SignalHandlerOptions
+
+from pi0_ros.ros.parameters import ParameterError, Spec, usage
+
+NodeType = TypeVar("NodeType", bound=Node)
+
+
+def run_node(
+    name: str,
+    specs: Sequence[Spec],
+    make: Callable[[], NodeType],
+    *,
+    start: Callable[[NodeType], None] | None = None,
+    errors: tuple[type[Exception], ...] = (),
+    args: list[str] | None = None,
+) -> int:
+    """Run a node until it is told to end, then destroy it; the exit code.
+
+    SIGINT and SIGTERM end it, however often they come: rclpy's own handlers would end the context before the node has
+    come to rest, and launch passes on the Ctrl-C that the terminal has already sent.
+
+    Args:
+        specs: of the parameters, for --help.
+        make: makes the node, in an initialised context.
+        start: called when the node is on its executor, before it spins.
+        errors: what `make` and `start` raise for mistakes of the user, beside ParameterError and RuntimeError: each is
+            one line on stderr and exit code 1.
+    """
+    args = sys.argv if args is None else args
+    if "--help" in args or "-h" in args:
+        print(usage(name, specs))
+        return 0
+    ending, node, code = threading.Event(), None, 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ending.set())
+    try:
+        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+        node = make()
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
+        if start is not None:
+            start(node)
+        while rclpy.ok() and not ending.is_set():
+            executor.spin_once(timeout_sec=0.1)
+    except (ParameterError, RuntimeError, *errors) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 1
+    finally:
+        if node is not None:
+            node.destroy_node()
+        rclpy.try_shutdown()
+    return code
