@@ -114,6 +114,11 @@ class Worker:
         """Whether ticks lead to chunks."""
         return self._active and self._running
 
+    @property
+    def idle(self) -> bool:
+        """Whether no tick is at work or about to be."""
+        return not (self._busy or self._wake.is_set())
+
     def set_prompt(self, prompt: str) -> None:
         """Counts from the next tick on."""
         with self._lock:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pi0_ros.policy.alignment import StreamTimes, align_ticks
+from pi0_ros.policy.alignment import AlignedTicks, StreamTimes, align_ticks
 from pi0_ros.robot import Robot
 from pi0_ros.training.bags import BagError
 from pi0_ros.training.commands import Command, commanded
@@ -125,11 +125,8 @@ def _episode(
         raise BagError(f"{recording.source}: stamps span {(stop - start) / 3.6e12:.0f} hours; some must be wrong")
     count = int((stop - start) * robot.control_rate // 1e9) + 1
     ticks = start + np.round(np.arange(count) * (1e9 / robot.control_rate)).astype(np.int64)
-    times = [StreamTimes(stream.name, stream.times, stream.max_age_ns) for stream in streams]
-    aligned = align_ticks(times, ticks, round(robot.max_skew * 1e9))
-    messages = {s.name: np.where(aligned.indices[s.name] >= 0, s.order[aligned.indices[s.name]], -1) for s in streams}
+    aligned, state, frames = _observe(recording, robot, streams, ticks)
     dropped = Counter({f"{name}: {kind}": count for (name, kind), count in aligned.dropped().items()})
-    state = _state(recording, messages, len(ticks), len(robot.joints))
     actions, known = commanded(commands, ticks, len(robot.joints))
     usable = aligned.ok.copy()
     head, tail = _active(state, actions, robot, selection.idle)
@@ -137,10 +134,6 @@ def _episode(
     trimmed[:head], trimmed[tail:] = True, True
     dropped["idle"] += int((usable & trimmed).sum())
     usable &= ~trimmed
-    frames = {}
-    for slot, stream in recording.cameras.items():
-        at = messages[slot]
-        frames[slot] = np.where(at >= 0, stream.ordinal[at], -1)
     return Episode(
         label=label,
         ticks_ns=ticks,
@@ -156,6 +149,30 @@ def _episode(
         idle_end=(len(ticks) - tail) / robot.control_rate,
         waited=(start - begin) / 1e9,
     )
+
+
+def observe_at(
+    recording: Recording, robot: Robot, ticks_ns: np.ndarray
+) -> tuple[AlignedTicks, np.ndarray, dict[str, np.ndarray], list[str]]:
+    """What was seen and told at any instants, int64 [T], episodes or not, by the rule that makes training samples.
+
+    Returns the verdict on each; state, frames and prompts as in `Episode`.
+    """
+    observed = _observe(recording, robot, _sorted_streams(recording, robot), ticks_ns)
+    return *observed, _prompts(recording, robot, Selection(), ticks_ns)
+
+
+def _observe(
+    recording: Recording, robot: Robot, streams: list[_Sorted], ticks: np.ndarray
+) -> tuple[AlignedTicks, np.ndarray, dict[str, np.ndarray]]:
+    times = [StreamTimes(stream.name, stream.times, stream.max_age_ns) for stream in streams]
+    aligned = align_ticks(times, ticks, round(robot.max_skew * 1e9))
+    messages = {s.name: np.where(aligned.indices[s.name] >= 0, s.order[aligned.indices[s.name]], -1) for s in streams}
+    frames = {
+        slot: np.where(messages[slot] >= 0, stream.ordinal[messages[slot]], -1)
+        for slot, stream in recording.cameras.items()
+    }
+    return aligned, _state(recording, messages, len(ticks), len(robot.joints)), frames
 
 
 def _sorted_streams(recording: Recording, robot: Robot) -> list[_Sorted]:
