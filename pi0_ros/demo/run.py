@@ -70,6 +70,8 @@ class Options:
 class Demo:
     """One run. `album` gathers what the pictures are made of."""
 
+    policy_module = "pi0_ros.ros.policy_node"
+
     def __init__(self, options: Options, config: Path) -> None:
         self.options = options
         self.robot_file = config / "so101_demo.yaml"
@@ -93,7 +95,7 @@ class Demo:
         processes.start("demo_robot", "pi0_ros.demo.robot_node")
         processes.start(
             "policy_node",
-            "pi0_ros.ros.policy_node",
+            self.policy_module,
             *("--ros-args", *robot_file, "-p", "autostart:=true", "-p", f"checkpoint:='{self.checkpoint}'"),
             *("-p", f"rate:={float(self.options.rate)}", "-p", f"num_steps:={self.options.num_steps}"),
             *(part for pair in self.options.policy_parameters for part in ("-p", pair)),

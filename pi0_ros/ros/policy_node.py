@@ -326,7 +326,7 @@ class PolicyNode(LifecycleNode):
         return [report, *self._streams.reports(name, now, limits)]
 
 
-def main(args: list[str] | None = None) -> int:
+def main(args: list[str] | None = None, load: Callable[[Parameters], Policy] = load_policy) -> int:
     """Run the node until it is told to end; 1 and one line on stderr when it cannot start."""
     args = sys.argv if args is None else args
     if "--help" in args or "-h" in args:
@@ -335,7 +335,7 @@ def main(args: list[str] | None = None) -> int:
     node, code = None, 0
     try:
         rclpy.init(args=args)
-        node = PolicyNode()
+        node = PolicyNode(load)
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         if node.get_parameter("autostart").value:
