@@ -173,17 +173,27 @@ def chosen_methods(options: Options) -> list[str]:
 
 def table(cells: list[Cell], policy: str) -> str:
     """The cells in Markdown."""
-    head = (
-        "| method | latency added | inference, p50 | success | time, p50 | largest step | velocity jump, p50, max | RMS jerk "
-        "| held | approached |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
-    )
+    names = "method, latency added, inference p50, success, time p50, largest step, velocity jump p50, max, RMS jerk"
+    columns = [*names.split(", "), "held", "approached"]
     rows = [
-        f"| {c.method} | {1000 * c.latency:.0f} ms | {1000 * c.inference:.0f} ms | {c.successes}/{c.episodes} "
-        f"| {c.seconds:.1f} s | {1000 * c.step:.1f} mrad | {c.velocity_jump_p50:.2f}, {c.velocity_jump:.2f} rad/s | {c.jerk:.0f} rad/s³ "
-        f"| {c.held:.2f} s | {c.approached:.2f} s |"
+        (
+            c.method,
+            f"{1000 * c.latency:.0f} ms",
+            f"{1000 * c.inference:.0f} ms",
+            f"{c.successes}/{c.episodes}",
+            f"{c.seconds:.1f} s",
+            f"{1000 * c.step:.1f} mrad",
+            f"{c.velocity_jump_p50:.2f} rad/s",
+            f"{c.velocity_jump:.2f} rad/s",
+            f"{c.jerk:.0f} rad/s³",
+            f"{c.held:.2f} s",
+            f"{c.approached:.2f} s",
+        )
         for c in cells
     ]
-    return "\n".join([f"Policy: {policy}.", "", head, *rows])
+    rule = ["---"] + ["---:"] * (len(columns) - 1)
+    lines = [f"| {' | '.join(row)} |" for row in (columns, rule, *rows)]
+    return "\n".join([f"Policy: {policy}.", "", *lines])
 
 
 def fill(path: Path, text: str) -> None:
