@@ -48,7 +48,10 @@ def infer(policy: Policy) -> np.ndarray:
 
 
 def test_a_run_learns_and_leaves_a_checkpoint_that_acts(data, tmp_path, capsys):
-    assert main(kit.arguments(data, tmp_path / "out", steps=120, batch=8, learning_rate=3e-3, ema=0.9)) == 0
+    assert (
+        main(kit.arguments(data, tmp_path / "out", steps=120, batch=8, learning_rate=3e-3, ema=0.9, loss_dims="real"))
+        == 0
+    )
     policy = Policy.load(tmp_path / "out" / "checkpoint", device="cpu")
     actions = infer(policy)
     assert actions.shape == (5, 3) and np.isfinite(actions).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import train_kit as kit
@@ -11,7 +12,7 @@ from torch import nn
 from pi0_ros.model.config import PRESETS
 from pi0_ros.model.flow import White
 from pi0_ros.policy.bundle import load_bundle
-from pi0_ros.policy.policy import Policy
+from pi0_ros.policy.policy import Policy, RobotObservation
 from pi0_ros.training.batches import Batch
 from pi0_ros.training.objective import condition_on_prefix, flow_loss, keep_float32
 from pi0_ros.training.streams import step_streams
@@ -90,6 +91,32 @@ def test_the_checkpoint_records_the_longest_delay_and_the_policy_then_freezes_wh
     kit.make_run(data, tmp_path / "out", steps=2, rtc_max_delay=2).run()
     assert load_bundle(tmp_path / "out" / "checkpoint").settings.rtc_max_delay == 2
     assert Policy.load(tmp_path / "out" / "checkpoint", device="cpu").settings.rtc_max_delay == 2
+
+
+def test_muted_padding_stays_muted_in_training_and_does_nothing_in_sampling(data, tmp_path):
+    run = kit.make_run(data, tmp_path / "out", loss_dims="real", weight_decay=0.1)
+    run.run()
+    assert run.settings.loss_dims == 3
+    assert not run.model.action_in_proj.weight[:, 3:].any() and run.model.action_in_proj.weight[:, :3].any()
+    policy = Policy.load(tmp_path / "out" / "checkpoint", device="cpu", num_steps=3)
+    observation = RobotObservation(
+        0, {"base_0_rgb": np.zeros((28, 28, 3), np.uint8)}, {"base_0_rgb": 0}, np.zeros(3), "a"
+    )
+    noise = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    other = noise.clone()
+    other[:, 3:] *= -7.0
+    chunks = [policy.infer(observation, noise=start).actions for start in (noise, other)]
+    np.testing.assert_array_equal(chunks[0], chunks[1])
+
+
+def test_the_loss_covers_the_dimensions_that_a_checkpoint_was_trained_on_or_the_robots_own(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "nano", kit.TINY)
+    assert kit.make_run(data, tmp_path / "a").settings.loss_dims is None  # the start was made with all
+    assert kit.make_run(data, tmp_path / "b", init=None).settings.loss_dims == 3
+    assert kit.make_run(data, tmp_path / "c", init=None, loss_dims="all").settings.loss_dims is None
+    kit.make_run(data, tmp_path / "b", init=None, steps=1).run()
+    again = kit.make_run(data, tmp_path / "d", init=tmp_path / "b" / "checkpoint")
+    assert again.settings.loss_dims == 3
 
 
 def test_a_delay_as_long_as_the_chunk_is_refused(data, tmp_path):

@@ -29,10 +29,12 @@ def load_units(
     cache: Path | None = None,
     prompt: str | None = None,
     jobs: int | None = None,
+    quiet: bool = False,
 ) -> list[Unit]:
     """The usable recordings at `bags`, decoded into the cache (by default `.pi0_cache` beside them).
 
-    One that cannot be read, or contradicts the robot file in joints or cameras, is named with its reason and left out.
+    One that cannot be read, or contradicts the robot file in joints or cameras, is named with its reason (unless
+    `quiet`) and left out.
 
     Raises:
         BagError: no recording is usable, or actions were recorded at another rate than the robot file's.
@@ -47,7 +49,7 @@ def load_units(
         bag, reason = next(iter(cached.skipped.items()))
         others = f" (and {len(cached.skipped) - 1} more)" if len(cached.skipped) > 1 else ""
         raise BagError(f"none of {len(found)} recordings fits {robot.name!r}: {_without(reason, bag)}: {bag}{others}")
-    for bag, reason in cached.skipped.items():
+    for bag, reason in () if quiet else cached.skipped.items():
         print(f"left out {bag}: {_without(reason, bag)}")
     check_rate(cached.units, robot)
     return cached.units

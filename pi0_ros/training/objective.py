@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pi0_ros.model.flow import NoiseSource, sample_time
+from pi0_ros.model.pi0 import Pi0
 from pi0_ros.training.batches import Batch
 from pi0_ros.training.streams import Streams
 
@@ -27,6 +28,9 @@ def flow_loss(
     """
     observation, actions = batch.observation, batch.actions
     noise = source.start(tuple(actions.shape), generator=streams.noise, trajectory=actions)
+    if loss_dims is not None:
+        noise = noise.clone()
+        noise[..., loss_dims:] = 0.0  # see mute_padding
     time = sample_time(len(actions), generator=streams.time)
     weight = None
     if max_delay:
@@ -52,6 +56,17 @@ def condition_on_prefix(time: torch.Tensor, delay: torch.Tensor, horizon: int) -
     times = torch.where(prefix, 0.0, time[:, None])
     free = (~prefix).float()
     return times, free / free.sum(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def mute_padding(model: Pi0, dims: int) -> None:
+    """Make the model deaf to the action dimensions from `dims` on, whose loss does not count.
+
+    Nobody teaches their velocity, so in sampling they would wander off to where no training sample was, and take the
+    others along. With weights of zero, and zeros on them in training, the weights never change: a gradient is the
+    product of both.
+    """
+    model.action_in_proj.weight[:, dims:] = 0.0
 
 
 def keep_float32(model: nn.Module) -> None:

@@ -64,10 +64,10 @@ class TrainOptions:
     the vlm, 32 for the expert. The update is merged into the checkpoint."""
     augment: bool = True
     """Random crops, rotations and colours of the images."""
-    loss_dims: Literal["real", "all"] = "real"
-    """Over which action dimensions the loss is averaged: the robot's own, or all of the model's, padding included
-    (openpi). The default spends nothing on dimensions that are cut off anyway, and its value means the same for
-    every robot."""
+    loss_dims: Literal["real", "all"] | None = None
+    """The action dimensions that the loss is averaged over. all: every one of the model's, padding included, which is
+    how published weights were trained (openpi). real: the robot's own; padding is muted, so that a small model spends
+    nothing on it. None: as --init was trained; from random weights, real."""
     noise: Literal["white", "pink", "cold"] | None = None
     """What the flow starts from; recorded in the checkpoint. None: what --init was trained with, else white."""
     noise_beta: float = 1.0

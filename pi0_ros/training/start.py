@@ -15,7 +15,7 @@ from pi0_ros.policy.bundle import CONFIG, BundleSettings, load_bundle
 from pi0_ros.policy.convert import foreign_settings
 from pi0_ros.robot import Robot
 from pi0_ros.training.lora import add_lora
-from pi0_ros.training.objective import keep_float32
+from pi0_ros.training.objective import keep_float32, mute_padding
 from pi0_ros.training.options import OptionsError, TrainOptions
 from pi0_ros.training.parts import freeze
 
@@ -39,6 +39,8 @@ class Start:
             model.config = config  # the horizon is not in the weights
         else:
             model = Pi0(config, generator=torch.Generator().manual_seed(options.seed))
+        if self.settings.loss_dims is not None:
+            mute_padding(model, self.settings.loss_dims)
         freeze(model, options.freeze)
         if options.lora:
             add_lora(model, options.lora, options.seed)
@@ -68,6 +70,11 @@ def start(options: TrainOptions, robot: Robot) -> Start:
     if options.horizon:
         settings = replace(settings, model=replace(settings.model, action_horizon=options.horizon))
     _require_fit(options, settings, robot)
+    if settings.rtc_max_delay and not options.rtc_max_delay:
+        notes.append(
+            f"warning: {options.init} was trained for real-time chunking, with a delay of up to "
+            f"{settings.rtc_max_delay}; without --rtc-max-delay that is not kept up"
+        )
     source = noise_source(options, settings)
     if options.init and source.to_dict() != dict(settings.noise_source):
         notes.append(f"warning: {options.init} was trained with noise source {dict(settings.noise_source)}")
@@ -75,10 +82,16 @@ def start(options: TrainOptions, robot: Robot) -> Start:
         settings,
         noise_source=source.to_dict(),
         rtc_max_delay=options.rtc_max_delay,
-        loss_dims=len(robot.joints) if options.loss_dims == "real" else None,
+        loss_dims=len(robot.joints) if _real(options, settings) else None,
         trained_steps=0,
     )
     return Start(settings, checkpoint, options.tokenizer or tokenizer, tuple(notes))
+
+
+def _real(options: TrainOptions, settings: BundleSettings) -> bool:
+    if options.loss_dims is None:
+        return settings.loss_dims is not None or not options.init
+    return options.loss_dims == "real"
 
 
 def _from_checkpoint(path: Path, robot: Robot, notes: list[str]) -> tuple[BundleSettings, Checkpoint, Path | None]:

@@ -47,7 +47,8 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
         return None
     path = saved[-1] / "state.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, so that several processes of a machine share its pages.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
         raise StateError(
             f"{path}: cannot be read ({_first_line(error)}); remove {saved[-1]} to go on from the state before"

@@ -100,7 +100,13 @@ class Run:
         size = self.settings.model.vision.image_size
         with self.world.one_first():
             units = data.load_units(
-                options.bags, self.robot, size, cache=options.cache, prompt=options.prompt, jobs=options.jobs
+                options.bags,
+                self.robot,
+                size,
+                cache=options.cache,
+                prompt=options.prompt,
+                jobs=options.jobs,
+                quiet=not self.world.first,
             )
         self.cameras = tuple(slot for slot in self.settings.model.cameras if slot in self.robot.present_cameras)
         train, held_out = split(units, options.held_out, options.seed)
