@@ -35,7 +35,8 @@ def test_a_policy_trained_on_fresh_recordings_beats_both_baselines_on_episodes_i
     save_bundle(tmp_path / "start", start, BundleSettings(SMALL), None, None)
     robot = config_folder() / "so101_demo.yaml"
     words = f"""--bags {tmp_path / "bags"} --robot {robot} --output {tmp_path / "run"} --init {tmp_path / "start"}
-        --steps 500 --batch 32 --learning-rate 3e-3 --ema 0.97 --held-out 0.25 --loss-dims real --no-augment --device cpu --jobs 1"""
+        --steps 500 --batch 32 --learning-rate 3e-3 --ema 0.97 --held-out 0.25 --loss-dims real --no-augment
+        --device cpu --jobs 1"""
     assert main(words.split()) == 0
     chosen = {"chunks": 30, "seeds": 2, "device": "cpu", "jobs": 1}
     result = evaluate(EvaluateOptions(tmp_path / "bags", tmp_path / "run" / "checkpoint", tmp_path / "out", **chosen))
