@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from pi0_ros.benchmark import cli, machine, report, suite
+from pi0_ros.benchmark import cli, machine, node, report, suite
 from pi0_ros.benchmark.inputs import BenchmarkError
 from pi0_ros.benchmark.peers import row
 from pi0_ros.benchmark.timing import Ratio
@@ -120,14 +120,36 @@ def test_tables_line_up_and_show_small_numbers_shortly():
 @pytest.mark.parametrize("transport", ["raw", "jpeg"])
 def test_the_nodes_path_is_measured_over_real_topics(transport):
     pytest.importorskip("rclpy")
-    from pi0_ros.benchmark.node import PARTS, measure_node
-
-    result = measure_node(transport, seconds=0.5)
-    assert [row["part"] for row in result["parts"]] == list(PARTS)
+    result = node.measure_node(transport, seconds=0.5)
+    assert [row["part"] for row in result["parts"]] == list(node.PARTS)
     assert 0 < result["frames_in_a_chunk"] <= result["frames_sent"]
     spans = {row["part"]: row["p50_ms"] for row in result["parts"]}
     assert all(0 < span <= spans["total"] for span in spans.values())
     assert "frames came into a chunk" in report.node_text(result)
+
+
+def test_the_nodes_path_counts_new_frames_whose_chunk_arrived():
+    ms = 10**6
+    asked = [  # newest frame, tick begun, observation ready, answered
+        (10 * ms, 11 * ms, 13 * ms, 14 * ms),
+        (10 * ms, 20 * ms, 21 * ms, 22 * ms),  # the same frame: joints woke the node
+        (30 * ms, 31 * ms, 33 * ms, 34 * ms),  # its chunk did not arrive
+        (50 * ms, 51 * ms, 53 * ms, 54 * ms),
+    ]
+    received = {str(11 * ms): 17 * ms, str(20 * ms): 25 * ms, str(51 * ms): 57 * ms}
+    sent = {str(at * ms): 0.0005 for at in (10, 30, 40, 50, 70)}
+    result = node.evaluate("raw", asked, {"received": received, "sent": sent})
+    assert (result["frames_in_a_chunk"], result["frames_sent"]) == (2, 4)
+    assert [row["p50_ms"] for row in result["parts"]] == [0.5, 1.0, 2.0, 3.0, 7.0]
+    with pytest.raises(BenchmarkError, match="no chunk came back"):
+        node.evaluate("raw", asked, {"received": {}, "sent": sent})
+
+
+def test_a_robots_side_that_fails_is_said(monkeypatch):
+    pytest.importorskip("rclpy")
+    monkeypatch.setattr(node.sys, "executable", "/bin/false")
+    with pytest.raises(BenchmarkError, match="the process that plays the robot failed: exit code 1"):
+        node.measure_node("raw", 0.1)
 
 
 def test_without_ros_the_nodes_mode_says_what_is_missing(monkeypatch, capsys):
