@@ -71,7 +71,7 @@ def test_a_hand_over_that_turns_round_shows_in_jump_step_and_jerk():
 
 
 def cell(**changes) -> Cell:
-    values = ("blend", 0.1, 0.123, 8, 7, 2.5, 0.012, 0.4, 0.2, 300, 0.05, 0)
+    values = ("blend", 0.1, 0.123, 8, 7, 2.5, 0.012, 0.4, 0.2, 300, 0.05, 0, [])
     return dataclasses.replace(Cell(*values), **changes)
 
 

@@ -86,6 +86,7 @@ class Cell:
     jerk: float  # rad/s^3, root mean square
     held: float  # s an episode, after it had begun to move
     approached: float  # s an episode
+    outcomes: list[str]  # of the episodes, in order
 
 
 class Rehearsal(demo.Demo):
@@ -154,6 +155,7 @@ def summarise(method: str, latency: float, episodes: list[Episode], motions: lis
         jerk=float(np.sqrt(np.mean([motion.jerk**2 for motion in motions]))),
         held=float(np.mean([motion.held for motion in motions])),
         approached=float(np.mean([motion.approached for motion in motions])),
+        outcomes=[episode.reason for episode in episodes],
     )
 
 
