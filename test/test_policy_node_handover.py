@@ -122,6 +122,15 @@ def test_the_delay_is_the_largest_of_the_last_ten_hand_overs_and_never_a_running
     assert handover.delay() == 3
 
 
+def test_a_chunk_that_came_too_late_to_be_met_counts_for_the_delay():
+    handover = Handover()
+    handover.heard(status(sequence=1, handover_delay=2.5), NOW)
+    handover.heard(status(sequence=2, handover_delay=6.2, state=PlayerStatus.APPROACHING), NOW)
+    assert handover.delay() == 7
+    handover.heard(status(sequence=3, handover_delay=9.9, state=PlayerStatus.HOLDING), NOW)
+    assert handover.delay() == 7
+
+
 def test_seconds_left_run_down_between_the_players_words():
     handover = Handover()
     assert handover.seconds_left(NOW) is None

@@ -69,7 +69,8 @@ class Handover:
             if before is not None and status.chunks_refused > before.chunks_refused:
                 self._doubted = self._last.sequence if self._last else -1  # which it was is not said
             known = self._delays and self._delays[-1][0] == key
-            if status.state in EXECUTING and not known and math.isfinite(status.handover_delay):
+            # A chunk so late that the arm must approach it was taken over too: left out, it would happen again.
+            if status.state in MOVING and not known and math.isfinite(status.handover_delay):
                 self._delays.append((key, status.handover_delay))
 
     def published(self, chunk: Published) -> None:
