@@ -216,6 +216,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is not enough for this: choose a smaller --preset or --dtype", file=sys.stderr)
+        return 1
     except (BenchmarkError, ConfigError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

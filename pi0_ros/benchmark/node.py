@@ -25,6 +25,13 @@ from pi0_ros.policy.policy import Chunk, RobotObservation
 from pi0_ros.robot import Robot, config_folder, parse_robot
 
 AIMS_P95_MS = {"raw": 6.0, "jpeg": 12.0}
+PARTS = (
+    "camera's publish()",  # within the next
+    "frame stamped to tick",
+    "observation: align, decode",
+    "chunk: build, publish, receive",
+    "total",
+)
 HORIZON = 50
 ROBOT = """
 name: benchmark
@@ -77,6 +84,22 @@ def measure_node(transport: str, seconds: float = 10.0) -> dict[str, Any]:
     Raises:
         BenchmarkError: there is no ROS here, or the robot's side failed or heard no chunk.
     """
+    robot = parse_robot(
+        ROBOT.format(
+            transport="raw" if transport == "raw" else "compressed",
+            joints="\n".join(JOINT.format(i) for i in range(6)),
+        )
+    )
+    policy = InstantPolicy(robot)
+    try:
+        heard = _listen(policy, transport, seconds)
+    except RuntimeError as error:  # the node cannot be configured, or no ROS domain is free
+        raise BenchmarkError(f"node: {error}") from None
+    return evaluate(transport, policy.asked, heard)
+
+
+def _listen(policy: InstantPolicy, transport: str, seconds: float) -> dict[str, Any]:
+    """Run the node with `policy` and the robot's side for it; what the robot's side heard."""
     try:
         import rclpy
         from rclpy.executors import SingleThreadedExecutor
@@ -89,13 +112,7 @@ def measure_node(transport: str, seconds: float = 10.0) -> dict[str, Any]:
             f"node: needs ROS 2 and the built package ({error}); source a ROS 2 distribution, or run make setup and "
             "source scripts/env.sh"
         ) from None
-    robot = parse_robot(
-        ROBOT.format(
-            transport="raw" if transport == "raw" else "compressed",
-            joints="\n".join(JOINT.format(i) for i in range(6)),
-        )
-    )
-    policy, context = InstantPolicy(robot), rclpy.Context()
+    context = rclpy.Context()
     with Domain() as domain, tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "heard.json")
         rclpy.init(context=context, domain_id=domain.id)
@@ -119,8 +136,7 @@ def measure_node(transport: str, seconds: float = 10.0) -> dict[str, Any]:
         if not output.exists():
             reason = complaint.splitlines()[-1] if complaint else f"exit code {process.returncode}"
             raise BenchmarkError(f"node: the process that plays the robot failed: {reason}")
-        heard = json.loads(output.read_text(encoding="utf-8"))
-    return evaluate(transport, policy.asked, heard)
+        return json.loads(output.read_text(encoding="utf-8"))
 
 
 def _room_for_images() -> dict[str, str]:
@@ -164,12 +180,3 @@ def evaluate(transport: str, asked: list[tuple[int, int, int, int]], heard: dict
         "aim_p95_ms": AIMS_P95_MS[transport],
         "parts": rows,
     }
-
-
-PARTS = (
-    "camera's publish()",  # within the next
-    "frame stamped to tick",
-    "observation: align, decode",
-    "chunk: build, publish, receive",
-    "total",
-)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,19 +46,18 @@ class Part:
 
 def parts() -> list[Part]:
     """The set. Long parts come late, so that a slow machine shortens them and not the others."""
-    rates: list[Any] = []
+    rates = functools.cache(lambda: measure_rates(CPU, torch.float32))
 
     def sampler(name: str) -> Callable[[Results, float], None]:
         def measure(results: Results, seconds: float) -> None:
-            rates[:] = rates or [measure_rates(CPU, torch.float32)]
             results.sampler.append(
-                measure_sampler(CONFIGS[name], torch.float32, CPU, seconds=seconds, rates=rates[0], name=name)
+                measure_sampler(CONFIGS[name], torch.float32, CPU, seconds=seconds, rates=rates(), name=name)
             )
 
         return measure
 
     def training(results: Results, seconds: float) -> None:
-        result = measure_training(CONFIGS["small"], torch.float32, CPU, seconds=seconds, rates=rates[0], name="small")
+        result = measure_training(CONFIGS["small"], torch.float32, CPU, seconds=seconds, rates=rates(), name="small")
         results.training.append(result)
 
     def sampling_peers(name: str, dtype: torch.dtype) -> Callable[[Results, float], None]:
