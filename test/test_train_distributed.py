@@ -59,12 +59,13 @@ def state(output: Path) -> dict:
     return torch.load(sorted((output / "state").glob("step_*"))[-1] / "state.pt", weights_only=True)
 
 
-def test_two_processes_give_the_weights_of_one_with_the_same_batch(tmp_path):
+@pytest.mark.parametrize("shard", [False, True], ids=["copied", "sharded"])
+def test_two_processes_give_the_weights_of_one_with_the_same_batch(tmp_path, shard):
     data = kit.make_data(tmp_path)
     options = {"steps": 3, "batch": 8, "evaluate_every": 2, "rtc_max_delay": 2, "learning_rate": 1e-3}
     alone = kit.make_run(data, tmp_path / "alone", **options, accumulate=4)
     alone.run()
-    ends = finish(start_two(kit.arguments(data, tmp_path / "together", **options, accumulate=2)))
+    ends = finish(start_two(kit.arguments(data, tmp_path / "together", **options, accumulate=2, shard=shard)))
     assert [code for code, _, _ in ends] == [0, 0], ends
     one, two = state(tmp_path / "alone"), state(tmp_path / "together")
     moved = 0.0
@@ -85,6 +86,15 @@ def test_two_processes_give_the_weights_of_one_with_the_same_batch(tmp_path):
     assert two["pieces"] == 4
     again = kit.make_run(data, tmp_path / "together", **options, accumulate=4)
     assert again.step == 3
+    if not shard:
+        return
+    ends = finish(start_two(kit.arguments(data, tmp_path / "together", **options, accumulate=2, shard=shard)))
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert "going on from step 3" in ends[0][1]
+    after = state(tmp_path / "together")
+    assert not [name for name, weight in after["weights"].items() if not torch.equal(weight, two["weights"][name])]
+    moments = after["optimizer"]["state"], two["optimizer"]["state"]
+    assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[1])
 
 
 def test_a_process_among_several_takes_its_own_pieces(tmp_path):

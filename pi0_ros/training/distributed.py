@@ -1,7 +1,7 @@
 """Several processes that train one model: who this process is, and what it agrees on with the others.
 
 Started by torchrun, which sets the environment; without it there is one process and nothing to agree on. Weights are
-copied to every device and gradients averaged (DDP).
+copied to every device and gradients averaged (DDP), or every process keeps a slice of everything (FSDP2, sharding.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from pi0_ros.policy.policy import pick_device
@@ -43,11 +44,24 @@ class World:
         return chosen
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model as the training loop calls it."""
-        if self.size == 1:
+        """The model as the training loop calls it. One that is spread takes care of itself."""
+        if self.size == 1 or isinstance(model, FSDPModule):
             return model
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    @contextlib.contextmanager
+    def quiet(self, forward: nn.Module) -> Iterator[None]:
+        """Gradients of the block stay in this process; those after it carry them along."""
+        if isinstance(forward, FSDPModule):
+            forward.set_requires_gradient_sync(False)
+            yield
+            forward.set_requires_gradient_sync(True)
+        elif isinstance(forward, DistributedDataParallel):
+            with forward.no_sync():
+                yield
+        else:
+            yield
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over processes, on the CPU."""

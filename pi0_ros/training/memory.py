@@ -37,10 +37,12 @@ def forecast(
     dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
     average: bool = True,
+    processes: int = 1,
 ) -> Forecast:
     """Weights, gradients, AdamW's two moments and the average are float32 and counted; activations are estimated.
 
-    piece: samples that go through the model at once; cameras: how many the robot has.
+    piece: samples that go through the model at once; cameras: how many the robot has; processes: that all but the
+    activations are spread over.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     learning = sum(parameter.numel() for parameter in trained(model).values())
@@ -53,7 +55,8 @@ def forecast(
     )
     # Under autocast the weights of one forward pass are kept in bfloat16 as well.
     copies = 2 * total if dtype == torch.bfloat16 else 0
-    return Forecast(4 * total + copies, 4 * learning, 8 * learning, 4 * learning * average, piece * activations)
+    kept = (4 * total + copies, 4 * learning, 8 * learning, 4 * learning * average)
+    return Forecast(*(number // processes for number in kept), piece * activations)
 
 
 def activation_bytes(config: Pi0Config, cameras: int, live: set[str], size: int, recompute: bool) -> int:

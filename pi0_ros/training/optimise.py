@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pi0_ros.training.parts import trained
+from pi0_ros.training.sharding import local
 
 
 def learning_rate(step: int, *, steps: int, warmup: int, peak: float, final: float) -> float:
@@ -43,8 +44,8 @@ class Average:
     def update(self) -> None:
         """Take the present weights in."""
         if self.decay:
-            live = [self._live[name] for name in self.weights]
-            torch._foreach_lerp_(list(self.weights.values()), live, 1.0 - self.decay)
+            average = [local(weight) for weight in self.weights.values()]
+            torch._foreach_lerp_(average, [local(self._live[name]) for name in self.weights], 1.0 - self.decay)
 
     def swapped(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A model's state dict with the averaged weights in place of the live ones."""
@@ -63,4 +64,4 @@ class Average:
     @torch.no_grad()
     def _set(self, values: dict[str, torch.Tensor]) -> None:
         for name, value in values.items():
-            self._live[name].copy_(value)
+            local(self._live[name]).copy_(local(value))

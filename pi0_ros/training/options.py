@@ -80,6 +80,8 @@ class TrainOptions:
     """Prefix conditioning for real-time chunking: each sample keeps 0 to this many first actions clean; 0: none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    shard: bool = False
+    """Of several processes each keeps a slice of weights, gradients, optimizer and average (FSDP2), not all of them."""
     held_out: float = 0.05
     """Share of the episodes kept for evaluation."""
     seed: int = 42
@@ -142,7 +144,8 @@ class TrainOptions:
 
 # What a resumed run may be told anew; its numbers do not depend on it. Recordings and robot file are compared by
 # content, accumulate by the number of pieces.
-FREE = {"bags", "robot", "output", "cache", "jobs", "save_every", "evaluate_every", "minutes", "device", "accumulate"}
+FREE = {"bags", "robot", "output", "cache", "jobs", "save_every", "evaluate_every", "minutes", "device"}
+FREE |= {"accumulate", "shard"}
 
 
 def require_same(saved: dict[str, Any], now: dict[str, Any]) -> None:

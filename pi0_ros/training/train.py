@@ -43,6 +43,7 @@ from pi0_ros.training.objective import flow_loss
 from pi0_ros.training.optimise import Average, learning_rate, make_optimizer
 from pi0_ros.training.options import OptionsError, TrainOptions, parse, require_same
 from pi0_ros.training.parts import trained
+from pi0_ros.training.sharding import assign, like, shard, whole
 from pi0_ros.training.start import start
 from pi0_ros.training.state import StateError, newest_state, remove_leftovers, save_state
 from pi0_ros.training.streams import step_streams
@@ -86,8 +87,10 @@ class Run:
             print(f"warning: never changes in these recordings, so any change will seem huge: {', '.join(still)}")
         self.transforms = build_transforms(self.robot, self.stats, self.settings)
         self.model = begin.model(options).to(self.device)
+        if options.shard and world.size > 1:
+            shard(self.model, self.device, world.size)
         self.optimizer = make_optimizer(self.model, options.weight_decay)
-        self.average = Average(self.model, options.ema if world.first else 0.0)
+        self.average = Average(self.model, options.ema)
         self.step = 0
         self.losses: list[tuple[int, float]] = []
         self.held_out_losses: list[tuple[int, float]] = []
@@ -154,8 +157,7 @@ class Run:
         options, total = self.options, torch.zeros((), device=self.device)
         for part, batch in zip(self._parts(), pieces, strict=True):
             last = part == self._parts()[-1]
-            quiet = contextlib.nullcontext() if last or self.world.size == 1 else self.forward.no_sync()
-            with quiet:
+            with contextlib.nullcontext() if last else self.world.quiet(self.forward):
                 loss = self._loss(self.forward, batch, options.seed, self.step, part) / len(pieces)
                 loss.backward()
             total += loss.detach()
@@ -173,7 +175,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update()
         self.step += 1
-        self._unread.append((total, norm))
+        self._unread.append((total, whole(norm)))
         return rate
 
     def _loss(self, model: torch.nn.Module, batch: Batch, seed: int, step: int, part: int = 0) -> torch.Tensor:
@@ -210,11 +212,17 @@ class Run:
         for name, now in self._identity().items():
             if saved[name] != now:
                 raise OptionsError(f"{self.options.output}: {CHANGED[name]}; use another --output for another run")
-        for name, parameter in trained(self.model).items():
-            parameter.data.copy_(saved["weights"][name])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        parameters = trained(self.model)
+        for name, parameter in parameters.items():
+            assign(parameter, saved["weights"][name])
         for name, value in self.average.weights.items():
-            value.copy_(saved["average"][name])
+            assign(value, saved["average"][name])
+        optimizer = saved["optimizer"]
+        for place, parameter in enumerate(parameters.values()):
+            moments = optimizer["state"][place]
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = like(moments[name], parameter)
+        self.optimizer.load_state_dict(optimizer)
         self.step = saved["step"]
         self.losses, self.held_out_losses = ([tuple(x) for x in saved[name]] for name in ("losses", "held_out_losses"))
 
@@ -224,15 +232,15 @@ class Run:
     def save(self) -> None:
         """The state, to resume from, and the loss curve. Only what is trained: the rest comes from --init again."""
         self._read_losses()
+        parts = {"weights": trained(self.model), "optimizer": self.optimizer.state_dict()}
+        tensors = whole({**parts, "average": self.average.weights})
         if not self.world.first:
             return
         save_state(
             self.options.output / "state",
             self.step,
             {
-                "weights": {name: parameter.detach() for name, parameter in trained(self.model).items()},
-                "optimizer": self.optimizer.state_dict(),
-                "average": self.average.weights,
+                **tensors,
                 "step": self.step,
                 "losses": [list(x) for x in self.losses],
                 "held_out_losses": [list(x) for x in self.held_out_losses],
@@ -243,9 +251,12 @@ class Run:
         plot_losses(self.options.output / "loss.png", self.losses, self.held_out_losses)
 
     def export(self) -> str:
-        """The checkpoint folder with the averaged weights; returns its digest."""
+        """The checkpoint folder with the averaged weights; returns its digest ("" where another process writes)."""
+        weights = whole(self.average.swapped(self.model.state_dict()))
+        if not self.world.first:
+            return ""
         settings = replace(self.settings, trained_steps=self.step)
-        weights = merged(self.model, self.average.swapped(self.model.state_dict()))
+        weights = merged(self.model, weights)
         folder = self.options.output / "checkpoint"
         return save_bundle(folder, weights, settings, self.robot, self.stats, self.tokenizer)
 
@@ -282,17 +293,19 @@ class Run:
                     self._read_losses()
                     speed = (self.step - first) * options.batch / (time.monotonic() - began)
                     self._log(board, bar, rate, speed)
-                if self.step % options.evaluate_every == 0 and len(self.held_out) and world.first:
+                if self.step % options.evaluate_every == 0 and len(self.held_out):
                     self.held_out_losses.append((self.step, self.evaluate()))
-                    board.add_scalar("loss/held_out", self.held_out_losses[-1][1], self.step)
+                    if board is not None:
+                        board.add_scalar("loss/held_out", self.held_out_losses[-1][1], self.step)
                 if self.step % options.save_every == 0 and self.step < options.steps:
                     self.save()
                 if options.minutes and world.agreed(time.monotonic() - began > options.minutes * 60):
                     break
         self.save()
+        digest = self.export()
         if world.first:
             board.close()
-            print(f"checkpoint {self.export()} after {self.step} steps: {options.output / 'checkpoint'}")
+            print(f"checkpoint {digest} after {self.step} steps: {options.output / 'checkpoint'}")
 
     def _introduce(self) -> None:
         """Say what will be trained and what it takes; write down what was asked for."""
@@ -308,6 +321,7 @@ class Run:
             dtype=DTYPES[options.dtype],
             gradient_checkpointing=options.gradient_checkpointing,
             average=options.ema > 0,
+            processes=self.world.size if options.shard else 1,
         )
         print(report(self.model, needed, available_memory(self.device), str(self.device)))
         if self.step:
