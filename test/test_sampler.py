@@ -24,9 +24,7 @@ TOKENS = torch.tensor([2, 7, 9, 41, 3])
 FAMILIES = {
     "pi0": TINY,
     "pi05": replace(TINY, pi05=True),
-    "two kv heads": replace(
-        TINY, vlm=replace(TINY.vlm, num_kv_heads=2), expert=replace(TINY.expert, num_kv_heads=2)
-    ),
+    "two kv heads": replace(TINY, vlm=replace(TINY.vlm, num_kv_heads=2), expert=replace(TINY.expert, num_kv_heads=2)),
 }
 
 
