@@ -50,7 +50,8 @@ def _joint(i: int, name: str, comparison: Comparison, dataset: Dataset, result: 
     motion.legend(unique.values(), unique.keys(), fontsize=7)
     for kind, colour in COLOURS.items():
         steps = [np.nan if row is None else row[i] for row in result["error"][kind]["per_step"]]
-        error.plot(np.arange(len(steps)), steps, color=colour, label=kind)
+        style = "--" if kind == "repeat" else "-"  # it often lies upon hold
+        error.plot(np.arange(len(steps)), steps, style, color=colour, label=kind)
     error.set(xlabel="step of the chunk", title="mean absolute error")
     error.set_ylim(bottom=0)
     error.legend(fontsize=7)

@@ -118,11 +118,11 @@ def report(model: nn.Module, needed: Forecast, available: int | None, device: st
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes free on a device; None where that cannot be told."""
+    """Bytes free on a device, on the CPU with what this process has already; None where that cannot be told."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu":
         import psutil
 
-        return psutil.virtual_memory().available
+        return psutil.virtual_memory().available + psutil.Process().memory_info().rss
     return None

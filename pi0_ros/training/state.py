@@ -57,7 +57,7 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed run left half-written. Only for the process that writes."""
-    for partial in folder.glob(".step_*.part") if folder.is_dir() else ():
+    for partial in folder.glob(".step_*") if folder.is_dir() else ():
         shutil.rmtree(partial, ignore_errors=True)
 
 

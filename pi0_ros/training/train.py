@@ -86,12 +86,15 @@ class Run:
         if world.first and (still := [self._named(place) for place in self.stats.constant()]):
             print(f"warning: never changes in these recordings, so any change will seem huge: {', '.join(still)}")
         self.transforms = build_transforms(self.robot, self.stats, self.settings)
-        self.model = begin.model(options).to(self.device)
+        self.model = begin.model(options)
+        if world.first:
+            self._forecast()  # before anything of it is taken
+        self.model.to(self.device)
         if options.shard and world.size > 1:
             shard(self.model, self.device, world.size)
         self.optimizer = make_optimizer(self.model, options.weight_decay)
         self.average = Average(self.model, options.ema)
-        self.step = 0
+        self.step = self._saved = 0
         self.losses: list[tuple[int, float]] = []
         self.held_out_losses: list[tuple[int, float]] = []
         self._unread: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss and gradient norm of steps not yet looked at
@@ -223,7 +226,7 @@ class Run:
             for name in ("exp_avg", "exp_avg_sq"):
                 moments[name] = like(moments[name], parameter)
         self.optimizer.load_state_dict(optimizer)
-        self.step = saved["step"]
+        self.step = self._saved = saved["step"]
         self.losses, self.held_out_losses = ([tuple(x) for x in saved[name]] for name in ("losses", "held_out_losses"))
 
     def _identity(self) -> dict[str, object]:
@@ -232,6 +235,7 @@ class Run:
     def save(self) -> None:
         """The state, to resume from, and the loss curve. Only what is trained: the rest comes from --init again."""
         self._read_losses()
+        self._saved = self.step
         parts = {"weights": trained(self.model), "optimizer": self.optimizer.state_dict()}
         tensors = whole({**parts, "average": self.average.weights})
         if not self.world.first:
@@ -281,7 +285,9 @@ class Run:
         options, world = self.options, self.world
         options.output.mkdir(parents=True, exist_ok=True)
         if world.first:
-            self._introduce()
+            self._write_down()
+            if self.step:
+                print(f"going on from step {self.step}")
         board = SummaryWriter(str(options.output / "tensorboard"), purge_step=self.step + 1) if world.first else None
         bar = tqdm(total=options.steps, initial=self.step, desc="train", unit="step", disable=not world.first)
         with contextlib.closing(prefetch(self.batches, self.step, options.steps)) as batches, bar:
@@ -293,26 +299,25 @@ class Run:
                     self._read_losses()
                     speed = (self.step - first) * options.batch / (time.monotonic() - began)
                     self._log(board, bar, rate, speed)
-                if self.step % options.evaluate_every == 0 and len(self.held_out):
+                due = self.step % options.evaluate_every == 0 or self.step == options.steps
+                if due and len(self.held_out):
                     self.held_out_losses.append((self.step, self.evaluate()))
                     if board is not None:
                         board.add_scalar("loss/held_out", self.held_out_losses[-1][1], self.step)
-                if self.step % options.save_every == 0 and self.step < options.steps:
+                if self.step % options.save_every == 0:
                     self.save()
                 if options.minutes and world.agreed(time.monotonic() - began > options.minutes * 60):
                     break
-        self.save()
+        if self.step > self._saved:
+            self.save()
         digest = self.export()
         if world.first:
             board.close()
             print(f"checkpoint {digest} after {self.step} steps: {options.output / 'checkpoint'}")
 
-    def _introduce(self) -> None:
-        """Say what will be trained and what it takes; write down what was asked for."""
+    def _forecast(self) -> None:
+        """Say what will be trained and what it takes."""
         options = self.options
-        remove_leftovers(options.output / "state")
-        data.write_whole(options.output / "options.yaml", yaml.safe_dump(options.to_dict(), sort_keys=False))
-        data.write_whole(options.output / "episodes.json", json.dumps(self.episodes, indent=1))
         needed = forecast(
             self.model,
             self.settings.model,
@@ -324,8 +329,13 @@ class Run:
             processes=self.world.size if options.shard else 1,
         )
         print(report(self.model, needed, available_memory(self.device), str(self.device)))
-        if self.step:
-            print(f"going on from step {self.step}")
+
+    def _write_down(self) -> None:
+        """What was asked for, and what is trained on."""
+        output = self.options.output
+        remove_leftovers(output / "state")
+        data.write_whole(output / "options.yaml", yaml.safe_dump(self.options.to_dict(), sort_keys=False))
+        data.write_whole(output / "episodes.json", json.dumps(self.episodes, indent=1))
 
     def _log(self, board: SummaryWriter | None, bar: tqdm, rate: float, speed: float) -> None:
         if board is None:
