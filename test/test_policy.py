@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pi0_ros.model.config import GemmaConfig, Pi0Config, VisionConfig
-from pi0_ros.model.flow import Cold, Pink
+from pi0_ros.model.flow import Cold, NoiseSourceError, Pink, White
 from pi0_ros.model.pi0 import Pi0, preprocess_observation
 from pi0_ros.policy import policy as policy_module
 from pi0_ros.policy.bundle import BundleSettings, save_bundle
@@ -327,6 +327,19 @@ def test_a_checkpoint_folder_gives_the_policy_that_was_saved(folder):
     assert len(loaded.digest) == 12
     actions = loaded.infer(observation(), noise=start()).actions
     np.testing.assert_array_equal(actions, tiny().infer(observation(), noise=start()).actions)
+
+
+def test_another_noise_source_than_the_recorded_one_is_refused_unless_forced(folder):
+    with pytest.raises(NoiseSourceError, match="trained with noise source {'source': 'white'}"):
+        Policy.load(folder, num_steps=1, noise_source=Pink(1.0))
+    Policy.load(folder, num_steps=1, noise_source=White())
+    recorded, forced = (
+        Policy.load(folder, num_steps=1, **more) for more in ({}, {"noise_source": Pink(1.0), "force_noise": True})
+    )
+    draws = [
+        policy.infer(observation(), generator=torch.Generator().manual_seed(7)).actions for policy in (recorded, forced)
+    ]
+    assert np.abs(draws[0] - draws[1]).max() > 1e-3
 
 
 def test_a_joint_that_never_moved_in_training_is_pointed_out(tmp_path, caplog):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pi0_ros.model.config import PRESETS, Pi0Config
-from pi0_ros.model.flow import Cold, noise_source_from_dict
+from pi0_ros.model.flow import Cold, NoiseSource, noise_source_from_dict, require_same_source
 from pi0_ros.model.pi0 import Pi0
 from pi0_ros.policy.bundle import BundleSettings, load_bundle
 from pi0_ros.policy.images import ImageError, resize_with_pad
@@ -83,6 +83,8 @@ class Policy:
         dtype: str = "auto",
         num_steps: int = 10,
         guidance: GuidanceSettings | None = None,
+        noise_source: NoiseSource | None = None,
+        force_noise: bool = False,
         seed: int = 0,
     ) -> None:
         self.robot, self.config, self.settings, self.digest = robot, settings.model, settings, digest
@@ -91,7 +93,7 @@ class Policy:
         self.encoder = PromptEncoder(
             tokenizer, settings.prompt_format, self.config.max_token_len, self.config.action_dim
         )
-        self._source = noise_source_from_dict(settings.noise_source)
+        self._source = require_same_source(noise_source_from_dict(settings.noise_source), noise_source, force_noise)
         self._guidance = guidance or GuidanceSettings()
         self._generator = torch.Generator().manual_seed(seed)  # for calls that bring neither noise nor generator
         if extra := [slot for slot in robot.present_cameras if slot not in self.config.cameras]:
@@ -113,6 +115,8 @@ class Policy:
         dtype: str = "auto",
         num_steps: int = 10,
         guidance: GuidanceSettings | None = None,
+        noise_source: NoiseSource | None = None,
+        force_noise: bool = False,
         seed: int = 0,
     ) -> Policy:
         """The policy of a checkpoint folder.
@@ -123,8 +127,10 @@ class Policy:
             dtype: "auto" (bfloat16 on a GPU, else float32), "bfloat16" or "float32".
             num_steps: Euler steps of the flow.
             guidance: of real-time chunking, where the checkpoint was not trained for it.
+            noise_source: what the flow starts from; another than the checkpoint was trained with must be forced.
 
         Raises:
+            NoiseSourceError: `noise_source` is not the recorded one and `force_noise` is not given.
             PolicyError: the robot contradicts the folder's, or a robot or statistics are nowhere to be found.
             CheckpointError, TokenizerError: the folder is damaged or incomplete.
         """
@@ -150,6 +156,8 @@ class Policy:
             dtype=dtype,
             num_steps=num_steps,
             guidance=guidance,
+            noise_source=noise_source,
+            force_noise=force_noise,
             seed=seed,
         )
 
