@@ -167,6 +167,15 @@ def test_a_robot_that_the_model_has_no_place_for_is_refused(data, tmp_path, caps
     )
 
 
+def test_a_model_of_words_without_its_tokenizer_is_refused(data, tmp_path, capsys):
+    from dataclasses import replace
+
+    wordy = replace(kit.TINY, vocab_size=300)
+    save_bundle(tmp_path / "wordy", kit.random_start(wordy), BundleSettings(wordy), None, None)
+    line = refusal(capsys, kit.arguments(data, tmp_path / "out", init=tmp_path / "wordy"))
+    assert "a model of 300 tokens needs the tokenizer it was made for: give --tokenizer" in line
+
+
 def held(folder: Path, rate: int) -> tuple[Path, Path]:
     """Commands as Float64MultiArray, `rate` a second, and a robot file of 10 Hz that reads them."""
     items = [item for item in bag_kit.episode(seconds=4.0) if item.topic != "/command"]

@@ -18,7 +18,11 @@ class OptionsError(RuntimeError):  # of a ValueError tyro would make a box of it
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Train a pi0 or pi0.5 policy from recorded bags."""
+    """Train a pi0 or pi0.5 policy from recorded bags.
+
+    --config FILE takes options from a YAML file, such as options.yaml of an earlier run; the command line has the last
+    word. The same command goes on where it was interrupted.
+    """
 
     bags: Path
     """A recording, or a folder of recordings."""

@@ -13,6 +13,7 @@ from pi0_ros.model.flow import Cold, NoiseSource, Pink, White, noise_source_from
 from pi0_ros.model.pi0 import Pi0
 from pi0_ros.policy.bundle import CONFIG, BundleSettings, load_bundle
 from pi0_ros.policy.convert import foreign_settings
+from pi0_ros.policy.tokenizer import ByteTokenizer
 from pi0_ros.robot import Robot
 from pi0_ros.training.lora import add_lora
 from pi0_ros.training.objective import keep_float32, mute_padding
@@ -85,7 +86,13 @@ def start(options: TrainOptions, robot: Robot) -> Start:
         loss_dims=len(robot.joints) if _real(options, settings) else None,
         trained_steps=0,
     )
-    return Start(settings, checkpoint, options.tokenizer or tokenizer, tuple(notes))
+    tokenizer = options.tokenizer or tokenizer
+    if tokenizer is None and settings.model.vocab_size != ByteTokenizer.vocab_size:
+        raise OptionsError(
+            f"a model of {settings.model.vocab_size} tokens needs the tokenizer it was made for: give --tokenizer, a "
+            "folder with its files or a SentencePiece .model"
+        )
+    return Start(settings, checkpoint, tokenizer, tuple(notes))
 
 
 def _real(options: TrainOptions, settings: BundleSettings) -> bool:
