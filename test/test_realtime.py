@@ -93,7 +93,7 @@ def test_the_table_replaces_the_one_between_the_markers_and_nothing_else(tmp_pat
     row = (
         "| blend | 100 ms | 123 ms | 7/8 | 2.5 s | 12.0 mrad | 0.20 rad/s | 0.40 rad/s | 300 rad/s³ | 0.05 s | 0.00 s |"
     )
-    assert f"{row} |" in lines
+    assert row in lines
     page.write_text("no markers")
     with pytest.raises(ValueError, match="markers"):
         fill(page, "text")

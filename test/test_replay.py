@@ -88,6 +88,11 @@ def test_a_difference_between_trainer_and_node_is_found(bag, monkeypatch):
     assert verdict.chunks and not verdict.same
 
 
+def test_what_the_check_needs_is_said(bag):
+    with pytest.raises(translation.CheckFailed, match="give --robot, --checkpoint, or both"):
+        translation.run(translation.Options(bag))
+
+
 def test_what_was_seen_is_played_in_order_as_the_robot_file_names_it(ros, bag):
     machine, node = robot(), ros.node("player")
     heard: list[tuple[str, object]] = []
