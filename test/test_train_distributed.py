@@ -14,6 +14,7 @@ import train_kit as kit
 
 from pi0_ros.training.distributed import World
 from pi0_ros.training.options import OptionsError
+from pi0_ros.training.streams import step_streams
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,6 +96,21 @@ def test_two_processes_give_the_weights_of_one_with_the_same_batch(tmp_path, sha
     assert not [name for name, weight in after["weights"].items() if not torch.equal(weight, two["weights"][name])]
     moments = after["optimizer"]["state"], two["optimizer"]["state"]
     assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[1])
+
+
+def test_every_piece_of_every_process_draws_for_itself(tmp_path, monkeypatch):
+    run = kit.make_run(kit.make_data(tmp_path), tmp_path / "out", batch=8, accumulate=2, augment=False)
+    drawn = []
+
+    def recorded(seed, step, part=0):
+        drawn.append((seed, step, part))
+        return step_streams(seed, step, part)
+
+    monkeypatch.setattr("pi0_ros.training.train.step_streams", recorded)
+    run.train_step(run.batches(0))
+    run.world = World(rank=1, size=1)  # the second of two, as far as its pieces go
+    run.train_step(run.batches(1))
+    assert drawn == [(42, 0, 0), (42, 0, 1), (42, 1, 2), (42, 1, 3)]
 
 
 def test_a_process_among_several_takes_its_own_pieces(tmp_path):
