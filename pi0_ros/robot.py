@@ -206,6 +206,11 @@ class Robot(_Section):
         return {slot: camera for slot, camera in self.cameras.items() if camera is not None}
 
     @property
+    def latency(self) -> float:
+        """Seconds by which the newest complete observation lags behind now: the largest latency of its streams."""
+        return max(self.state.latency, *(camera.latency for camera in self.present_cameras.values()))
+
+    @property
     def dt(self) -> float:
         """Seconds between two actions of a chunk."""
         return 1.0 / self.control_rate

@@ -57,6 +57,28 @@ def test_a_chunk_carries_all_that_a_player_needs(bench):
     b.until(lambda: b.chunks[-1].sequence + 1 == b.node._worker.health.chunks)  # counted from 0 without a gap
 
 
+def test_a_camera_that_shows_the_past_is_paired_with_the_state_of_then_and_the_chunk_is_meant_for_then(bench):
+    b = bench(rate=20.0)
+    late = b.robot.cameras["base_0_rgb"].model_copy(update={"latency": 0.2})
+    b.robot = b.robot.model_copy(update={"cameras": {**b.robot.cameras, "base_0_rgb": late}})
+    sent: list[tuple[int, float]] = []
+
+    def send():
+        for slot in b.cameras:
+            b.send_frame(slot)
+        sent.append((b.now(), len(sent) * 0.001))
+        b.send_joints(stamp=sent[-1][0], shoulder=sent[-1][1], elbow=0.0)
+
+    assert b.node.trigger_configure().name == "SUCCESS"
+    assert b.node.trigger_activate().name == "SUCCESS"
+    b.until(lambda: len(b.chunks) >= 3, doing=send)
+    for chunk in b.chunks:
+        instant = stamp_ns(chunk.header.stamp)
+        assert stamp_ns(chunk.inference_begin) - instant == 200_000_000
+        newest = max(entry for entry in sent if entry[0] <= instant)
+        assert chunk_actions(chunk)[0, 0] == pytest.approx(newest[1])
+
+
 def test_the_policy_is_only_ever_touched_by_one_thread_that_is_not_the_executors(bench):
     b = bench(rate=50.0)
     b.start()

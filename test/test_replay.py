@@ -69,6 +69,13 @@ def test_one_translation_from_a_recording_to_chunks(bag):
     assert verdict.same
 
 
+def test_cameras_that_show_the_past_are_read_alike_on_both_sides(bag):
+    late = {**CAMERAS, "base_0_rgb": {**CAMERAS["base_0_rgb"], "latency": 0.12}}
+    machine = robot(cameras=late)
+    verdict = compare(bag, machine, tiny(machine), seed=11, rate=10.0, seconds=0.6)
+    assert verdict.same and verdict.chunks >= 3
+
+
 def test_bag_time_is_the_same_on_both_sides_too(bag):
     machine = robot(clock="bag")
     assert compare(bag, machine, tiny(machine), seed=11, rate=10.0, seconds=0.6).same

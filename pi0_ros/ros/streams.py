@@ -25,8 +25,8 @@ from pi0_ros.robot import Camera, Robot
 from pi0_ros.ros.conversions import SECOND, stamp_ns
 from pi0_ros.ros.diagnostics import Report, Window
 
-# A few frames and many states: under simulated time the tick lags behind the newest stamps by a clock period.
-CAMERA_DEPTH, STATE_DEPTH = 6, 64
+# Messages kept. Ticks look back: by the latency of other streams, and under simulated time by a clock period.
+CAMERA_DEPTH, STATE_DEPTH = 16, 256
 RELIABILITY = {"best_effort": ReliabilityPolicy.BEST_EFFORT, "reliable": ReliabilityPolicy.RELIABLE}
 
 

@@ -243,14 +243,17 @@ class Worker:
             self._frames.clear()
         self.health.ticks += 1
         started = clock()
-        snapshot = self._streams.observe(begin) if begin else NO_CLOCK
+        # What all streams have reached by now: a camera that shows the past would otherwise be paired with a state that
+        # it was never recorded with. The chunk is meant for that instant, and the player skips what is past of it.
+        observed = begin - round(policy.robot.latency * SECOND)
+        snapshot = self._streams.observe(observed) if begin else NO_CLOCK
         images = snapshot if isinstance(snapshot, Rejected) else self._frames.decode(snapshot.frames)
         if isinstance(images, Rejected):
             return self._reject(begin, images)
         decoded = clock()
         frames = {slot: sample.stamp_ns for slot, sample in snapshot.frames.items()}
-        observation = RobotObservation(begin, images, frames, snapshot.state, prompt)
-        committed = self.handover.committed(begin, epoch, prompt) if self.realtime_chunking else None
+        observation = RobotObservation(observed, images, frames, snapshot.state, prompt)
+        committed = self.handover.committed(observed, epoch, prompt) if self.realtime_chunking else None
         condition = vars(committed) if committed is not None else {}
         generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
         try:
@@ -261,15 +264,15 @@ class Worker:
         if not np.isfinite(chunk.actions).all():
             raise FloatingPointError("the policy's actions are not finite")
         end, inferred = self._now(), clock()
-        if not self._deliver(chunk, begin, end, epoch, prompt):
+        if not self._deliver(chunk, observed, begin, end, epoch, prompt):
             self.health.dropped += 1
             return None
         done = clock()
         stages = {**chunk.latency, "decode": decoded - started, "publish": done - inferred, "total": done - started}
         self.health.accept(begin, snapshot.skew)
-        return self.health.publish(end, begin, stages, chunk.prefix_reused)
+        return self.health.publish(end, observed, stages, chunk.prefix_reused)
 
-    def _deliver(self, chunk: Chunk, begin: int, end: int, epoch: int, prompt: str) -> bool:
+    def _deliver(self, chunk: Chunk, observed: int, begin: int, end: int, epoch: int, prompt: str) -> bool:
         """Publish, unless the chunk's epoch or activation is over; returns whether it went out."""
         robot = self.policy.robot
         with self._lock:
@@ -277,12 +280,12 @@ class Worker:
                 return False
             # The player keeps to the position limits, so what it executes does.
             actions = np.clip(chunk.actions, *self._position_limits)
-            self.handover.published(Published(self._sequence, epoch, prompt, begin, end, actions, robot.dt))
+            self.handover.published(Published(self._sequence, epoch, prompt, observed, end, actions, robot.dt))
             self._publish(
                 chunk_message(
                     chunk,
                     robot,
-                    observed=begin,
+                    observed=observed,
                     begin=begin,
                     end=end,
                     sequence=self._sequence,
