@@ -316,7 +316,8 @@ def _frame_rate(reels: list[Reel]) -> float:
 
 def main() -> int:
     """The program; 1 and one line when the system did not work, 130 on Ctrl-C."""
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
+        signal.signal(number, signal.default_int_handler)
     options = tyro.cli(Options, prog="demo")
     try:
         run(options)
