@@ -87,6 +87,11 @@ class _Watched(PolicyNode):
         self.stored += 1
         super()._message_stored()
 
+    @property
+    def ticked(self) -> bool:
+        """Whether the tick that the present time calls for is over."""
+        return not self._timer.is_ready() and self._worker.idle
+
 
 def live(
     bag: Bag, recording: Recording, robot: Robot, load: Callable[..., Policy], *, seed: int, rate: float, seconds: float
@@ -143,7 +148,7 @@ def _step_through(bag: Bag, robot: Robot, replay: Replay, node: _Watched, wait: 
             wait(lambda due=sent - replay.damaged: node.stored >= due, "recorded messages to arrive")
             replay.announce(clock)
             wait(lambda clock=clock: node.get_clock().now().nanoseconds == clock, "/clock to arrive")
-            wait(lambda: node._worker.idle, "policy_node to finish")
+            wait(lambda: node.ticked, "policy_node to finish")
             bar.update(round((clock - origin) / SECOND - bar.n, 2))
 
 
