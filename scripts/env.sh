@@ -6,7 +6,7 @@ fi
 _pi0_ros_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ ! -e "$_pi0_ros_root/install/setup.bash" ] || [ ! -e "$_pi0_ros_root/.venv/bin/activate" ]; then
     echo "error: pi0_ros is not set up yet, run: make setup" >&2
-    unset _pi0_ros_root
+    unset _pi0_ros_root _pi0_ros_nounset
     return 1
 fi
 . "$_pi0_ros_root/.venv/bin/activate"
@@ -17,7 +17,9 @@ if [ -d "$_pi0_ros_root/.venv/share/ament_index" ]; then
         *) export AMENT_PREFIX_PATH="$_pi0_ros_root/.venv${AMENT_PREFIX_PATH:+:$AMENT_PREFIX_PATH}" ;;
     esac
 fi
+case $- in *u*) set +u && _pi0_ros_nounset=yes ;; *) _pi0_ros_nounset= ;; esac # colcon's file reads unset variables
 . "$_pi0_ros_root/install/setup.bash"
+[ -z "$_pi0_ros_nounset" ] || set -u
 export ROS_AUTOMATIC_DISCOVERY_RANGE="${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST}"
 export MUJOCO_GL="${MUJOCO_GL:-egl}"
-unset _pi0_ros_root
+unset _pi0_ros_root _pi0_ros_nounset

@@ -99,3 +99,12 @@ def test_set_up_after_set_up_has_nothing_to_do():
         done = subprocess.run([ROOT / "scripts/setup.sh"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert done.stdout + done.stderr == ""
+
+
+def test_the_environment_can_be_sourced_by_a_strict_shell_as_make_does():
+    if not (ROOT / "install/setup.bash").exists():
+        pytest.skip("the package is not built by make setup here")
+    script = f"source {ROOT}/scripts/env.sh && echo options $- && python -c 'import pi0_ros.msg'"
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "u" in done.stdout.split()[1]  # still strict afterwards
