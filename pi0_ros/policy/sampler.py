@@ -228,8 +228,9 @@ class Sampler:
 
     def _split(self, qkv: Tensor, rope: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         kv, dim = self.config.vlm.num_kv_heads, self.config.vlm.head_dim
-        q, k, v = qkv.view(len(qkv), -1, dim).tensor_split((-2 * kv, -kv), dim=1)  # the last VLM layer has no q
-        return (_rotate(q, rope) if q.shape[1] else None), _rotate(k, rope), v
+        qkv = qkv.view(len(qkv), -1, dim)
+        qk, heads = _rotate(qkv[:, :-kv], rope), qkv.shape[1] - 2 * kv  # the last VLM layer has no q
+        return (qk[:, :heads] if heads else None), qk[:, heads:], qkv[:, -kv:]
 
     def _attend(self, i: int, q: Tensor, keys: int) -> Tensor:
         """Attention of q [rows, heads, head_dim] over the first `keys` rows of layer i's cache, [rows, heads*dim]."""
@@ -366,8 +367,9 @@ def rope_table(rows: int, head_dim: int, device: torch.device) -> Tensor:
 
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     # x [rows, heads, dim], its pairs side by side
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+    rows, heads, dim = x.shape
+    pairs = torch.view_as_complex(x.float().view(rows, heads, dim // 2, 2))
+    return torch.view_as_real(pairs * rope).view(rows, heads, dim).to(x.dtype)
 
 
 def _rms(x: Tensor) -> Tensor:
