@@ -173,6 +173,33 @@ def test_an_arm_that_does_not_follow_is_not_left_behind():
     assert abs(bench.player.commanded[0]) < 0.01  # from where the arm is
 
 
+def test_an_arm_that_was_moved_while_it_was_held_is_not_taken_back():
+    bench = Bench(following_error=0.3)
+    bench.tick(10)
+    bench.offer([[0.0, 0.0, 1.0]] * 21)
+    bench.tick(120)
+    assert bench.seen == (HOLDING, "the chunk ended and no new one came")
+    bench.arm = np.array([0.2, 0.0, 1.0])  # it gives a little: the command stays
+    bench.tick()
+    assert bench.player.commanded.tolist() == [0.0, 0.0, 1.0]
+    bench.arm = np.array([0.8, 0.0, 0.4])  # by hand, with the controller off; the gripper is stopped by what it holds
+    bench.tick(5)
+    assert bench.player.state == HOLDING
+    assert bench.player.commanded.tolist() == [0.8, 0.0, 1.0]
+
+
+def test_joint_states_from_a_clock_that_is_ahead_are_as_old_as_their_arrival():
+    bench = Bench()
+    for _ in range(20):
+        bench.now += PERIOD
+        bench.player.observe(NAMES, [0, 0, 0], bench.now + round(0.4 * SECOND), bench.now)
+        bench.player.tick(bench.now)
+    assert bench.player.reason == "no chunk yet"
+    bench.sensing = False
+    bench.tick(12)  # 0.12 s, max_age is 0.1 s
+    assert bench.player.reason == "no joint state for more than 0.1 s"
+
+
 def test_not_started_means_nothing_is_sent():
     bench = Bench(start=False)
     bench.lively()

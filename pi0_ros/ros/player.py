@@ -140,7 +140,7 @@ class Player:
         values = np.asarray(positions, dtype=np.float64)[here]
         good = np.isfinite(values)
         self.measured[mine[good]] = values[good]
-        self._measured_at[mine[good]] = stamp
+        self._measured_at[mine[good]] = min(stamp, now)  # a clock ahead of ours must not make them last longer
         self._state_note = ""
 
     def offer(self, offer: Offer, now: int) -> str:
@@ -283,6 +283,9 @@ class Player:
             self.holds += self._following
             self._drop(ended)
             self._halt(HOLDING, ended)
+            if self.at_rest and self._not_followed():
+                # Moved by hand, or its controller was off: a command that goes on would take it back with a jerk.
+                self._rest_at(np.where(self._arm, self.measured, self.commanded))
         elif not self._following:  # a hold for another reason is over
             self._take_over(self.playback.chunk, at)
         elif self._mode == APPROACHING:
@@ -373,10 +376,13 @@ class Player:
 
     def _seed(self) -> None:
         """Command from where the arm is, at rest."""
-        self.commanded = self.measured.copy()
+        self._rest_at(self.measured)
+
+    def _rest_at(self, position: np.ndarray) -> None:
+        self.commanded = position.copy()
         for group in (self.stream, self.window):
             if group is not None:
-                group.seed(self.measured)
+                group.seed(position)
 
     def _halt(self, mode: int, why: str) -> None:
         """Brake and keep still."""
