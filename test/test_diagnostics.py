@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from diagnostic_msgs.msg import DiagnosticArray
 from hypothesis import given
 from hypothesis import strategies as st
 from rclpy.parameter import Parameter
 
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window
+from pi0_ros.ros.health import gpu_memory
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
 
 
@@ -137,5 +139,36 @@ def test_frozen_parameters_can_change_again_later(ros):
     assert node.set_parameters([Parameter("file", value="f")])[0].successful
 
 
-def test_usage_names_every_parameter():
-    assert all(f"  {spec.name} ({spec.default!r}): {spec.description}" in usage("p", SPECS) for spec in SPECS)
+def test_usage_names_every_parameter_with_what_it_may_be():
+    text = usage("p", SPECS)
+    assert all(f"  {spec.name} ({spec.default!r}): {spec.description}" in text for spec in SPECS)
+    specs = (Spec("rate", 10.0, "Hz", 0.5, 1000), Spec("limits", "clamp", "what happens", choices=("clamp", "refuse")))
+    assert "  rate (10.0): Hz; from 0.5 to 1000" in usage("p", specs)
+    assert "  limits ('clamp'): what happens; one of: 'clamp', 'refuse'" in usage("p", specs)
+
+
+def test_gpu_memory_is_that_of_the_policys_gpu_and_a_broken_one_is_an_error_not_the_end(monkeypatch):
+    used = {0: 0, 1: 3 * 2**20}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", used.get)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((60 + device) * 2**20, 100 * 2**20))
+    report = Report("gpu")
+    gpu_memory(report, 0.3, 0.0)
+    assert report.values == {
+        "gpu_memory_policy_mb": "3",
+        "gpu_memory_total_mb": "100",
+        "gpu_memory_share": "0.39",
+    }
+    assert report.level == 1
+
+    def broken(device):
+        raise RuntimeError("CUDA error: device-side assert triggered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
+    report = Report("gpu")
+    gpu_memory(report, 0.3, 0.0)
+    assert (report.level, report.reasons) == (
+        2,
+        ["the GPU does not answer: CUDA error: device-side assert triggered"],
+    )

@@ -135,7 +135,13 @@ class Parameters:
 
 
 def usage(program: str, specs: Sequence[Spec]) -> str:
-    """What `program --help` prints: every parameter with its default."""
+    """What `program --help` prints: every parameter with its default and what it may be."""
     lines = [f"usage: {program} --ros-args -p NAME:=VALUE ... --params-file FILE", "", "parameters:"]
-    lines += [f"  {spec.name} ({spec.default!r}): {spec.description}" for spec in specs]
+    lines += [f"  {spec.name} ({spec.default!r}): {spec.description}{_allowed(spec)}" for spec in specs]
     return "\n".join(lines)
+
+
+def _allowed(spec: Spec) -> str:
+    if spec.choices:
+        return f"; one of: {', '.join(repr(choice) for choice in spec.choices)}"
+    return "" if spec.low is None else f"; from {spec.low:g} to {spec.high:g}"
