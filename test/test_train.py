@@ -22,7 +22,7 @@ from pi0_ros.policy.policy import Policy, RobotObservation
 from pi0_ros.training import train as train_module
 from pi0_ros.training.batches import prefetch
 from pi0_ros.training.optimise import Average, learning_rate
-from pi0_ros.training.options import OptionsError, parse
+from pi0_ros.training.options import OptionsError, parse, require_same
 from pi0_ros.training.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -149,7 +149,7 @@ def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(data, tmp_path):
 def test_a_resumed_run_is_held_to_its_options(data, tmp_path, capsys):
     kit.make_run(data, tmp_path / "out", steps=2).run()
     changes = {"--batch": {"batch": 8}, "--steps": {"steps": 4}, "--seed": {"seed": 7}, "--lora": {"lora": ("vlm",)},
-               "--rtc-max-delay": {"rtc_max_delay": 1}, "--dtype": {"dtype": "bfloat16"}}  # fmt: skip
+               "--rtc-max-delay": {"rtc_max_delay": 1}, "--dtype": {"dtype": "bfloat16"}, "--draws": {"draws": 2}}  # fmt: skip
     for flag, change in changes.items():
         assert main(kit.arguments(data, tmp_path / "out", **{"steps": 2, **change})) == 1
         error = last_line(capsys)
@@ -281,11 +281,20 @@ def test_what_preparing_a_batch_raises_is_raised_where_the_batch_is_asked_for():
         (["--freeze", "vlm", "--lora", "vlm", "--init", "x"], "--freeze and --lora both name vlm"),
         (["--lora", "vlm"], "--lora needs --init"),
         (["--steps", "0"], "--steps must be at least 1, found 0"),
+        (["--draws", "0"], "--draws must be at least 1, found 0"),
     ],
 )
 def test_options_that_cannot_be_are_refused_by_name(words, message):
     with pytest.raises(OptionsError, match=message):
         parse(["--bags", "a", "--robot", "b", "--output", "c", *words]).parts()
+
+
+def test_a_run_that_is_older_than_an_option_did_what_its_default_does():
+    now = parse(["--bags", "a", "--robot", "b", "--output", "c"]).to_dict()
+    saved = {name: value for name, value in now.items() if name != "draws"}
+    require_same(saved, now)
+    with pytest.raises(OptionsError, match=r"--draws \(was 1, now 2\)"):
+        require_same(saved, {**now, "draws": 2})
 
 
 def test_options_come_from_a_file_and_the_command_line_has_the_last_word(tmp_path):

@@ -10,7 +10,7 @@ from model_cases import TINY, random_chunk, random_model, random_observation
 from torch import nn
 
 from pi0_ros.model.config import PRESETS
-from pi0_ros.model.flow import White
+from pi0_ros.model.flow import Cold, Pink, White, sample_time
 from pi0_ros.policy.bundle import load_bundle
 from pi0_ros.policy.policy import Policy, RobotObservation
 from pi0_ros.training.batches import Batch
@@ -36,7 +36,7 @@ class Velocity(nn.Module):
 
     def forward(self, observation, actions, *, noise, time, loss_dims):
         self.noise, self.time, self.loss_dims = noise, time, loss_dims
-        return torch.arange(1.0, actions.shape[1] + 1).expand(len(actions), -1)
+        return torch.arange(1.0, actions.shape[1] + 1).expand(len(noise), -1)
 
 
 def batch(config=TINY, size: int = 2) -> Batch:
@@ -74,6 +74,43 @@ def test_the_loss_of_a_conditioned_piece_weighs_every_sample_alike():
     expected = [sum(range(delay + 1, 9)) / (8 - delay) for delay in delays]  # 8 actions that cost 1 to 8
     assert loss.item() == pytest.approx(sum(expected) / 2)
     assert len(set(delays)) == 2
+
+
+def test_one_draw_is_the_loss_of_one_noise_and_time_to_the_bit():
+    model, piece = random_model(TINY), batch()
+    streams = step_streams(0, 0)
+    noise = White().start(tuple(piece.actions.shape), generator=streams.noise)
+    time = sample_time(2, generator=streams.time)
+    expected = model(piece.observation, piece.actions, noise=noise, time=time).mean()
+    for options in ({}, {"draws": 1}):
+        assert flow_loss(model, piece, step_streams(0, 0), source=White(), **options).item() == expected.item()
+
+
+@pytest.mark.parametrize("source", [White(), Pink(1.0), Cold("smooth", 0.8)], ids=["white", "pink", "cold"])
+@pytest.mark.parametrize("config", [TINY, PRESETS["nano05"]], ids=["pi0", "pi05"])
+def test_three_draws_are_the_mean_of_three_losses(config, source):
+    model, piece = random_model(config), batch(config)
+    streams = step_streams(0, 0)
+    actions = piece.actions.repeat_interleave(3, dim=0)
+    noise = source.start(tuple(actions.shape), generator=streams.noise, trajectory=actions)
+    time = sample_time(6, generator=streams.time)
+    losses = [
+        model(piece.observation, piece.actions, noise=noise[draw::3], time=time[draw::3]).mean() for draw in range(3)
+    ]
+    assert len({loss.item() for loss in losses}) == 3
+    loss = flow_loss(model, piece, step_streams(0, 0), source=source, draws=3)
+    torch.testing.assert_close(loss, sum(losses) / 3, atol=1e-6, rtol=1e-5)
+
+
+def test_every_draw_of_a_sample_has_a_delay_of_its_own():
+    model, delays = Velocity(), set()
+    for step in range(20):
+        loss = flow_loss(model, batch(size=1), step_streams(0, step), source=White(), draws=2, max_delay=3)
+        first, second = (model.time == 0).sum(dim=1).tolist()
+        expected = [sum(range(delay + 1, 9)) / (8 - delay) for delay in (first, second)]
+        assert loss.item() == pytest.approx(sum(expected) / 2)
+        delays.add((first, second))
+    assert len(delays) > 4
 
 
 def test_the_model_sees_clean_actions_where_time_is_zero():

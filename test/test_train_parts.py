@@ -127,7 +127,7 @@ def test_the_forecast_counts_what_float32_training_keeps():
     assert needed.activations == 4 * forecast(model, TINY, piece=1, cameras=1).activations
 
 
-def remembered(model: Pi0, cameras: int) -> int:
+def remembered(model: Pi0, cameras: int, draws: int = 1) -> int:
     """Bytes that one sample's forward pass keeps for the backward pass."""
     observation, actions = random_observation(model.config, batch=1), random_chunk(model.config, 1, batch=1)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -139,7 +139,7 @@ def remembered(model: Pi0, cameras: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(observation, actions, noise=actions, time=torch.tensor([0.5]))
+        loss = model(observation, actions, noise=actions.expand(draws, -1, -1), time=torch.full((draws,), 0.5))
     assert loss.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
@@ -151,6 +151,8 @@ def test_the_forecast_of_activations_is_near_what_is_remembered(frozen):
     freeze(model, frozen)
     estimate = activation_bytes(config, 3, EVERYTHING - set(frozen), 4, recompute=False)
     assert 0.7 < estimate / remembered(model, 3) < 1.5
+    estimate = activation_bytes(config, 3, EVERYTHING - set(frozen), 4, recompute=False, draws=4)
+    assert 0.7 < estimate / remembered(model, 3, draws=4) < 1.5
 
 
 def test_less_is_forecast_where_less_is_kept():

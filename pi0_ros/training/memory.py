@@ -36,13 +36,14 @@ def forecast(
     cameras: int,
     dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
+    draws: int = 1,
     average: bool = True,
     processes: int = 1,
 ) -> Forecast:
     """Weights, gradients, AdamW's two moments and the average are float32 and counted; activations are estimated.
 
-    piece: samples that go through the model at once; cameras: how many the robot has; processes: that all but the
-    activations are spread over.
+    piece: samples that go through the model at once; cameras: how many the robot has; draws: noises and times of each
+    sample; processes: that all but the activations are spread over.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     learning = sum(parameter.numel() for parameter in trained(model).values())
@@ -52,6 +53,7 @@ def forecast(
         {part for part, (live, _) in counts(model).items() if live},
         2 if dtype == torch.bfloat16 else 4,
         gradient_checkpointing,
+        draws,
     )
     # Under autocast the weights of one forward pass are kept in bfloat16 as well.
     copies = 2 * total if dtype == torch.bfloat16 else 0
@@ -59,11 +61,14 @@ def forecast(
     return Forecast(*(number // processes for number in kept), piece * activations)
 
 
-def activation_bytes(config: Pi0Config, cameras: int, live: set[str], size: int, recompute: bool) -> int:
+def activation_bytes(
+    config: Pi0Config, cameras: int, live: set[str], size: int, recompute: bool, draws: int = 1
+) -> int:
     """What the backward pass of one sample needs to remember, an estimate by the shapes of what each operation saves.
 
     live: the parts that are trained. Nothing is remembered of a part that needs no gradient and has none below it.
     size: bytes of a number in the products; norms and residuals are float32.
+    draws: how often the suffix runs over one prefix.
     """
     vision, vlm, expert = config.vision, config.vlm, config.expert
     patches = cameras * vision.num_tokens
@@ -75,10 +80,11 @@ def activation_bytes(config: Pi0Config, cameras: int, live: set[str], size: int,
         stacks.append((vision.depth, patches, tower, 4 * vision.width))
     if {"vision", "vlm"} & live:
         stacks.append((vlm.depth, prefix, _gemma(vlm, size), 4 * vlm.width))
-    stacks.append((expert.depth, suffix, _gemma(expert, size) + _joint(expert, prefix, suffix, size), 4 * expert.width))
+    inner = _gemma(expert, size) + _joint(expert, prefix, suffix, size)
+    stacks.append((expert.depth, draws * suffix, inner, 4 * expert.width))
     if recompute:  # the input of every layer, and all of the one that is computed again
         kept = sum(depth * tokens * edge for depth, tokens, _, edge in stacks)
-        keys_values = vlm.depth * prefix * 2 * vlm.num_kv_heads * vlm.head_dim * size
+        keys_values = draws * vlm.depth * prefix * 2 * vlm.num_kv_heads * vlm.head_dim * size
         return kept + keys_values + max(tokens * inner for _, tokens, inner, _ in stacks)
     return sum(depth * tokens * inner for depth, tokens, inner, _ in stacks)
 

@@ -17,24 +17,27 @@ def flow_loss(
     streams: Streams,
     *,
     source: NoiseSource,
+    draws: int = 1,
     max_delay: int = 0,
     loss_dims: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """The loss of one piece, a float32 scalar. All draws are made on the CPU, so every device sees the same ones.
+    """The loss of one piece, a float32 scalar: the mean over `draws` noises and times (and delays) of each sample, for
+    which the prefix is computed once. All draws are made on the CPU, so every device sees the same ones.
 
     `model` is called by its forward, `Pi0.compute_loss`, so that a wrapper such as DDP sees the call.
     """
     observation, actions = batch.observation, batch.actions
-    noise = source.start(tuple(actions.shape), generator=streams.noise, trajectory=actions)
+    trajectory = actions.repeat_interleave(draws, dim=0)  # the draws of a sample next to one another
+    noise = source.start(tuple(trajectory.shape), generator=streams.noise, trajectory=trajectory)
     if loss_dims is not None:
         noise = noise.clone()
         noise[..., loss_dims:] = 0.0  # see mute_padding
-    time = sample_time(len(actions), generator=streams.time)
+    time = sample_time(len(trajectory), generator=streams.time)
     weight = None
     if max_delay:
-        delay = torch.randint(0, max_delay + 1, (len(actions),), generator=streams.time)
+        delay = torch.randint(0, max_delay + 1, (len(trajectory),), generator=streams.time)
         time, weight = condition_on_prefix(time, delay, actions.shape[1])
         weight = weight.to(device)
     observation, actions, noise, time = (x.to(device) for x in (observation, actions, noise, time))

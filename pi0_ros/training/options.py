@@ -44,6 +44,8 @@ class TrainOptions:
     """Samples of one optimizer step, over all processes together."""
     accumulate: int = 1
     """Pieces that each process works its share of a batch through in, to save memory."""
+    draws: int = 1
+    """Noises and times that each sample of a batch is trained at in one step; the prefix is computed once for all."""
     learning_rate: float | None = None
     """Peak; None: 2.5e-5 with --init (openpi), 1e-3 from random weights."""
     final_learning_rate: float = 0.1
@@ -104,7 +106,7 @@ class TrainOptions:
     """Processes that decode; None: one a core."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "save_every", "evaluate_every"):
+        for name in ("steps", "batch", "accumulate", "draws", "save_every", "evaluate_every"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         self._require("ema", 0 <= self.ema < 1, "must be from 0 to below 1")
         self._require("held_out", 0 <= self.held_out < 1, "must be from 0 to below 1")
@@ -151,9 +153,12 @@ class TrainOptions:
 FREE = {"bags", "robot", "output", "cache", "jobs", "save_every", "evaluate_every", "minutes", "device"}
 FREE |= {"accumulate", "shard"}
 
+YOUNGER = {"draws": 1}  # what a run did that was begun before there was the option
+
 
 def require_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """OptionsError naming every option whose change would give a resumed run other numbers."""
+    saved = {**YOUNGER, **saved}
     changed = [name for name in now if name not in FREE and saved.get(name) != now[name]]
     if changed:
         told = ", ".join(f"--{n.replace('_', '-')} (was {saved.get(n)}, now {now[n]})" for n in changed)

@@ -187,6 +187,7 @@ class Run:
             batch,
             step_streams(seed, step, part),
             source=self.source,
+            draws=self.options.draws,
             max_delay=self.options.rtc_max_delay,
             loss_dims=self.settings.loss_dims,
             dtype=DTYPES[self.options.dtype],
@@ -325,6 +326,7 @@ class Run:
             cameras=len(self.cameras),
             dtype=DTYPES[options.dtype],
             gradient_checkpointing=options.gradient_checkpointing,
+            draws=options.draws,
             average=options.ema > 0,
             processes=self.world.size if options.shard else 1,
         )
