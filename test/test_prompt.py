@@ -166,6 +166,29 @@ def test_a_hugging_face_folder(tmp_path):
         load_tokenizer(tmp_path, 7)
 
 
+def test_paligemmas_image_token_stands_behind_what_the_model_embeds_and_no_prompt_becomes_it(tmp_path):
+    """google/paligemma-3b-pt-224 has 257152 tokens and <image> as number 257152; the model embeds 257152."""
+    from tokenizers import AddedToken, Regex, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "\n": 4, "lift": 5, "it": 6, "<loc0000>": 7}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex(" "), "removed")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+    fast.add_tokens([AddedToken("<image>", special=True)], special_tokens=True)
+    fast.save_pretrained(tmp_path)
+    assert len(fast) == 9
+    encoder = PromptEncoder(load_tokenizer(tmp_path, 8), "pi0", 48)
+    assert encoder.encode("lift it").tolist() == [2, 5, 6, 4]
+    assert encoder.encode("lift <image>").tolist() == [2, 5, 3, 4]
+    with pytest.raises(TokenizerError, match="8 tokens, but the model embeds only 7"):
+        load_tokenizer(tmp_path, 7)
+
+
 def test_a_broken_tokenizer_is_one_clear_error(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()

@@ -57,10 +57,15 @@ class HuggingFaceTokenizer:
             raise TokenizerError(f"{folder}: not a Hugging Face tokenizer folder: {_first_line(error)}") from None
         if self._tokenizer.bos_token_id is None:
             raise TokenizerError(f"{folder}: this tokenizer has no bos token, and pi prompts begin with one")
+        # Special tokens behind all others, as PaliGemma's <image>, which models of pi do not embed: no text becomes one.
+        special = {number for number, token in self._tokenizer.added_tokens_decoder.items() if token.special}
         self.vocab_size = len(self._tokenizer)
+        while self.vocab_size - 1 in special - {self._tokenizer.bos_token_id}:
+            self.vocab_size -= 1
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        # A prompt is words, whatever it holds: "<bos>" in it is no control token (nor is it in SentencePiece).
+        ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return [self._tokenizer.bos_token_id] * bos + ids
 
 
