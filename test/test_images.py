@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PillowImage
@@ -221,6 +222,14 @@ def test_resizing_pads_black_and_centres():
 def test_an_image_of_the_right_size_is_left_alone():
     image = np.zeros((56, 56, 3), np.uint8)
     assert resize_with_pad(image, 56) is image
+
+
+@pytest.mark.parametrize("rotate", [0, 90, 180, 270])
+@pytest.mark.parametrize("flip", ["none", "horizontal", "vertical"])
+def test_an_oriented_image_of_the_right_size_can_be_handed_to_torch(rotate, flip):
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    oriented = orient(image, Camera(topic="/c", rotate=rotate, flip=flip))
+    np.testing.assert_array_equal(torch.as_tensor(resize_with_pad(oriented, 8)).numpy(), oriented)
 
 
 def test_a_flipped_view_resizes_as_its_copy():
