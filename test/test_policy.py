@@ -162,6 +162,33 @@ def test_warming_up_leaves_no_trace():
     np.testing.assert_array_equal(chunk.actions, fresh.actions)
 
 
+class Recorder:
+    """Stands for CUDA graphs: keeps the key of each that would be captured."""
+
+    enabled = True
+
+    def __init__(self):
+        self.keys = set()
+
+    def run(self, key, function):
+        self.keys.add(key)
+        function()
+
+
+def test_every_graph_that_a_tick_may_need_is_captured_in_the_warm_up():
+    policy, recorder = tiny(rtc_max_delay=3), Recorder()
+    policy._sampler.graphs = recorder
+    policy.warm_up()
+    assert {key[1] for key in recorder.keys if key[0] == "vision"} == {(0,), (1,), (0, 1)}
+    captured = set(recorder.keys)
+    both, one = dict.fromkeys(ROBOT.present_cameras, 1), dict.fromkeys(ROBOT.present_cameras, 1)
+    one["left_wrist_0_rgb"] = 2
+    for frames, executed in ((both, None), (one, None), (one, np.tile(STATE, (2, 1)))):
+        seen = dataclasses.replace(observation(prompt=ROBOT.prompt.default), frames=frames)
+        policy.infer(seen, executed=executed)
+    assert recorder.keys == captured
+
+
 def test_latency_names_its_stages():
     latency = tiny().infer(observation()).latency
     assert set(latency) == {"preprocess", "vision", "prefix", "denoise", "total"}

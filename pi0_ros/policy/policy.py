@@ -6,6 +6,7 @@ prefix where neither is new.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Mapping
@@ -256,14 +257,18 @@ class Policy:
     def warm_up(self) -> None:
         """Run what a tick may need once, so that the first real observation takes no longer than the next.
 
-        Guided real-time chunking is left out: it costs a backward pass, which many robots never ask for.
+        With CUDA graphs that is every set of cameras that may be new. Guided real-time chunking is left out: it costs
+        a backward pass, which many robots never ask for.
         """
         middle = np.array([sum(joint.position) / 2 for joint in self.robot.joints])
         images = {slot: np.zeros((480, 640, 3), np.uint8) for slot in self._slots}
         generator = torch.Generator().manual_seed(0)
         committed = middle[None] if self.settings.rtc_max_delay else None
-        for frame, executed in ((0, None), (0, committed), (1, None)):
-            frames = dict.fromkeys(self._slots, frame)
+        frames = dict.fromkeys(self._slots, 0)
+        some = [set_ for n in range(1, len(frames)) for set_ in itertools.combinations(frames, n)]
+        new_ones = [*(some if self._sampler.graphs.enabled else ()), self._slots]
+        for number, (new, executed) in enumerate([((), None), ((), committed), *((new, None) for new in new_ones)]):
+            frames |= dict.fromkeys(new, number)
             observation = RobotObservation(0, images, frames, middle, self.robot.prompt.default)
             self.infer(observation, generator=generator, executed=executed)
         self.reset()
