@@ -212,6 +212,34 @@ def test_an_unknown_camera_is_refused(model):
         Sampler(model, cameras=("overhead",))
 
 
+def test_without_onednn_the_numbers_are_the_same(model, monkeypatch):
+    def absent(*_):
+        raise AssertionError("oneDNN was used")
+
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr("pi0_ros.policy.attention._attend_onednn", absent)
+    images, state, noise = draw()
+    actions = Sampler(model).sample(images, TOKENS, state, noise).actions
+    assert (actions - expected(model, images, state, noise)).abs().max() < 2e-5
+
+
+def test_a_gpu_other_than_the_first_is_made_the_current_one(model, monkeypatch):
+    """Otherwise a graph would be captured on the first one, where nothing happens, and replay nothing."""
+
+    class Chosen(Exception):
+        pass
+
+    def choose(device):
+        raise Chosen(device)
+
+    images, state, noise = draw()
+    sampler = Sampler(model)
+    sampler.device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    with pytest.raises(Chosen, match="cuda:1"):
+        sampler.sample(images, TOKENS, state, noise)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_graphs_give_what_the_cpu_gives(model):

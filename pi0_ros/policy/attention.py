@@ -15,7 +15,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     `mask` bool [1, 1, 1, keys] (True: may be seen) or None for all. Returns [rows, heads * dim].
     """
     rows, heads, dim = q.shape
-    if mask is None and len(k) == 1 and q.device.type == "cpu" and not torch.is_grad_enabled():
+    onednn = q.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if mask is None and len(k) == 1 and onednn and not torch.is_grad_enabled():
         return _attend_onednn(q.reshape(rows * heads, dim), k[0], v[0]).view(rows, heads * dim)
     if len(k) != heads:  # a view where there is one kv head
         k, v = (t[:, None].expand(-1, heads // t.shape[0], -1, -1).flatten(0, 1) for t in (k, v))

@@ -136,6 +136,8 @@ class Sampler:
             frozen: f32 [d, action_dim], model-space actions that the chunk begins with (trained-in conditioning).
             guidance: guided in-painting towards the previous chunk.
         """
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # streams, events and graphs are those of the thread's current device
         clock = _Stages(self.device)
         new = self._load_images(images, frames)
         if new:
