@@ -16,6 +16,7 @@ from chunk_player_kit import MIXED, STREAMED, Arm, Policy, Watch, robot_of, robo
 from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
+from sensor_msgs.msg import JointState  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 
 from pi0_ros.ros.chunk_player import ChunkPlayer  # noqa: E402
@@ -282,6 +283,17 @@ def test_simulated_time_is_the_players_time_and_a_jump_back_holds(ros, tmp_path)
     assert stage.watch.status.header.stamp.sec < 80 and stage.watch.status.epoch == 1
     assert np.isfinite(np.array([p for _, p in arm.streamed])).all()
     player.trigger_deactivate()
+
+
+def test_where_the_robot_goes_by_arrival_stamps_of_another_clock_do_not_matter(streamed):
+    streamed.arm.sensing = False
+    publisher = streamed.node.create_publisher(JointState, "/joint_states", 10)
+    uptime = JointState(name=list("abg"), position=list(START))
+    uptime.header.stamp.sec = 1000  # since the driver's computer was switched on
+    streamed.node.create_timer(0.01, lambda: publisher.publish(uptime))
+    streamed.file.write_text(robot_text(STREAMED) + "clock: bag\n")
+    streamed.player()
+    streamed.ros.spin_until(streamed.watch.is_in(PLAYING))
 
 
 @pytest.mark.parametrize(

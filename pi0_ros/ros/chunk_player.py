@@ -237,8 +237,9 @@ class ChunkPlayer(LifecycleNode):
 
     def _state_came(self, message: JointState) -> None:
         now = self._now()
-        # Some drivers leave the stamp empty.
-        self._player.observe(message.name, message.position, stamp_ns(message.header.stamp) or now, now)
+        # Some drivers leave the stamp empty; with `clock: bag` the time of arrival counts, as for the policy.
+        stamp = 0 if self._robot.clock == "bag" else stamp_ns(message.header.stamp)
+        self._player.observe(message.name, message.position, stamp or now, now)
 
     def _start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         response.success = self._active
