@@ -22,7 +22,19 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument(
                 "robot", default_value=str(SHARE / "config/so101_demo.yaml"), description="robot file of the demo arm"
             ),
-            Node(package="pi0_ros", executable="demo_robot", name="demo_robot", output="screen"),
+            DeclareLaunchArgument(
+                "use_sim_time",
+                default_value="false",
+                choices=["true", "false"],
+                description="the demo robot publishes /clock, and time comes from there",
+            ),
+            Node(
+                package="pi0_ros",
+                executable="demo_robot",
+                name="demo_robot",
+                output="screen",
+                parameters=[{"use_sim_time": LaunchConfiguration("use_sim_time")}],
+            ),
             IncludeLaunchDescription(
                 PythonLaunchDescriptionSource(str(SHARE / "launch/policy.launch.py")),
                 launch_arguments={"robot": LaunchConfiguration("robot")}.items(),
