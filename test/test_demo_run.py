@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -114,3 +115,25 @@ def test_a_wrong_checkpoint_is_one_clear_line(tmp_path):
     output = demo.communicate(timeout=60)[0]
     assert demo.returncode == 1
     assert output.strip() == f"error: --checkpoint: no such folder: {tmp_path / 'nowhere'}"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("run", ["--random", "--output", "OUT"]),
+        ("realtime", ["--output", "OUT"]),
+        ("translation", ["bag", "--robot", str(Path(__file__).parents[1] / "config/so101_demo.yaml")]),
+    ],
+)
+def test_a_machine_without_a_free_domain_is_one_clear_line(monkeypatch, capsys, tmp_path, name, words):
+    from pi0_ros.ros.domain import NoFreeDomainError
+
+    def full():
+        raise NoFreeDomainError("all ROS domains are taken")
+
+    module = importlib.import_module(f"pi0_ros.demo.{name}")
+    monkeypatch.setattr(module, "Domain", full)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", [name, *(word.replace("OUT", str(tmp_path)) for word in words)])
+    assert module.main() == 1
+    assert capsys.readouterr().err == "error: all ROS domains are taken\n"

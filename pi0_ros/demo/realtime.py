@@ -30,7 +30,7 @@ from pi0_ros.demo.scene import build_model, draw_layout
 from pi0_ros.demo.summary import Episode, versions, write_json
 from pi0_ros.policy.bundle import load_bundle
 from pi0_ros.robot import config_folder
-from pi0_ros.ros.domain import Domain
+from pi0_ros.ros.domain import Domain, NoFreeDomainError
 
 BEGIN, END = "<!-- realtime: begin -->", "<!-- realtime: end -->"
 # name -> player's hand-over, whether policy_node keeps what is executed
@@ -246,7 +246,7 @@ def main() -> int:
         run(tyro.cli(Options, prog="realtime"))
     except KeyboardInterrupt:
         return 130
-    except (DemoFailed, ProcessDied, ValueError, OSError) as error:
+    except (DemoFailed, ProcessDied, NoFreeDomainError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -32,7 +32,7 @@ from pi0_ros.demo.recorder import RECORDED_QOS, BagRecorder
 from pi0_ros.demo.summary import Episode, spread, success_rates, versions, write_json
 from pi0_ros.msg import ActionChunk, PlayerStatus
 from pi0_ros.robot import Robot, config_folder, load_robot
-from pi0_ros.ros.domain import Domain
+from pi0_ros.ros.domain import Domain, NoFreeDomainError
 
 MOVED = 0.05  # rad: an arm whose joints all stay within this has not moved
 
@@ -324,7 +324,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    except (DemoFailed, ProcessDied, ValueError, OSError) as error:
+    except (DemoFailed, ProcessDied, NoFreeDomainError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -31,7 +31,7 @@ from pi0_ros.policy.policy import Policy, PolicyError, RobotObservation
 from pi0_ros.policy.tokenizer import TokenizerError
 from pi0_ros.robot import Robot, RobotFileError, load_robot
 from pi0_ros.ros.conversions import SECOND, chunk_actions, stamp_ns
-from pi0_ros.ros.domain import Domain
+from pi0_ros.ros.domain import Domain, NoFreeDomainError
 from pi0_ros.ros.policy_node import NEWEST, PolicyNode
 from pi0_ros.training.bags import Bag, BagError, decode
 from pi0_ros.training.cache import image_messages, model_frame
@@ -271,7 +271,10 @@ def main() -> int:
         return 0 if run(options) else 1
     except KeyboardInterrupt:
         return 130
-    except (BagError, RobotFileError, PolicyError, CheckpointError, TokenizerError, CheckFailed, OSError) as error:
+    except (
+        *(BagError, RobotFileError, PolicyError, CheckpointError, TokenizerError),
+        *(CheckFailed, NoFreeDomainError, OSError),
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
