@@ -14,15 +14,18 @@ import pytest
 import torch
 import train_kit as kit
 import yaml
+from safetensors.torch import save_file
 
 from pi0_ros.model.config import PRESETS
 from pi0_ros.model.flow import Pink
 from pi0_ros.policy.bundle import BundleSettings, load_bundle, save_bundle
 from pi0_ros.policy.policy import Policy, RobotObservation
+from pi0_ros.robot import load_robot
 from pi0_ros.training import train as train_module
 from pi0_ros.training.batches import prefetch
 from pi0_ros.training.optimise import Average, learning_rate
 from pi0_ros.training.options import OptionsError, parse, require_same
+from pi0_ros.training.start import start
 from pi0_ros.training.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +107,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 KILLED_WHILE_SAVING = """
 import os, signal, sys, torch
 from pi0_ros.training import state
+from pi0_ros.training.start import start
 from pi0_ros.training.train import main
 
 whole = torch.save
@@ -149,7 +153,8 @@ def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(data, tmp_path):
 def test_a_resumed_run_is_held_to_its_options(data, tmp_path, capsys):
     kit.make_run(data, tmp_path / "out", steps=2).run()
     changes = {"--batch": {"batch": 8}, "--steps": {"steps": 4}, "--seed": {"seed": 7}, "--lora": {"lora": ("vlm",)},
-               "--rtc-max-delay": {"rtc_max_delay": 1}, "--dtype": {"dtype": "bfloat16"}, "--draws": {"draws": 2}}  # fmt: skip
+               "--rtc-max-delay": {"rtc_max_delay": 1}, "--dtype": {"dtype": "bfloat16"},
+               "--draws": {"draws": 2}}  # fmt: skip
     for flag, change in changes.items():
         assert main(kit.arguments(data, tmp_path / "out", **{"steps": 2, **change})) == 1
         error = last_line(capsys)
@@ -211,6 +216,14 @@ def test_a_checkpoint_to_start_from_hands_on_tokenizer_prompt_format_and_noise_s
     assert main(kit.arguments(data, tmp_path / "white", init=tmp_path / "start", steps=2, noise="white")) == 0
     assert "was trained with noise source {'source': 'pink', 'beta': 0.5}" in capsys.readouterr().out
     assert load_bundle(tmp_path / "white" / "checkpoint").settings.noise_source == {"source": "white"}
+
+
+def test_what_was_assumed_about_a_foreign_checkpoint_is_told_before_training(data, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    save_file(kit.random_start(PRESETS["nano"]).state_dict(), tmp_path / "foreign" / "model.safetensors")
+    options = parse(kit.arguments(data, tmp_path / "out", init=tmp_path / "foreign"))
+    notes = start(options, load_robot(data / "robot.yaml")).notes
+    assert "horizon of 50 actions assumed, no config.json says it" in notes
 
 
 def make_tokenizer(folder: Path) -> None:

@@ -57,7 +57,7 @@ class HuggingFaceTokenizer:
             raise TokenizerError(f"{folder}: not a Hugging Face tokenizer folder: {_first_line(error)}") from None
         if self._tokenizer.bos_token_id is None:
             raise TokenizerError(f"{folder}: this tokenizer has no bos token, and pi prompts begin with one")
-        # Special tokens behind all others, as PaliGemma's <image>, which models of pi do not embed: no text becomes one.
+        # Special tokens behind all others, as PaliGemma's <image>, are not embedded by models of pi: no text gives one.
         special = {number for number, token in self._tokenizer.added_tokens_decoder.items() if token.special}
         self.vocab_size = len(self._tokenizer)
         while self.vocab_size - 1 in special - {self._tokenizer.bos_token_id}:

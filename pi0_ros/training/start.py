@@ -113,7 +113,7 @@ def _from_checkpoint(path: Path, robot: Robot, notes: list[str]) -> tuple[Bundle
         folder = path if path.is_dir() else path.parent
         beside = (folder / "tokenizer.json").is_file() or len(list(folder.glob("*.model"))) == 1
         tokenizer = folder if beside else None
-    notes.insert(0, f"{path}: {checkpoint.describe()}")
+    notes[:0] = [f"{path}: {checkpoint.describe()}", *checkpoint.notes]
     notes.append("normalisation statistics are taken from these recordings anew, those of --init are not used")
     return settings, checkpoint, tokenizer
 
