@@ -183,6 +183,17 @@ def test_a_peer_that_disagrees_ends_with_exit_code_1_and_the_modes_named(monkeyp
     ]
 
 
+def test_float32_is_not_rounded_to_tf32_on_either_side(monkeypatch):
+    pytest.importorskip("transformers")
+    for compare in (
+        lambda: peers.compare_sampling("tiny", torch.float32, CPU, config=TINY, steps=1, prompt=7, runs=1),
+        lambda: peers.compare_training("tiny", CPU, config=TINY, prompt=7, runs=1),
+    ):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        compare()
+        assert not torch.backends.cudnn.allow_tf32
+
+
 def test_a_sampler_that_overlooks_a_new_frame_is_found_out(monkeypatch):
     pytest.importorskip("transformers")
 

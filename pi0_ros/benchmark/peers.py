@@ -92,6 +92,7 @@ def compare_sampling(
 ) -> list[dict[str, Any]]:
     """One row per mode, see `row`. `config` in place of the one called `name`."""
     config = config or CONFIGS[name]
+    _exact()
     model = build_model(config, device)
     feed = Feed(Sampler(model, num_steps=steps, dtype=dtype, device=device), prompt)
     observation, _ = draw_observation(config, prompt=prompt)
@@ -179,6 +180,7 @@ def compare_training(
     On our side the padding that the whole batch shares is dropped before, as the trainer does when it makes a batch.
     """
     config = config or CONFIGS[name]
+    _exact()
     model = build_model(config, device).train()
     peer = to_transformers(model).train()
     observation, _ = draw_observation(config, batch, prompt)
@@ -247,6 +249,12 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
 def label(dtype: torch.dtype) -> str:
     """'float32', 'bfloat16'."""
     return str(dtype).removeprefix("torch.")
+
+
+def _exact() -> None:
+    """float32 is float32 on both sides: torch's convolutions on a GPU round to TF32 unless told not to, and the patch
+    embedding is a convolution there and a product here."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _host(x: Tensor) -> Tensor:
