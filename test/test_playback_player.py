@@ -173,6 +173,15 @@ def test_an_arm_that_does_not_follow_is_not_left_behind():
     assert abs(bench.player.commanded[0]) < 0.01  # from where the arm is
 
 
+def test_a_stopped_player_does_not_complain_of_joint_states_for_ever():
+    bench = Bench()
+    bench.player.tick(bench.now)
+    assert bench.player.blind
+    bench.player.stop("stop service")
+    bench.tick(3)
+    assert bench.seen == (STOPPED, "stop service") and not bench.player.blind
+
+
 def test_an_arm_that_was_moved_while_it_was_held_is_not_taken_back():
     bench = Bench(following_error=0.3)
     bench.tick(10)

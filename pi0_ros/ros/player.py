@@ -181,7 +181,7 @@ class Player:
 
     def stop(self, reason: str) -> None:
         """Come to rest and play nothing until `start`."""
-        self._running = False
+        self._running = self.blind = False
         self._drop(reason)
         self._halt(STOPPED, reason)
 
