@@ -17,6 +17,7 @@ from pi0_ros.policy.policy import ObservationError, Policy, PolicyError, RobotOb
 from pi0_ros.policy.realtime import GuidanceSettings, guidance_weights
 from pi0_ros.policy.tokenizer import ByteTokenizer
 from pi0_ros.robot import load_robot
+from pi0_ros.training.objective import mute_padding
 
 ROBOT = load_robot(Path(__file__).parent.parent / "config" / "so101_demo.yaml")  # base and left wrist camera
 STACK = GemmaConfig(width=32, depth=2, mlp_dim=48, num_heads=2, num_kv_heads=1, head_dim=16)
@@ -301,6 +302,22 @@ def test_without_it_the_chunk_is_guided_towards_the_last_one(jacobian):
     np.testing.assert_array_equal(guided.actions[:3], old.actions[2:5])
     before, after = (np.abs(a[3:6] - old.actions[5:8]).mean() for a in (apart, guided.actions))
     assert after < 0.7 * before
+
+
+def test_padding_that_was_never_learnt_does_not_pull_at_the_joints():
+    settings, model = BundleSettings(TINY, loss_dims=6), Pi0(TINY, generator=torch.Generator().manual_seed(0))
+    mute_padding(model, 6)
+
+    def guided(noise):
+        policy = Policy(
+            model, ROBOT, limit_statistics(ROBOT, settings), settings, ByteTokenizer(), digest="tiny", num_steps=4
+        )
+        old = policy.infer(observation(), noise=start(1))
+        return policy.infer(observation(seed=1, stamp=1000 + 2 * STEP), noise=noise, executed=old.actions[2:5]).actions
+
+    other = start(2)
+    other[:, 6:] *= -5.0
+    np.testing.assert_array_equal(guided(start(2)), guided(other))
 
 
 def test_a_new_prompt_forgets_the_last_chunk():

@@ -368,7 +368,7 @@ class Policy:
         previous = torch.zeros(horizon, self.config.action_dim)
         previous[: len(known)] = self._to_model(state, known)
         weights = torch.from_numpy(guidance_weights(len(committed), len(known), horizon, settings.schedule)).float()
-        return None, Guidance(previous, weights, settings.max_weight, settings.jacobian)
+        return None, Guidance(previous, weights, settings.max_weight, settings.jacobian, self.settings.loss_dims)
 
 
 def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

@@ -35,6 +35,9 @@ from pi0_ros.policy.graphs import Graphs
 class Guidance:
     """What guided in-painting pulls towards: `previous` [horizon, action_dim] in model space, `weights` [horizon].
 
+    `dims`: how many of the first dimensions are compared; None: all. What the model never learnt to predict must be
+    left out: through the network's Jacobian its error would pull at the others.
+
     With `jacobian` the published method (arXiv 2506.07339): the correction is the vector-Jacobian product through
     the network. Without, the Jacobian is taken for the identity, which costs no backward pass.
     """
@@ -43,6 +46,7 @@ class Guidance:
     weights: Tensor
     max_weight: float = 10.0
     jacobian: bool = True
+    dims: int | None = None
 
 
 @dataclass(frozen=True)
@@ -300,7 +304,8 @@ class Sampler:
         """As `_denoise`, each velocity corrected towards the previous chunk (arXiv 2506.07339, eq. 2-4)."""
         if not self.config.pi05:
             self._run_state()
-        previous, weights = guidance.previous.to(self.x), guidance.weights.to(self.x).view(-1, 1)
+        previous, weights = guidance.previous.to(self.x), torch.zeros_like(self.x)
+        weights[:, : guidance.dims] = guidance.weights.to(self.x).view(-1, 1)
         for k, t in enumerate(self.times):
             tau = 1.0 - t
             inverse_r2 = (tau**2 + t**2) / t**2
