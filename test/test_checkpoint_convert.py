@@ -16,8 +16,9 @@ from test_statistics import OPENPI, lerobot
 from pi0_ros.model import layouts
 from pi0_ros.model.checkpoint import CheckpointError, from_state_dict, open_checkpoint
 from pi0_ros.policy.bundle import BundleSettings, load_bundle, save_bundle
-from pi0_ros.policy.convert import Options, convert, foreign_settings, main, write_openpi
+from pi0_ros.policy.convert import Options, check_actions, convert, foreign_settings, main, write_openpi
 from pi0_ros.policy.statistics import NormStats
+from pi0_ros.robot import load_robot
 
 ROBOT = Path(__file__).parents[1] / "config/six_joint_arm.yaml"
 
@@ -75,6 +76,24 @@ def test_pi05_libero_takes_pi0s_prompt_when_told(tmp_path):
     sizes.write_text(json.dumps(TINY05.to_dict()))
     convert(Options(tmp_path, tmp_path / "out", model_config=str(sizes), prompt_format="pi0"))
     assert load_bundle(tmp_path / "out").settings.prompt_format == "pi0"
+
+
+def test_lerobots_absolute_actions_are_not_added_to_the_state(tmp_path):
+    robot = load_robot(ROBOT)
+    joints = tuple(joint.model_copy(update={"action": "absolute"}) for joint in robot.joints)
+    absolute = robot.model_copy(update={"joints": joints})
+    checkpoint = open_checkpoint(LAYOUTS / "lerobot", config=TINY)
+    relative = replace(checkpoint, data={**checkpoint.data, "use_relative_actions": True})
+    check_actions(checkpoint, absolute, "source")
+    check_actions(relative, robot, "source")
+    check_actions(open_checkpoint(LAYOUTS / "openpi/model.safetensors", config=TINY), robot, "source")
+    with pytest.raises(CheckpointError, match="relative to the state, but in .* none is"):
+        check_actions(relative, absolute, "source")
+    (tmp_path / "sizes.json").write_text(json.dumps(TINY.to_dict()))
+    sizes = str(tmp_path / "sizes.json")
+    with pytest.raises(CheckpointError, match="absolute positions, .* for .*; set `action: absolute` for these joints"):
+        convert(Options(LAYOUTS / "lerobot", tmp_path / "out", robot=ROBOT, model_config=sizes))
+    assert not (tmp_path / "out").exists()
 
 
 LEROBOT = {"type": "pi05", "output_features": {"action": {"shape": [7]}}}

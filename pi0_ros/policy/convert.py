@@ -27,7 +27,7 @@ from pi0_ros.policy.bundle import (
 )
 from pi0_ros.policy.statistics import NormStats, find_statistics, load_statistics
 from pi0_ros.policy.tokenizer import ByteTokenizer
-from pi0_ros.robot import RobotFileError, load_robot
+from pi0_ros.robot import Robot, RobotFileError, load_robot
 
 DTYPES = {"as-stored": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _LEROBOT_NORMALISATION = {"MEAN_STD": "zscore", "QUANTILES": "quantile"}
@@ -84,6 +84,8 @@ def convert(options: Options) -> str:
     for note in checkpoint.notes:
         print(f"  {note}")
     robot = load_robot(options.robot) if options.robot else (own.robot if own else None)
+    if robot is not None:
+        check_actions(checkpoint, robot, str(options.source))
     stats = _statistics(options, own)
     print("  statistics: " + ("none found" if stats is None else _describe(stats)))
     if options.to == "openpi":
@@ -129,6 +131,25 @@ def foreign_settings(checkpoint: Checkpoint, where: str, normalisation: str | No
         normalisation=normalisation or "",
         loss_dims=None if dims == config.action_dim else dims,
     )
+
+
+def check_actions(checkpoint: Checkpoint, robot: Robot, where: str) -> None:
+    """CheckpointError where the robot file would take a lerobot policy's actions for something else: they are absolute
+    positions unless its config.json says use_relative_actions. openpi's checkpoints say nothing about it."""
+    if checkpoint.layout != "lerobot":
+        return
+    relative = [joint.name for joint in robot.joints if joint.relative]
+    if checkpoint.data.get("use_relative_actions"):
+        if not relative:
+            raise CheckpointError(
+                f"{where}: lerobot trained it on actions relative to the state, but in {robot.name!r} none is; set "
+                "`action: relative` for the joints that were"
+            )
+    elif relative:
+        raise CheckpointError(
+            f"{where}: lerobot trained it on absolute positions, but {robot.name!r} would add them to the state for "
+            f"{', '.join(relative)}; set `action: absolute` for these joints"
+        )
 
 
 def write_openpi(
