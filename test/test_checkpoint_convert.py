@@ -96,6 +96,22 @@ def test_lerobots_absolute_actions_are_not_added_to_the_state(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_horizon_that_no_weights_hold_can_be_given(tmp_path, capsys):
+    source = LAYOUTS / "jax/params.safetensors"
+    convert(Options(source, tmp_path / "assumed"))
+    assert load_bundle(tmp_path / "assumed").settings.model.action_horizon == 50
+    assert "horizon of 50 actions assumed" in capsys.readouterr().out
+    convert(Options(source, tmp_path / "given", horizon=15))
+    assert load_bundle(tmp_path / "given").settings.model.action_horizon == 15
+    assert "assumed" not in capsys.readouterr().out
+    convert(Options(tmp_path / "given", tmp_path / "shorter", horizon=10))
+    assert load_bundle(tmp_path / "shorter").weights().config.action_horizon == 10
+    with pytest.raises(
+        CheckpointError, match="--horizon: action_horizon must be a whole number of at least 1, found 0"
+    ):
+        convert(Options(source, tmp_path / "none", horizon=0))
+
+
 LEROBOT = {"type": "pi05", "output_features": {"action": {"shape": [7]}}}
 
 

@@ -59,6 +59,9 @@ class Options:
     """Dtype of the weights to write."""
     model_config: str | None = None
     """The model's sizes where neither the weights nor a config.json tell them: a preset's name, or a JSON file."""
+    horizon: int | None = None
+    """Actions of a chunk, which is in no weights. Default: what config.json says, else 50; openpi's pi0_droid and
+    pi05_libero have 10, pi05_droid 15."""
     base: Path | None = None
     """The checkpoint that a peft adapter folder is an update of."""
     normalisation: Literal["zscore", "quantile"] | None = None
@@ -81,6 +84,8 @@ def convert(options: Options) -> str:
     config = _given_config(options.model_config)
     checkpoint = own.weights() if own else open_checkpoint(options.source, config=config, base=options.base)
     print(checkpoint.describe())
+    if options.horizon is not None:
+        checkpoint = _with_horizon(checkpoint, options.horizon)
     for note in checkpoint.notes:
         print(f"  {note}")
     robot = load_robot(options.robot) if options.robot else (own.robot if own else None)
@@ -91,7 +96,11 @@ def convert(options: Options) -> str:
     if options.to == "openpi":
         write_openpi(options.output, checkpoint, stats, options.asset_id or "pi0_ros", DTYPES[options.dtype], True)
         return ""
-    settings = own.settings if own else foreign_settings(checkpoint, str(options.source), options.normalisation)
+    settings = (
+        dataclasses.replace(own.settings, model=checkpoint.config)
+        if own
+        else foreign_settings(checkpoint, str(options.source), options.normalisation)
+    )
     wanted = {name: getattr(options, name) for name in ("normalisation", "prompt_format", "adapter")}
     settings = dataclasses.replace(settings, **{name: value for name, value in wanted.items() if value is not None})
     tokenizer = options.tokenizer or (own.tokenizer if own else None)
@@ -187,6 +196,15 @@ def write_openpi(
             asset = temporary / "assets" / asset_id
             asset.mkdir(parents=True)
             stats.save(asset / "norm_stats.json")
+
+
+def _with_horizon(checkpoint: Checkpoint, horizon: int) -> Checkpoint:
+    try:
+        config = dataclasses.replace(checkpoint.config, action_horizon=horizon)
+    except ConfigError as error:
+        raise CheckpointError(f"--horizon: {error}") from None
+    notes = tuple(note for note in checkpoint.notes if not note.startswith("horizon of "))  # no longer assumed
+    return dataclasses.replace(checkpoint, config=config, notes=notes)
 
 
 def _is_bundle(path: Path) -> bool:
