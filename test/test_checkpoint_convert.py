@@ -16,7 +16,8 @@ from test_statistics import OPENPI, lerobot
 from pi0_ros.model import layouts
 from pi0_ros.model.checkpoint import CheckpointError, from_state_dict, open_checkpoint
 from pi0_ros.policy.bundle import BundleSettings, load_bundle, save_bundle
-from pi0_ros.policy.convert import Options, check_actions, convert, foreign_settings, main, write_openpi
+from pi0_ros.policy.convert import Options, check_actions, convert, foreign_settings, foreign_units, main, write_openpi
+from pi0_ros.policy.policy import limit_statistics
 from pi0_ros.policy.statistics import NormStats
 from pi0_ros.robot import load_robot
 
@@ -110,6 +111,20 @@ def test_the_horizon_that_no_weights_hold_can_be_given(tmp_path, capsys):
         CheckpointError, match="--horizon: action_horizon must be a whole number of at least 1, found 0"
     ):
         convert(Options(source, tmp_path / "none", horizon=0))
+
+
+def test_statistics_in_other_units_than_the_robots_are_pointed_out(tmp_path, capsys):
+    robot, settings = load_robot(ROBOT), BundleSettings(TINY)
+    sound = limit_statistics(robot, settings)
+    assert foreign_units(robot, sound, settings) == []
+    mean = sound.state.mean.copy()
+    mean[1] = 90.0  # degrees
+    odd = replace(sound, state=replace(sound.state, mean=mean))
+    (warning,) = foreign_units(robot, odd, settings)
+    assert warning.startswith(f"state of {robot.joint_names[1]}: mean 90 in the statistics, limits ")
+    save_bundle(tmp_path / "source", random_weights(TINY), settings, None, odd)
+    convert(Options(tmp_path / "source", tmp_path / "out", robot=ROBOT))
+    assert f"warning: {warning}" in capsys.readouterr().out
 
 
 LEROBOT = {"type": "pi05", "output_features": {"action": {"shape": [7]}}}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import tyro
 
@@ -25,6 +26,7 @@ from pi0_ros.policy.bundle import (
     save_bundle,
     whole_folder,
 )
+from pi0_ros.policy.policy import limit_statistics
 from pi0_ros.policy.statistics import NormStats, find_statistics, load_statistics
 from pi0_ros.policy.tokenizer import ByteTokenizer
 from pi0_ros.robot import Robot, RobotFileError, load_robot
@@ -103,6 +105,8 @@ def convert(options: Options) -> str:
     )
     wanted = {name: getattr(options, name) for name in ("normalisation", "prompt_format", "adapter")}
     settings = dataclasses.replace(settings, **{name: value for name, value in wanted.items() if value is not None})
+    for note in foreign_units(robot, stats, settings) if robot and stats else ():
+        print(f"  warning: {note}")
     tokenizer = options.tokenizer or (own.tokenizer if own else None)
     if tokenizer is None and settings.model.vocab_size != ByteTokenizer.vocab_size:
         print("  no tokenizer: add one with --tokenizer before this checkpoint can run")
@@ -159,6 +163,20 @@ def check_actions(checkpoint: Checkpoint, robot: Robot, where: str) -> None:
             f"{where}: lerobot trained it on absolute positions, but {robot.name!r} would add them to the state for "
             f"{', '.join(relative)}; set `action: absolute` for these joints"
         )
+
+
+def foreign_units(robot: Robot, stats: NormStats, settings: BundleSettings) -> list[str]:
+    """What speaks for statistics in other units than the robot file's: a mean state further outside a joint's limits
+    than half their width, such as degrees, percent, or a gripper that is not 0 (open) to 1 (closed)."""
+    stats.require(settings.normalisation, len(robot.joints))
+    limits = limit_statistics(robot, settings).state
+    means = stats.state.mean[: len(robot.joints)]
+    away = np.abs(means - limits.mean) > limits.q99 - limits.q01
+    return [
+        f"state of {robot.joints[i].name}: mean {means[i]:.4g} in the statistics, limits {limits.q01[i]:.4g} to "
+        f"{limits.q99[i]:.4g} in the robot file: other units? actions would be wrong"
+        for i in np.flatnonzero(away)
+    ]
 
 
 def write_openpi(
