@@ -212,6 +212,10 @@ def test_an_unknown_camera_is_refused(model):
         Sampler(model, cameras=("overhead",))
 
 
+def test_what_the_time_tables_were_made_of_is_not_kept(model):
+    assert not Sampler(model).weights.time
+
+
 def test_without_onednn_the_numbers_are_the_same(model, monkeypatch):
     def absent(*_):
         raise AssertionError("oneDNN was used")

@@ -90,6 +90,7 @@ class Sampler:
         self.weights = fuse(model, dtype, self.device, max_prefix)
         self.times = denoising_times(num_steps)
         self.time_bias, self.modulation = time_tables(self.weights, model.config, self.times, dtype)
+        self.weights.time.clear()  # the adaptive norms' maps alone are half a GB in pi0.5, and the tables replace them
         self.graphs = Graphs(self.device.type == "cuda" if graphs is None else graphs)
         # With graphs, pi0.5's prompt (its state bins change every tick) is padded to a few lengths only.
         self.prompt_multiple = 16 if self.graphs.enabled and config.pi05 else 1
