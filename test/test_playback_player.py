@@ -156,6 +156,25 @@ def test_starts_from_where_the_arm_is_when_it_was_moved_meanwhile():
     assert bench.seen == (PLAYING, "")
 
 
+def test_start_holds_the_arm_where_it_is_and_sends_nothing_before_that_is_known():
+    bench = Bench()
+    bench.offer([[0.0, 0.0, 1.0]] * 21)
+    bench.tick(60)
+    bench.player.stop("stop service")
+    bench.tick(10)
+    bench.sensing = False
+    bench.now += SECOND
+    bench.player.start()
+    before = bench.sends
+    bench.tick(5)
+    assert bench.sends == before and bench.player.blind
+    bench.arm = np.array([0.2, -0.1, 0.4])  # moved by another program; the gripper holds something
+    bench.sensing = True
+    bench.tick(5)
+    assert bench.sends == before + 5
+    np.testing.assert_allclose(bench.trail[-5:], np.tile([0.2, -0.1, 1.0], (5, 1)), atol=1e-6)
+
+
 def test_an_arm_that_does_not_follow_is_not_left_behind():
     bench = Bench(following_error=0.3)
     bench.tick(2)

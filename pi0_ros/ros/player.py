@@ -114,6 +114,7 @@ class Player:
         self.blind = False  # holds because joint states are missing
         self._mode, self._why, self._refusal = STOPPED, "not started", ""
         self._running = False  # between start and stop
+        self._afresh = False  # started, and not yet seen where the arm is
         self._following = False  # a chunk moves the arm
         self._speed = 1.0
         self._pending: TimedActions | None = None  # accepted, taken over at the next tick
@@ -175,7 +176,7 @@ class Player:
     def start(self) -> None:
         """Play from the next chunk on."""
         if not self._running:
-            self._running, self._refusal = True, ""
+            self._running, self._afresh, self._refusal = True, True, ""
             self._drop("no chunk yet")
             self._halt(HOLDING, "no chunk yet")
 
@@ -227,7 +228,8 @@ class Player:
         self._decide(now)
         if self.commanded is None:
             return None
-        send, plan = self.stream is not None and (self._running or not self.at_rest), None
+        held = self._running and not self._afresh
+        send, plan = self.stream is not None and (held or not self.at_rest), None
         if self.stream is not None:
             self.stream.advance(self._index, steps, self._guide, self._speed)
             self.commanded[self.stream.joints] = self.stream.q
@@ -273,6 +275,9 @@ class Player:
             return
         if self.commanded is None:
             self._seed()
+        elif self._afresh and self.at_rest:  # others may have moved it: the old command would take it back at once
+            self._seed() if self._moved() else self._hold_here()
+        self._afresh = False
         if self._following and (lost := self._not_followed()):
             self._drop(lost)
         chunk, self._pending = self._pending, None
@@ -283,9 +288,8 @@ class Player:
             self.holds += self._following
             self._drop(ended)
             self._halt(HOLDING, ended)
-            if self.at_rest and self._not_followed():
-                # Moved by hand, or its controller was off: a command that goes on would take it back with a jerk.
-                self._rest_at(np.where(self._arm, self.measured, self.commanded))
+            if self.at_rest and self._not_followed():  # moved by hand, or its controller was off: the same
+                self._hold_here()
         elif not self._following:  # a hold for another reason is over
             self._take_over(self.playback.chunk, at)
         elif self._mode == APPROACHING:
@@ -361,10 +365,13 @@ class Player:
         What is commanded, unless the arm rests somewhere else (moved by hand or by another program, a simulator's
         reset): then where it is. A dry run always starts where the arm is.
         """
-        far = np.abs(self.measured - self.commanded) * self._arm > self.settings.approach_threshold
-        if self.settings.dry_run or (not self._following and self.at_rest and far.any()):
+        if self.settings.dry_run or (not self._following and self.at_rest and self._moved()):
             self._seed()
         return self._commanded_at_lead()
+
+    def _moved(self) -> bool:
+        gaps = np.abs(self.measured - self.commanded) * self._arm
+        return bool((gaps > self.settings.approach_threshold).any())
 
     def _commanded_at_lead(self) -> tuple[np.ndarray, np.ndarray]:
         position, velocity = self.commanded.copy(), np.zeros(len(self.commanded))
@@ -377,6 +384,10 @@ class Player:
     def _seed(self) -> None:
         """Command from where the arm is, at rest."""
         self._rest_at(self.measured)
+
+    def _hold_here(self) -> None:
+        """The same for the arm; a gripper's command stays, it may be holding something."""
+        self._rest_at(np.where(self._arm, self.measured, self.commanded))
 
     def _rest_at(self, position: np.ndarray) -> None:
         self.commanded = position.copy()
