@@ -190,6 +190,21 @@ def test_every_graph_that_a_tick_may_need_is_captured_in_the_warm_up():
     assert recorder.keys == captured
 
 
+def test_every_length_of_the_prompt_with_the_state_in_it_is_captured_in_the_warm_up():
+    policy, recorder = tiny(TINY05, rtc_max_delay=3), Recorder()
+    policy._sampler.graphs, policy._sampler.prompt_multiple = recorder, 8
+    policy.warm_up()
+    captured, lengths = set(recorder.keys), set()
+    low, high = (np.array(ends) for ends in zip(*(joint.position for joint in ROBOT.joints), strict=True))
+    for seed in range(30):
+        share = np.random.default_rng(seed).uniform(0, (0.02, 0.2, 1.0)[seed % 3], size=len(low))
+        seen = observation(seed=seed, state=low + share * (high - low), prompt=ROBOT.prompt.default)
+        policy.infer(seen, executed=None if seed % 2 else STATE[None])
+        lengths.add(policy._sampler._prompt_rows)
+    assert recorder.keys == captured
+    assert len(lengths) > 1
+
+
 def test_latency_names_its_stages():
     latency = tiny().infer(observation()).latency
     assert set(latency) == {"preprocess", "vision", "prefix", "denoise", "total"}

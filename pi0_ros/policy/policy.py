@@ -257,8 +257,8 @@ class Policy:
     def warm_up(self) -> None:
         """Run what a tick may need once, so that the first real observation takes no longer than the next.
 
-        With CUDA graphs that is every set of cameras that may be new. Guided real-time chunking is left out: it costs
-        a backward pass, which many robots never ask for.
+        With CUDA graphs that is every set of cameras that may be new, and every length of the default prompt. Guided
+        real-time chunking is left out: it costs a backward pass, which many robots never ask for.
         """
         middle = np.array([sum(joint.position) / 2 for joint in self.robot.joints])
         images = {slot: np.zeros((480, 640, 3), np.uint8) for slot in self._slots}
@@ -271,6 +271,12 @@ class Policy:
             frames |= dict.fromkeys(new, number)
             observation = RobotObservation(0, images, frames, middle, self.robot.prompt.default)
             self.infer(observation, generator=generator, executed=executed)
+        if self._sampler.graphs.enabled and self.encoder.reads_state:
+            for value in (-1.0, -0.9, 0.0):  # bins of one, two and three digits: the shortest prompt to the longest
+                tokens = self.encoder.encode(self.robot.prompt.default, np.full(len(middle), value))
+                state, start = torch.zeros(self.config.action_dim), self._start(middle, middle[None], generator, None)
+                for frozen in (None, self._to_model(middle, committed)) if committed is not None else (None,):
+                    self._sampler.sample({}, tokens, state, start, frames=frames, frozen=frozen)
         self.reset()
 
     def reset(self) -> None:
