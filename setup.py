@@ -30,5 +30,6 @@ setup(
     packages=find_packages(include=["pi0_ros", "pi0_ros.*"], exclude=["pi0_ros.msg*", "pi0_ros.srv*"]),
     data_files=[("share/pi0_ros/config", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("config/*.*")))],
     install_requires=lines("requirements/run.txt"),
+    extras_require={"orbax": ["tensorstore"]},  # reads openpi's JAX checkpoints as they are
     entry_points={"console_scripts": [program for program in lines("programs.txt") if in_tree(program)]},
 )
