@@ -207,13 +207,19 @@ def test_an_arm_that_was_moved_while_it_was_held_is_not_taken_back():
     bench.offer([[0.0, 0.0, 1.0]] * 21)
     bench.tick(120)
     assert bench.seen == (HOLDING, "the chunk ended and no new one came")
-    bench.arm = np.array([0.2, 0.0, 1.0])  # it gives a little: the command stays
+    before = bench.sends
+    bench.arm = np.array([0.2, 0.0, 1.0])  # it gives a little: the command goes on
     bench.tick()
-    assert bench.player.commanded.tolist() == [0.0, 0.0, 1.0]
-    bench.arm = np.array([0.8, 0.0, 0.4])  # by hand, with the controller off; the gripper is stopped by what it holds
-    bench.tick(5)
-    assert bench.player.state == HOLDING
-    assert bench.player.commanded.tolist() == [0.8, 0.0, 1.0]
+    assert bench.sends == before + 1
+    for _ in range(5):
+        bench.arm = np.array([0.8, 0.0, 0.4])  # by hand, with the controller off
+        bench.tick()
+    assert bench.player.state == HOLDING and bench.sends == before + 1
+    bench.arm = np.array([0.8, 0.0, 0.4])
+    bench.offer(np.tile([0.8, 0.0, 0.4], (41, 1)))
+    bench.tick()
+    assert bench.sends == before + 2
+    np.testing.assert_allclose(bench.player.commanded, [0.8, 0.0, 0.4])
 
 
 def test_joint_states_from_a_clock_that_is_ahead_are_as_old_as_their_arrival():

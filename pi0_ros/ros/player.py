@@ -115,6 +115,7 @@ class Player:
         self._mode, self._why, self._refusal = STOPPED, "not started", ""
         self._running = False  # between start and stop
         self._afresh = False  # started, and not yet seen where the arm is
+        self._adrift = False  # held, but moved by hand or its controller was off: a command would take it back at once
         self._following = False  # a chunk moves the arm
         self._speed = 1.0
         self._pending: TimedActions | None = None  # accepted, taken over at the next tick
@@ -228,7 +229,7 @@ class Player:
         self._decide(now)
         if self.commanded is None:
             return None
-        held = self._running and not self._afresh
+        held = self._running and not (self._afresh or self._adrift)
         send, plan = self.stream is not None and (held or not self.at_rest), None
         if self.stream is not None:
             self.stream.advance(self._index, steps, self._guide, self._speed)
@@ -276,7 +277,8 @@ class Player:
         if self.commanded is None:
             self._seed()
         elif self._afresh and self.at_rest:  # others may have moved it: the old command would take it back at once
-            self._seed() if self._moved() else self._hold_here()
+            # A gripper may be holding something: unless the arm was moved, its command stays.
+            self._rest_at(self.measured if self._moved() else np.where(self._arm, self.measured, self.commanded))
         self._afresh = False
         if self._following and (lost := self._not_followed()):
             self._drop(lost)
@@ -288,12 +290,11 @@ class Player:
             self.holds += self._following
             self._drop(ended)
             self._halt(HOLDING, ended)
-            if self.at_rest and self._not_followed():  # moved by hand, or its controller was off: the same
-                self._hold_here()
         elif not self._following:  # a hold for another reason is over
             self._take_over(self.playback.chunk, at)
         elif self._mode == APPROACHING:
             self._approach(at)
+        self._adrift = not self._following and self.at_rest and bool(self._not_followed())
 
     def _state_fault(self, now: int) -> str:
         """Why the joint states cannot be relied on, or ""."""
@@ -371,7 +372,7 @@ class Player:
 
     def _moved(self) -> bool:
         gaps = np.abs(self.measured - self.commanded) * self._arm
-        return bool((gaps > self.settings.approach_threshold).any())
+        return bool((gaps > self.settings.approach_threshold).any() or self._not_followed())
 
     def _commanded_at_lead(self) -> tuple[np.ndarray, np.ndarray]:
         position, velocity = self.commanded.copy(), np.zeros(len(self.commanded))
@@ -384,10 +385,6 @@ class Player:
     def _seed(self) -> None:
         """Command from where the arm is, at rest."""
         self._rest_at(self.measured)
-
-    def _hold_here(self) -> None:
-        """The same for the arm; a gripper's command stays, it may be holding something."""
-        self._rest_at(np.where(self._arm, self.measured, self.commanded))
 
     def _rest_at(self, position: np.ndarray) -> None:
         self.commanded = position.copy()
