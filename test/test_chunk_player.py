@@ -179,6 +179,19 @@ def test_stop_holds_until_start(mixed):
     mixed.ros.spin_until(mixed.watch.is_in(PLAYING))
 
 
+def test_activating_again_does_not_undo_a_stop(mixed):
+    player = mixed.player()
+    mixed.play(0.3)
+    assert mixed.call("stop").success
+    player.trigger_deactivate()
+    player.trigger_activate()
+    before = mixed.policy.sequence
+    mixed.ros.spin_until(lambda: mixed.policy.sequence > before + 3)
+    mixed.ros.spin_until(mixed.watch.is_in(STOPPED, "stopped by ~/stop"))
+    assert mixed.call("start").success
+    mixed.ros.spin_until(mixed.watch.is_in(PLAYING))
+
+
 def test_deactivate_brakes_and_cleanup_leaves_nothing(streamed):
     player = streamed.player()
     streamed.play(0.3)

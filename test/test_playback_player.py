@@ -75,8 +75,9 @@ def test_names_the_joint_whose_state_is_missing():
         bench.player.observe(["g", "x", "a"], [0.5, 9.0, 0.1], bench.now, bench.now)
         assert bench.player.tick(bench.now) is None
     assert bench.seen == (HOLDING, "no joint state of b for more than 0.1 s")
-    bench.player.observe(["b"], [float("nan")], bench.now, bench.now)
-    assert bench.player.tick(bench.now + PERIOD) is None
+    for nonsense in (float("nan"), float("inf"), 50.0, -1e300):  # never what is held
+        bench.player.observe(["b"], [nonsense], bench.now, bench.now)
+        assert bench.player.tick(bench.now + PERIOD) is None
     bench.player.observe(["b"], [-0.1], bench.now, bench.now)
     bench.player.tick(bench.now + 2 * PERIOD)
     assert bench.player.commanded.tolist() == [0.1, -0.1, 0.5]

@@ -142,7 +142,7 @@ class Demo:
         monitor, options, chunks = self.monitor, self.options, self.monitor.seen.chunks
         instruction = options.instruction
         if "{other}" in instruction:
-            instruction = instruction.format(other=_other_colour(seed, options.prompt))
+            instruction = instruction.replace("{other}", _other_colour(seed, options.prompt))
         task = monitor.begin_episode(seed, options.prompt, instruction)
         self._began, self._chunk = time.monotonic(), None
         if self._filming:

@@ -39,6 +39,7 @@ LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability
 NEWEST = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 SENSOR = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
 STATUS_PERIOD = SECOND // 10  # ns
+STOPPED_BY_CALL = "stopped by ~/stop, ~/start goes on"
 
 
 def _set(name: str, default: Any, description: str, *bounds: float, **more: Any) -> Spec:
@@ -53,7 +54,7 @@ SPECS = (
     _set("blend_time", 0.3, "how long a hand-over fades, s", 0, 10),
     _set("ensemble_decay", 0.01, "ensemble: chunk i (0 the oldest) weighs exp(-decay * i)", 0, 10),
     _set("hold_after", 0.0, "how long a chunk's last action stands before holding counts, s", 0, 60),
-    _set("policy_timeout", 3.0, "hold when no chunk came for so long, s; 0: not before the chunk ends", 0, 3600),
+    _set("policy_timeout", 1.0, "hold when no chunk came for so long, s; 0: not before the chunk ends", 0, 3600),
     _set("chunk_max_age", 1.0, "refuse a chunk whose observation is older when it comes, s", 0.001, 3600),
     _set("chunk_max_ahead", 0.05, "refuse a chunk whose stamp is further in the future, s", 0, 60),
     _set("limits", "clamp", "what happens to actions beyond the robot's limits", choices=("clamp", "refuse")),
@@ -107,6 +108,7 @@ class ChunkPlayer(LifecycleNode):
         self._said: tuple[int, str] | None = None  # state and reason of the last status
         self._said_at = 0  # ns
         self._active = False
+        self._stopped = False  # by ~/stop, until ~/start: activating again does not undo it
         try:
             self._settings = Parameters(self, SPECS)
         except ParameterError:
@@ -153,9 +155,11 @@ class ChunkPlayer(LifecycleNode):
         return super().on_configure(state)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Tick, and play unless `start_on_activate` is false."""
+        """Tick, and play unless `start_on_activate` is false or ~/stop was the last word."""
         self._active, self._ticked = True, 0.0
-        if self._settings["start_on_activate"]:
+        if self._stopped:
+            self._player.stop(STOPPED_BY_CALL)
+        elif self._settings["start_on_activate"]:
             self._player.start()
         else:
             self._player.stop("not started: start_on_activate is false, call ~/start")
@@ -247,17 +251,18 @@ class ChunkPlayer(LifecycleNode):
             "plays from the next chunk on" if self._active else "the node is not active: activate it first"
         )
         if self._active:
+            self._stopped = False
             self._player.start()
             self._say()
         return response
 
     def _stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        response.success, response.message = True, "stopped, ~/start goes on"
+        response.success, response.message, self._stopped = True, "stopped, ~/start goes on", True
         if self._active:
-            self._player.stop("stopped by ~/stop, ~/start goes on")
+            self._player.stop(STOPPED_BY_CALL)
             self._say()
         else:
-            response.message = "the node is not active: nothing is played"
+            response.message = "the node is not active: nothing is played, nor when it is activated before ~/start"
         return response
 
     # What goes out

@@ -35,7 +35,7 @@ class Settings:
     blend_time: float = 0.3
     ensemble_decay: float = 0.01
     hold_after: float = 0.0
-    policy_timeout: float = 3.0
+    policy_timeout: float = 1.0
     chunk_max_age: float = 1.0
     chunk_max_ahead: float = 0.05
     limits: str = "clamp"
@@ -131,7 +131,8 @@ class Player:
     # What arrives.
 
     def observe(self, names: Sequence[str], positions: Sequence[float], stamp: int, now: int) -> None:
-        """Take in measured positions, of some joints or all, in any order; not finite ones are left out."""
+        """Take in measured positions, of some joints or all, in any order. Left out are those that cannot be: not finite,
+        or further outside a joint's limits than these are apart. They would become the position that is held."""
         self._watch_clock(now)
         if stamp - now > FUTURE_STATE * SECOND:
             self._state_note = f"; they are stamped {(stamp - now) / SECOND:.0f} s ahead of this node's clock"
@@ -140,7 +141,8 @@ class Player:
         if not len(mine) or int(here.max()) >= len(positions):
             return
         values = np.asarray(positions, dtype=np.float64)[here]
-        good = np.isfinite(values)
+        low, high = self.limits.low[mine], self.limits.high[mine]
+        good = (values >= 2 * low - high) & (values <= 2 * high - low)  # false for NaN
         self.measured[mine[good]] = values[good]
         self._measured_at[mine[good]] = min(stamp, now)  # a clock ahead of ours must not make them last longer
         self._state_note = ""
