@@ -131,8 +131,8 @@ class Player:
     # What arrives.
 
     def observe(self, names: Sequence[str], positions: Sequence[float], stamp: int, now: int) -> None:
-        """Take in measured positions, of some joints or all, in any order. Left out are those that cannot be: not finite,
-        or further outside a joint's limits than these are apart. They would become the position that is held."""
+        """Take in measured positions, of some joints or all, in any order. Left out, lest they become what is held, are
+        those that cannot be: not finite, or further outside a joint's limits than these are apart."""
         self._watch_clock(now)
         if stamp - now > FUTURE_STATE * SECOND:
             self._state_note = f"; they are stamped {(stamp - now) / SECOND:.0f} s ahead of this node's clock"
