@@ -13,11 +13,12 @@ from std_msgs.msg import String
 from test_policy_node_policy import TINY
 
 from pi0_ros.demo import translation
-from pi0_ros.demo.replay import LATCHED, Replay, in_order, open_bag
+from pi0_ros.demo.replay import Replay, in_order, open_bag
 from pi0_ros.demo.translation import compare
 from pi0_ros.policy.images import decode_image
 from pi0_ros.policy.policy import Policy
 from pi0_ros.robot import load_robot
+from pi0_ros.ros.qos import LATCHED
 from pi0_ros.training.bags import Bag, BagError
 from pi0_ros.training.recording import read_recording
 

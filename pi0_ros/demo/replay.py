@@ -22,7 +22,7 @@ import numpy as np
 import rclpy
 import tyro
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from pi0_ros.policy.images import ImageError, decode_image
 from pi0_ros.robot import Camera, Robot, RobotFileError, load_robot
 from pi0_ros.ros.conversions import SECOND, to_stamp
+from pi0_ros.ros.qos import LATCHED
 from pi0_ros.ros.streams import camera_topic
 from pi0_ros.training.bags import Bag, BagError, BagFiles, decode, find_bags, header_stamp
 from pi0_ros.training.recording import COMPRESSED, IMAGE, Recording, read_recording
@@ -39,7 +40,6 @@ STEP = SECOND // 100  # ns of the recording between two words of /clock
 WINDOW = 2 * SECOND  # ns by which a recording's messages may be out of order
 # Reliable publishers serve best-effort subscriptions too; who latched, latches.
 STREAM = QoSProfile(depth=50, reliability=ReliabilityPolicy.RELIABLE)
-LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
 Message = tuple[str, int, bytes]  # recorded topic, time of recording in ns, CDR bytes
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock as ClockMessage
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64MultiArray, String
@@ -34,9 +33,9 @@ from pi0_ros.robot import RobotFileError, config_folder
 from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp
 from pi0_ros.ros.parameters import Parameters, Spec
 from pi0_ros.ros.program import run_node
+from pi0_ros.ros.qos import LATCHED
 from pi0_ros.srv import EpisodeOutcome, ResetEpisode
 
-LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 STATE_PERIODS = 2  # controller periods between two joint states: 50 Hz
 LATE = SECOND  # ns that the simulation may lag before it gives the lost time up
 BURST = 50  # controller periods simulated at most before messages are looked at

@@ -32,7 +32,8 @@ from pi0_ros.policy.tokenizer import TokenizerError
 from pi0_ros.robot import Robot, RobotFileError, load_robot
 from pi0_ros.ros.conversions import SECOND, chunk_actions, stamp_ns
 from pi0_ros.ros.domain import Domain, NoFreeDomainError
-from pi0_ros.ros.policy_node import NEWEST, PolicyNode
+from pi0_ros.ros.policy_node import PolicyNode
+from pi0_ros.ros.qos import NEWEST
 from pi0_ros.training.bags import Bag, BagError, decode
 from pi0_ros.training.cache import image_messages, model_frame
 from pi0_ros.training.episodes import observe_at

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import JointState
 from std_srvs.srv import Trigger
 
@@ -34,10 +33,8 @@ from pi0_ros.ros.parameters import ParameterError, Parameters, Spec
 from pi0_ros.ros.playback import Offer
 from pi0_ros.ros.player import STATES, Player, Settings
 from pi0_ros.ros.program import run_node
+from pi0_ros.ros.qos import LATCHED, NEWEST, SENSOR
 
-LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-NEWEST = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
-SENSOR = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
 STATUS_PERIOD = SECOND // 10  # ns
 STOPPED_BY_CALL = "stopped by ~/stop, ~/start goes on"
 

@@ -18,7 +18,6 @@ from rclpy.duration import Duration
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
@@ -30,12 +29,11 @@ from pi0_ros.robot import load_robot
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report
 from pi0_ros.ros.health import THRESHOLDS, gpu_memory
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
+from pi0_ros.ros.qos import LATCHED, NEWEST
 from pi0_ros.ros.streams import Streams
 from pi0_ros.ros.worker import Worker
 from pi0_ros.srv import SetPrompt
 
-LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-NEWEST = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 HEARTBEAT = 5.0  # Hz: free-running ticks follow messages; this many a second come without any, to say what is missing
 
 SPECS = (

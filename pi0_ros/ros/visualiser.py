@@ -26,7 +26,6 @@ from geometry_msgs.msg import Point, PoseStamped
 from nav_msgs.msg import Path as PathMessage
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from scipy.spatial.transform import Rotation
 from sensor_msgs.msg import JointState
 from std_msgs.msg import ColorRGBA
@@ -39,10 +38,8 @@ from pi0_ros.ros.kinematics import Kinematics, KinematicsError, find_urdf
 from pi0_ros.ros.markers import Player, Shape, View
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec
 from pi0_ros.ros.program import run_node
+from pi0_ros.ros.qos import LATCHED, NEWEST, SENSOR
 
-LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-NEWEST = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
-SENSOR = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
 KINDS = {"line": Marker.LINE_STRIP, "dots": Marker.SPHERE_LIST, "text": Marker.TEXT_VIEW_FACING}
 OURS = ("policy_node:", "chunk_player:")  # whose diagnostics the text shows
 
