@@ -14,6 +14,12 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)  # loaded here: nothing may be imported between fork and exec
 
 
+def end_on_signals() -> None:
+    """SIGINT and SIGTERM raise KeyboardInterrupt. SIGINT too: a shell starts background jobs with it ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
 class ProcessDied(RuntimeError):
     """A child that should be running has ended; the message names it, its exit code and its last words."""
 

@@ -10,7 +10,6 @@ import dataclasses
 import os
 import re
 import shutil
-import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from pi0_ros.demo import run as demo
 from pi0_ros.demo.monitor import DemoFailed
 from pi0_ros.demo.motion import Motion, measure
-from pi0_ros.demo.processes import ProcessDied, Processes
+from pi0_ros.demo.processes import ProcessDied, Processes, end_on_signals
 from pi0_ros.demo.scene import build_model, draw_layout
 from pi0_ros.demo.summary import Episode, versions, write_json
 from pi0_ros.policy.bundle import load_bundle
@@ -241,7 +240,7 @@ def run(options: Options) -> None:
 
 def main() -> int:
     """The program; 1 and one line when it could not measure, 130 on Ctrl-C."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_on_signals()
     try:
         run(tyro.cli(Options, prog="realtime"))
     except KeyboardInterrupt:

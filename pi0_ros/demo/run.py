@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from pi0_ros.demo.monitor import DemoFailed, Monitor
 from pi0_ros.demo.pictures import Moment, Reel, contact_sheet, film
-from pi0_ros.demo.processes import ProcessDied, Processes
+from pi0_ros.demo.processes import ProcessDied, Processes, end_on_signals
 from pi0_ros.demo.recorder import RECORDED_QOS, BagRecorder
 from pi0_ros.demo.summary import Episode, spread, success_rates, versions, write_json
 from pi0_ros.msg import ActionChunk, PlayerStatus
@@ -316,8 +315,7 @@ def _frame_rate(reels: list[Reel]) -> float:
 
 def main() -> int:
     """The program; 1 and one line when the system did not work, 130 on Ctrl-C."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
-        signal.signal(number, signal.default_int_handler)
+    end_on_signals()
     options = tyro.cli(Options, prog="demo")
     try:
         run(options)
