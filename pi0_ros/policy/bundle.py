@@ -43,6 +43,7 @@ from pi0_ros.model.files import (
 )
 from pi0_ros.model.infer import FORMAT
 from pi0_ros.model.pi0 import Pi0
+from pi0_ros.policy.prompt import PROMPT_FORMATS
 from pi0_ros.policy.statistics import FILE_NAME, NormStats
 from pi0_ros.robot import Robot, RobotFileError, parse_robot
 
@@ -54,7 +55,6 @@ WEIGHTS, CONFIG, ROBOT, STATISTICS, TOKENIZER, MANIFEST = (
     "tokenizer",
     "manifest.json",
 )
-PROMPT_FORMATS = ("pi0", "pi05", "lerobot_pi05")
 NORMALISATIONS = ("zscore", "quantile")
 ADAPTERS = ("none", "aloha")
 
