@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 import train_kit as kit
 
 from pi0_ros.policy.policy import Policy
@@ -16,13 +15,7 @@ from pi0_ros.training.dataset import Dataset
 from pi0_ros.training.evaluate import Comparison, baseline, compare, errors, evaluate, jerk, main, numbers, observe
 from pi0_ros.training.evaluate import Options as EvaluateOptions
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,7 @@ from pi0_ros.training.bags import BagError
 from pi0_ros.training.data import check_rate, load_units
 from pi0_ros.training.train import main
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,7 @@ from pi0_ros.training.batches import Batch
 from pi0_ros.training.objective import condition_on_prefix, flow_loss, keep_float32
 from pi0_ros.training.streams import step_streams
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
