@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rclpy.parameter import Parameter
 
-from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window
+from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window, titled
 from pi0_ros.ros.health import gpu_memory
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
 
@@ -60,6 +60,11 @@ def test_the_worst_value_decides_the_level_and_comes_first():
     assert message.message == "bad is 3.5 s, above 3 s; odd is 2.5 s, above 2 s"
     assert {pair.key: pair.value for pair in message.values}["unjudged"] == "9"
     assert Report("x").message("").message == "OK"
+
+
+def test_two_arms_have_names_of_their_own(ros):
+    assert titled(ros.node("policy_node"), "policy") == "policy_node: policy"
+    assert titled(ros.node("policy_node", namespace="left"), "policy") == "left/policy_node: policy"
 
 
 def test_a_waiting_node_still_reports_while_simulated_time_stands_still(ros):

@@ -128,9 +128,10 @@ def test_held_and_refused_chunks_and_complaints_are_seen(bench):
     bench.ros.spin_until(lambda: colour() == (1.0, 0.08, 0.05), 20, "a red path")
     complaint = DiagnosticStatus(level=DiagnosticStatus.WARN, name="policy_node: base_0_rgb", message="too slow")
     stranger = DiagnosticStatus(level=DiagnosticStatus.ERROR, name="battery", message="empty")
-    bench.diagnostics.publish(DiagnosticArray(status=[complaint, stranger]))
+    other_arm = DiagnosticStatus(level=DiagnosticStatus.ERROR, name="left/policy_node: policy", message="lost")
+    bench.diagnostics.publish(DiagnosticArray(status=[stranger, other_arm, complaint]))
     bench.ros.spin_until(lambda: "WARN policy_node: base_0_rgb: too slow" in text(), 20, "the complaint")
-    assert "battery" not in text()
+    assert "battery" not in text() and "left/" not in text()
 
 
 def test_without_a_viewer_it_listens_to_nothing_and_forgets(bench):

@@ -125,6 +125,11 @@ class Report:
         )
 
 
+def titled(node: Node, what: str) -> str:
+    """A status's name: "policy_node: policy", and in a namespace "left/policy_node: policy"; two arms stay apart."""
+    return f"{node.get_fully_qualified_name().lstrip('/')}: {what}"
+
+
 class DiagnosticsPublisher:
     """Publishes what `build` returns on /diagnostics, once per `period` seconds.
 

@@ -41,7 +41,7 @@ from pi0_ros.ros.program import run_node
 from pi0_ros.ros.qos import LATCHED, NEWEST, SENSOR
 
 KINDS = {"line": Marker.LINE_STRIP, "dots": Marker.SPHERE_LIST, "text": Marker.TEXT_VIEW_FACING}
-OURS = ("policy_node:", "chunk_player:")  # whose diagnostics the text shows
+OURS = ("policy_node", "chunk_player")  # whose diagnostics the text shows, in its own namespace
 
 SPECS = (
     Spec("robot_file", "", "path of the robot file, or of a checkpoint folder with one", read_only=True),
@@ -89,6 +89,8 @@ class Visualiser(Node):
             self.destroy_node()
             raise
         self.frame = kinematics.root
+        namespace = self.get_namespace().strip("/")
+        self._ours = tuple(f"{namespace}/{name}:".lstrip("/") for name in OURS)
         self.view = View(kinematics, self._robot.joint_names)
         self._listening: list[Any] = []  # subscriptions, while somebody looks
         self._last = 0  # ns, of the last redraw
@@ -159,7 +161,7 @@ class Visualiser(Node):
 
     def _diagnostics_came(self, message: DiagnosticArray) -> None:
         for status in message.status:
-            if status.name.startswith(OURS):
+            if status.name.startswith(self._ours):
                 self.view.problems.pop(status.name, None)
                 if status.level != status.OK:
                     level = "ERROR" if status.level == status.ERROR else "WARN"
