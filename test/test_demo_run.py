@@ -19,6 +19,7 @@ import cv2
 from rosbags.highlevel import AnyReader
 
 MODULES = {"robot_node": "demo_robot", "policy_node": "policy_node", "chunk_player": "chunk_player"}
+MODULES |= {"visualiser": "visualiser"}
 
 
 def start(output: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -84,6 +85,7 @@ def test_a_run_ends_well_and_leaves_all_it_promises(tmp_path):
         "/joint_trajectory_controller/joint_trajectory",
         "/action_chunk",
         "/prompt",
+        "/visualiser/markers",
     ):
         assert counts[topic] > 0, topic
     assert not list((tmp_path / "out").rglob("*.partial*"))
@@ -91,7 +93,7 @@ def test_a_run_ends_well_and_leaves_all_it_promises(tmp_path):
 
 def test_a_node_that_dies_ends_the_demo_with_its_name(tmp_path):
     demo = start(tmp_path / "out", "--episodes", "5")
-    pids = wait_for(lambda: (found := children(demo.pid)) and len(found) == 3 and found)
+    pids = wait_for(lambda: (found := children(demo.pid)) and len(found) == 4 and found)
     wait_for(lambda: "PLAYING" in (tmp_path / "out" / "logs" / "chunk_player.log").read_text(), 100)
     os.kill(pids["policy_node"], signal.SIGKILL)
     output = demo.communicate(timeout=60)[0]
@@ -103,7 +105,7 @@ def test_a_node_that_dies_ends_the_demo_with_its_name(tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=["SIGKILL", "SIGINT", "SIGTERM"])
 def test_however_the_demo_is_ended_no_process_stays(tmp_path, how):
     demo = start(tmp_path / "out", "--episodes", "5")
-    pids = wait_for(lambda: (found := children(demo.pid)) and len(found) == 3 and found)
+    pids = wait_for(lambda: (found := children(demo.pid)) and len(found) == 4 and found)
     demo.send_signal(how)
     output = demo.communicate(timeout=60)[0]
     assert demo.returncode == (-9 if how == signal.SIGKILL else 130), output

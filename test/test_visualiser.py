@@ -9,7 +9,7 @@ from pi0_ros.robot import config_folder, load_robot
 from pi0_ros.ros.kinematics import Kinematics, KinematicsError, find_urdf, robot_description
 from pi0_ros.ros.markers import HELD, LATER, NOW, REFUSED, Player, View
 from pi0_ros.ros.playback import SECOND, Offer
-from pi0_ros.ros.player import DRY_RUN, HOLDING, PLAYING, Settings
+from pi0_ros.ros.player import DRY_RUN, HOLDING, PLAYING, STOPPED, Settings
 from pi0_ros.ros.player import Player as ChunkPlayer
 
 ROBOT = load_robot(config_folder() / "so101_demo.yaml")
@@ -228,6 +228,15 @@ def test_the_executed_path_follows_the_measured_fingertip_and_forgets(kinematics
     looking.trail = 2.5
     looking.move(5 * SECOND)
     assert len(drawn(looking, 5 * SECOND)["executed"].points) == 3
+
+
+def test_a_start_of_the_player_begins_a_new_executed_path_and_a_stop_leaves_it(kinematics):
+    looking = view(kinematics)
+    looking.move(0)
+    looking.hear_player(Player(0, STOPPED, "", 7, 0.0))
+    assert len(looking.executed()) == 1
+    looking.hear_player(Player(0, PLAYING, "", 7, 0.0))
+    assert len(looking.executed()) == 0
 
 
 def test_the_ghost_is_ahead_on_the_chunk_and_stops_at_its_end(kinematics):

@@ -1,4 +1,4 @@
-"""What the demo's cameras saw, with the predicted fingertip path drawn in: a contact sheet and a film."""
+"""What the demo's cameras saw, with the visualiser's markers drawn in: a contact sheet and a film."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ import numpy as np
 from pi0_ros.demo.cameras import Cameras
 from pi0_ros.demo.scene import CAMERAS, JOINTS, build_model
 
-_NOW, _LATER = np.array([255, 235, 60]), np.array([255, 60, 160])  # rgb of the path's beginning and end
+
+@dataclass(frozen=True)
+class Line:
+    """A LINE_STRIP marker: points [N, 3] in the world, m, and a colour for each, rgba in 0..1 [N, 4]."""
+
+    points: np.ndarray
+    colours: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Moment:
     seconds: float  # since the episode began
     images: dict[str, bytes]  # slot -> jpeg
     joints: np.ndarray  # [J] measured positions
-    actions: np.ndarray | None  # [H, J] what is left of the newest chunk
+    lines: tuple[Line, ...]  # what RViz would draw
 
 
 @dataclass
@@ -36,41 +42,35 @@ class Reel:
 
 
 class Painter:
-    """Draws fingertip paths into camera images by the arm's kinematics and the cameras' geometry."""
+    """Draws markers into camera images by the cameras' geometry."""
 
     def __init__(self) -> None:
         self._model = build_model()
         self._data = mujoco.MjData(self._model)
         self._cameras = Cameras(self._model)  # for their geometry alone: nothing is rendered
         self._qpos = [self._model.joint(name).qposadr[0] for name in JOINTS]
-        self._tip = self._model.site("gripperframe").id
 
     def paint(self, moment: Moment, slot: str) -> np.ndarray:
-        """The image of `slot`, RGB uint8, with the path of the chunk's actions drawn in."""
+        """The image of `slot`, RGB uint8, with the moment's lines drawn in."""
         image = cv2.cvtColor(
             cv2.imdecode(np.frombuffer(moment.images[slot], np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB
         )
-        if moment.actions is None or not len(moment.actions):
-            return image
-        path = np.array([self._fingertip(action) for action in moment.actions])
         self._pose(moment.joints)  # the wrist camera rides on the arm
-        points = self._project(path, slot, image.shape)
-        for i in range(len(points) - 1):
-            if np.isfinite(points[i : i + 2]).all():
-                mix = i / max(1, len(points) - 2)
-                colour = tuple(int(c) for c in (1 - mix) * _NOW + mix * _LATER)
-                a, b = (tuple(int(round(8 * v)) for v in point) for point in points[i : i + 2])
-                cv2.line(image, a, b, colour, 2, cv2.LINE_AA, shift=3)
+        for line in moment.lines:
+            points, drawn = self._project(line.points, slot, image.shape), image.copy()
+            for i in range(len(points) - 1):
+                if np.isfinite(points[i : i + 2]).all():
+                    colour = 255 * line.colours[i : i + 2, :3].mean(axis=0)
+                    a, b = (tuple(int(round(8 * v)) for v in point) for point in points[i : i + 2])
+                    cv2.line(drawn, a, b, colour.tolist(), 2, cv2.LINE_AA, shift=3)
+            opacity = float(line.colours[:, 3].mean()) if len(line.colours) else 0.0
+            image = cv2.addWeighted(drawn, opacity, image, 1 - opacity, 0)
         return image
 
     def _pose(self, joints: np.ndarray) -> None:
         self._data.qpos[self._qpos] = joints
         mujoco.mj_kinematics(self._model, self._data)
         mujoco.mj_camlight(self._model, self._data)
-
-    def _fingertip(self, joints: np.ndarray) -> np.ndarray:
-        self._pose(joints)
-        return self._data.site_xpos[self._tip].copy()
 
     def _project(self, points: np.ndarray, slot: str, shape: tuple[int, ...]) -> np.ndarray:
         """World points [N, 3] -> pixels [N, 2]; NaN behind the camera or far outside the picture."""

@@ -101,8 +101,8 @@ class Rehearsal(demo.Demo):
         pass
 
     def _recorded_topics(self) -> dict[str, tuple[type, bool]]:
-        cameras = {f"{camera.topic}/compressed" for camera in self.robot.present_cameras.values()}
-        return {topic: kind for topic, kind in super()._recorded_topics().items() if topic not in cameras}
+        seen = {f"{camera.topic}/compressed" for camera in self.robot.present_cameras.values()} | {demo.MARKERS}
+        return {topic: kind for topic, kind in super()._recorded_topics().items() if topic not in seen}
 
     def _episode(self, seed: int, first: bool) -> Episode:
         if self._oracle:

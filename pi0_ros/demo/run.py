@@ -1,7 +1,8 @@
 """The main job from one command: simulated SO-101, policy_node and chunk_player over ROS 2, headless.
 
-Starts the three as processes in a ROS domain of their own, runs episodes, and leaves a summary, pictures, a film and
-a recording in the output folder. Exits 0 when the system worked; how well the policy did is reported, not required.
+Starts them, and the visualiser, as processes in a ROS domain of their own, runs episodes, and leaves a summary,
+pictures, a film and a recording in the output folder. Exits 0 when the system worked; how well the policy did is
+reported, not required.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from sensor_msgs.msg import CompressedImage, JointState
 from std_msgs.msg import String
 from tqdm import tqdm
 from trajectory_msgs.msg import JointTrajectory
+from visualization_msgs.msg import Marker, MarkerArray
 
 from pi0_ros.demo.monitor import DemoFailed, Monitor
-from pi0_ros.demo.pictures import Moment, Reel, contact_sheet, film
+from pi0_ros.demo.pictures import Line, Moment, Reel, contact_sheet, film
 from pi0_ros.demo.processes import ProcessDied, Processes, end_on_signals
 from pi0_ros.demo.recorder import RECORDED_QOS, BagRecorder
 from pi0_ros.demo.summary import Episode, spread, success_rates, versions, write_json
@@ -33,6 +35,7 @@ from pi0_ros.msg import ActionChunk, PlayerStatus
 from pi0_ros.robot import Robot, config_folder, load_robot
 from pi0_ros.ros.domain import Domain, NoFreeDomainError
 
+MARKERS = "/visualiser/markers"
 MOVED = 0.05  # rad: an arm whose joints all stay within this has not moved
 
 
@@ -82,14 +85,14 @@ class Demo:
         self.album: list[Reel] = []
         self._images: dict[str, bytes] = {}
         self._joints: dict[str, float] = {}
-        self._chunk: ActionChunk | None = None
+        self._lines: dict[str, Line] = {}  # marker namespace -> what it shows now
         self._began = 0.0
         self._filming = False
         self.ages: list[float] = []
         self.monitor: Monitor | None = None
 
     def start(self, processes: Processes) -> None:
-        """Start the three nodes."""
+        """Start the nodes."""
         robot_file = ("-p", f"robot_file:={self.robot_file}")
         processes.start("demo_robot", "pi0_ros.demo.robot_node")
         processes.start(
@@ -105,6 +108,7 @@ class Demo:
             *("--ros-args", *robot_file, "-p", "autostart:=true"),
             *(part for pair in self.options.player_parameters for part in ("-p", pair)),
         )
+        processes.start("visualiser", "pi0_ros.ros.visualiser", "--ros-args", *robot_file)
 
     def run(self, processes: Processes) -> list[Episode]:
         """All episodes; raises DemoFailed or ProcessDied when the system does not work."""
@@ -143,7 +147,7 @@ class Demo:
         if "{other}" in instruction:
             instruction = instruction.replace("{other}", _other_colour(seed, options.prompt))
         task = monitor.begin_episode(seed, options.prompt, instruction)
-        self._began, self._chunk = time.monotonic(), None
+        self._began = time.monotonic()
         if self._filming:
             self._images.clear()
             self.album.append(Reel(f"seed {seed}, {instruction or task}", []))
@@ -177,6 +181,7 @@ class Demo:
             "/action_chunk": (ActionChunk, False),
             "/chunk_player/status": (PlayerStatus, True),
             "/diagnostics": (DiagnosticArray, False),
+            MARKERS: (MarkerArray, False),
         }
         return topics
 
@@ -198,8 +203,10 @@ class Demo:
         def joints(message: JointState) -> None:
             self._joints.update(zip(message.name, message.position, strict=False))
 
-        subscription = monitor.create_subscription(JointState, self.robot.state.topics[0], joints, RECORDED_QOS)
-        stack.callback(monitor.destroy_subscription, subscription)
+        heard = ((JointState, self.robot.state.topics[0], joints), (MarkerArray, MARKERS, self._draw))
+        for kind, topic, callback in heard:
+            subscription = monitor.create_subscription(kind, topic, callback, RECORDED_QOS)
+            stack.callback(monitor.destroy_subscription, subscription)
 
     def _snap(self) -> None:
         names, slots = self.robot.joint_names, self.robot.present_cameras
@@ -207,15 +214,16 @@ class Demo:
             return
         if all(name in self._joints for name in names):
             joints = np.array([self._joints[name] for name in names])
-            moment = Moment(time.monotonic() - self._began, dict(self._images), joints, self._ahead())
+            moment = Moment(time.monotonic() - self._began, dict(self._images), joints, tuple(self._lines.values()))
             self.album[-1].moments.append(moment)
 
-    def _ahead(self) -> np.ndarray | None:
-        chunk = self._chunk
-        if chunk is None or not chunk.horizon:
-            return None
-        actions = np.asarray(chunk.actions).reshape(chunk.horizon, -1)
-        return actions[int(max(0.0, self._age(chunk) / chunk.dt)) :]
+    def _draw(self, array: MarkerArray) -> None:
+        for marker in array.markers:
+            if marker.type == Marker.LINE_STRIP and marker.action == Marker.ADD:
+                points = np.array([(p.x, p.y, p.z) for p in marker.points])
+                self._lines[marker.ns] = Line(points, np.array([(c.r, c.g, c.b, c.a) for c in marker.colors]))
+            else:
+                self._lines.pop(marker.ns, None)
 
     def _age(self, chunk: ActionChunk) -> float:
         now = self.monitor.get_clock().now().nanoseconds
@@ -223,7 +231,6 @@ class Demo:
 
     def _heard_chunk(self, chunk: ActionChunk) -> None:
         if chunk.horizon:
-            self._chunk = chunk
             self.ages.append(self._age(chunk))
 
     def summary(self, episodes: list[Episode]) -> dict[str, object]:

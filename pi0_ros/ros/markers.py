@@ -140,7 +140,9 @@ class View:
         self._chunk = Heard(stamp, dt, sequence, usable, path, prompt, fault)
 
     def hear_player(self, player: Player) -> None:
-        """The player's newest status."""
+        """The player's newest status. A start begins a new executed path."""
+        if self._player and self._player.state == STOPPED and player.state != STOPPED:
+            self._trail.clear()
         self._player = player
 
     def hear_joints(self, positions: Mapping[str, float]) -> None:
