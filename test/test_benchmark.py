@@ -17,6 +17,7 @@ from pi0_ros.benchmark.sampling import Feed, measure_sampler, tensor_bytes
 from pi0_ros.benchmark.timing import LEAST_RUNS, interleave, percentiles, ratio
 from pi0_ros.benchmark.training import measure_training
 from pi0_ros.model.config import GemmaConfig, Pi0Config, VisionConfig
+from pi0_ros.policy import processor
 from pi0_ros.policy.sampler import Sampler
 
 CPU = torch.device("cpu")
@@ -241,7 +242,8 @@ def test_bfloat16_is_for_processors_that_have_it(flags, found, tmp_path, monkeyp
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"model name\t: A Processor\nflags\t\t: {flags}\n")
     monkeypatch.setattr(machine, "Path", lambda _: cpuinfo)
-    assert machine.has_bfloat16(CPU) is found
+    monkeypatch.setattr(processor, "Path", lambda _: cpuinfo)
+    assert processor.has_bfloat16(CPU) is found
     assert machine.processor() == "A Processor"
 
 

@@ -13,7 +13,7 @@ from pi0_ros.model.pi0 import Pi0, preprocess_observation
 from pi0_ros.policy import policy as policy_module
 from pi0_ros.policy.bundle import BundleSettings, save_bundle
 from pi0_ros.policy.images import resize_with_pad
-from pi0_ros.policy.policy import ObservationError, Policy, PolicyError, RobotObservation, limit_statistics
+from pi0_ros.policy.policy import ObservationError, Policy, PolicyError, RobotObservation, limit_statistics, pick_device
 from pi0_ros.policy.realtime import GuidanceSettings, guidance_weights
 from pi0_ros.policy.tokenizer import ByteTokenizer
 from pi0_ros.robot import load_robot
@@ -450,6 +450,17 @@ def test_a_folder_without_robot_or_statistics_does_not_run(tmp_path, robot, with
 def test_what_cannot_be_made_is_refused(arguments, error):
     with pytest.raises(PolicyError, match=error):
         Policy.random(ROBOT, **arguments)
+
+
+def test_a_cpu_takes_bfloat16_by_itself_for_large_models_where_it_has_it(monkeypatch):
+    for capable, parameters, dtype in (
+        (True, 10**8, torch.bfloat16),
+        (True, 10**6, torch.float32),
+        (False, 10**8, torch.float32),
+    ):
+        monkeypatch.setattr("pi0_ros.policy.policy.has_bfloat16", lambda _, capable=capable: capable)
+        assert pick_device("cpu", "auto", parameters) == (torch.device("cpu"), dtype)
+        assert pick_device("cpu", "float32", parameters)[1] == torch.float32
 
 
 def test_bfloat16_stays_close():

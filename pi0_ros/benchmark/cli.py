@@ -13,7 +13,7 @@ import tyro
 
 from pi0_ros.benchmark import report
 from pi0_ros.benchmark.inputs import CONFIGS, BenchmarkError
-from pi0_ros.benchmark.machine import describe, has_bfloat16, pick, set_threads
+from pi0_ros.benchmark.machine import describe, pick, set_threads
 from pi0_ros.benchmark.node import measure_node
 from pi0_ros.benchmark.peers import compare_sampling, compare_training, faults
 from pi0_ros.benchmark.sampling import measure_sampler
@@ -21,6 +21,7 @@ from pi0_ros.benchmark.suite import run_suite
 from pi0_ros.benchmark.training import measure_training
 from pi0_ros.model.config import ConfigError, Pi0Config
 from pi0_ros.model.files import CheckpointError, read_json
+from pi0_ros.policy.processor import has_bfloat16
 
 Preset = Literal["nano", "nano05", "small", "mid", "pi0", "pi05"]
 

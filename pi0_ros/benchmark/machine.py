@@ -17,8 +17,6 @@ from pi0_ros.benchmark.inputs import BenchmarkError
 from pi0_ros.benchmark.timing import timed
 from pi0_ros.policy.fused import Linear
 
-_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86's two kinds, and ARM's
-
 
 @dataclass(frozen=True)
 class Rates:
@@ -40,14 +38,6 @@ def pick(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     if dtype == "auto":
         return chosen, torch.bfloat16 if chosen.type == "cuda" else torch.float32
     return chosen, getattr(torch, dtype)
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 by itself; elsewhere it is emulated, and slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and bool(_BFLOAT16_FLAGS & set(cpuinfo.read_text(errors="replace").split()))
 
 
 def set_threads(threads: int) -> None:

@@ -14,11 +14,12 @@ import torch
 
 from pi0_ros.benchmark import report
 from pi0_ros.benchmark.inputs import CONFIGS, BenchmarkError
-from pi0_ros.benchmark.machine import describe, has_bfloat16, measure_rates
+from pi0_ros.benchmark.machine import describe, measure_rates
 from pi0_ros.benchmark.node import measure_node
 from pi0_ros.benchmark.peers import compare_sampling, compare_training, faults
 from pi0_ros.benchmark.sampling import measure_sampler
 from pi0_ros.benchmark.training import measure_training
+from pi0_ros.policy.processor import has_bfloat16
 
 DOCUMENT = Path("docs/benchmarks.md")
 CPU = torch.device("cpu")

@@ -21,6 +21,7 @@ from pi0_ros.model.flow import Cold, NoiseSource, noise_source_from_dict, requir
 from pi0_ros.model.pi0 import Pi0
 from pi0_ros.policy.bundle import BundleSettings, load_bundle
 from pi0_ros.policy.images import ImageError, resize_with_pad
+from pi0_ros.policy.processor import has_bfloat16
 from pi0_ros.policy.prompt import PromptEncoder
 from pi0_ros.policy.realtime import GuidanceSettings, guidance_weights
 from pi0_ros.policy.sampler import Guidance, Sampler
@@ -31,6 +32,7 @@ from pi0_ros.robot import Robot
 
 _log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MANY_PARAMETERS = 50_000_000  # from here on a CPU's time goes into reading weights, and half the bytes pay
 
 
 class PolicyError(ValueError):
@@ -100,7 +102,7 @@ class Policy:
         if extra := [slot for slot in robot.present_cameras if slot not in self.config.cameras]:
             raise PolicyError(f"camera {', '.join(extra)} has no slot in the model, allowed: {self.config.cameras}")
         self._slots = tuple(slot for slot in self.config.cameras if slot in robot.present_cameras)
-        device, dtype = pick_device(device, dtype)
+        device, dtype = pick_device(device, dtype, sum(parameter.numel() for parameter in model.parameters()))
         self._sampler: Sampler | None = Sampler(
             model, cameras=self._slots, num_steps=num_steps, dtype=dtype, device=device
         )
@@ -125,7 +127,8 @@ class Policy:
         Args:
             robot: the robot to run on, by default that of the folder. Topics and limits may differ from the folder's.
             device: "auto" (a GPU where there is one), or torch's name of one.
-            dtype: "auto" (bfloat16 on a GPU, else float32), "bfloat16" or "float32".
+            dtype: "bfloat16", "float32" or "auto": bfloat16 on a GPU, and on a CPU that has it for a model whose time
+                goes into its weights; else float32.
             num_steps: Euler steps of the flow.
             guidance: of real-time chunking, where the checkpoint was not trained for it.
             noise_source: what the flow starts from; another than the checkpoint was trained with must be forced.
@@ -377,8 +380,9 @@ class Policy:
         return None, Guidance(previous, weights, settings.max_weight, settings.jacobian, self.settings.loss_dims)
 
 
-def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """torch's device and dtype for "auto" or names of them. PolicyError for what there is not."""
+def pick_device(device: str, dtype: str, parameters: int = 0) -> tuple[torch.device, torch.dtype]:
+    """torch's device and dtype, for a model of so many parameters, for "auto" or names of them. PolicyError for what
+    there is not."""
     if dtype not in ("auto", *DTYPES):
         raise PolicyError(f"dtype must be one of auto, {', '.join(DTYPES)}, found {dtype!r}")
     try:
@@ -387,7 +391,8 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         raise PolicyError(f"device must be auto, cpu, cuda or cuda:N, found {device!r}") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise PolicyError(f"device {device!r} was asked for, torch sees {torch.cuda.device_count()} GPUs")
-    automatic = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    halves = chosen.type == "cuda" or (parameters >= MANY_PARAMETERS and has_bfloat16(chosen))
+    automatic = torch.bfloat16 if halves else torch.float32
     return chosen, DTYPES.get(dtype, automatic)
 
 

@@ -1,0 +1,17 @@
+"""What a processor can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86's two kinds, and ARM's
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 by itself; elsewhere it is emulated, and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and bool(_BFLOAT16_FLAGS & set(cpuinfo.read_text(errors="replace").split()))
