@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 
 import bag_kit as kit
@@ -81,6 +82,26 @@ def test_a_dataset_travels_to_worker_processes_without_its_pixels(units):
     packed = pickle.dumps(dataset)
     assert len(packed) < 20_000
     np.testing.assert_array_equal(pickle.loads(packed).sample(5)["images"], dataset.sample(5)["images"])
+
+
+def test_no_file_stays_open_however_many_bags_there_are(units):
+    fresh = [pickle.loads(pickle.dumps(unit)) for unit in units]
+    before = os.listdir("/proc/self/fd")
+    sample = Dataset(fresh, horizon=4).sample(3)
+    assert sample["images"].any()
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_the_first_ticks_of_each_episode_can_be_taken_alone(units):
+    dataset = Dataset(units, horizon=4, first=3)
+    assert [dataset.where(i) for i in range(len(dataset))] == [
+        (0, 0, 0),
+        (0, 0, 1),
+        (0, 0, 2),
+        (1, 0, 2),
+        (1, 0, 3),
+        (1, 0, 4),
+    ]
 
 
 def test_the_split_is_by_episode_and_repeats(units):

@@ -47,7 +47,8 @@ class CacheError(RuntimeError):
 
 @dataclass(frozen=True)
 class Unit:
-    """The cached content of one bag. Arrays are mapped when first used, and again in every process."""
+    """The cached content of one bag. Frames are mapped when first used, and again in every process; no file stays open,
+    since there are thousands of bags and often only 1024 files that may be."""
 
     folder: Path
     index: dict[str, Any]
@@ -69,21 +70,21 @@ class Unit:
     def frames(self) -> dict[str, np.ndarray]:
         """slot -> uint8 [F, S, S, 3]."""
         size = self.index["image_size"]
-        shape = {slot: (self.index["frames"][slot], size, size, 3) for slot in self.slots}
-        return {
-            slot: np.asarray(np.memmap(self.folder / f"{slot}.u8", np.uint8, "r", shape=shape[slot]))
-            if shape[slot][0]
-            else np.empty(shape[slot], np.uint8)
-            for slot in self.slots
-        }
+        return {slot: _mapped(self.folder / f"{slot}.u8").reshape(-1, size, size, 3) for slot in self.slots}
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
         """rows, state, actions, known, usable, prompt."""
-        return {name: np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}
+        return {name: np.load(self.folder / f"{name}.npy") for name in ARRAYS}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Unit, (self.folder, self.index)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """uint8 [bytes] of a file, mapped. numpy's own map would keep the file open."""
+    size = path.stat().st_size
+    return torch.from_file(str(path), size=size, dtype=torch.uint8).numpy() if size else np.empty(0, np.uint8)
 
 
 def open_unit(folder: Path) -> Unit:

@@ -34,8 +34,11 @@ class Dataset:
         *,
         episodes: Sequence[tuple[int, int]] | None = None,
         cameras: Sequence[str] = CAMERA_SLOTS,
+        first: int | None = None,
     ) -> None:
-        """`episodes`: (unit, episode) pairs to take, as `split` gives them; None for all."""
+        """`episodes`: (unit, episode) pairs to take, as `split` gives them; None for all. `first`: only as
+        many samples of each episode, from its beginning; None for all."""
+        self.first = first
         self.units, self.horizon, self.cameras = list(units), horizon, tuple(cameras)
         self.episodes = list(all_episodes(units) if episodes is None else episodes)
         begins = [self._begins(unit, episode) for unit, episode in self.episodes]
@@ -47,7 +50,10 @@ class Dataset:
         window = slice(span["begin"], span["end"])
         usable, known = arrays["usable"][window], arrays["known"][window]
         ends = np.minimum(np.arange(len(known)) + self.horizon, len(known)) - 1
-        return span["begin"] + np.flatnonzero(usable & known[ends])  # known from the first command on
+        begins = np.flatnonzero(usable & known[ends])  # known from the first command on
+        if self.first is not None and len(begins):
+            begins = begins[begins < begins[0] + self.first]
+        return span["begin"] + begins
 
     def __len__(self) -> int:
         return len(self._tick)

@@ -68,6 +68,8 @@ class TrainOptions:
     lora: tuple[Literal["vlm", "expert"], ...] = ()
     """Parts that keep their weights and learn a low-rank update of attention and MLP instead, as openpi's: rank 16 for
     the vlm, 32 for the expert. The update is merged into the checkpoint."""
+    first_seconds: float = 0.0
+    """Samples begin only in the first seconds of each episode, where it is still open what comes; 0: everywhere."""
     augment: bool = True
     """Random crops, rotations and colours of the images."""
     loss_dims: Literal["real", "all"] | None = None
@@ -108,6 +110,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "draws", "save_every", "evaluate_every"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        self._require("first_seconds", self.first_seconds >= 0, "must not be negative")
         self._require("ema", 0 <= self.ema < 1, "must be from 0 to below 1")
         self._require("held_out", 0 <= self.held_out < 1, "must be from 0 to below 1")
         self._require("clip", self.clip > 0, "must be above 0")
@@ -153,7 +156,7 @@ class TrainOptions:
 FREE = {"bags", "robot", "output", "cache", "jobs", "save_every", "evaluate_every", "minutes", "device"}
 FREE |= {"accumulate", "shard"}
 
-YOUNGER = {"draws": 1}  # what a run did that was begun before there was the option
+YOUNGER = {"draws": 1, "first_seconds": 0.0}  # what a run did that was begun before there was the option
 
 
 def require_same(saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -82,7 +82,6 @@ class Run:
         for note in begin.notes if world.first else ():
             print(note)
         self._load_data()
-        self.stats = statistics(self.train_set, self.robot, self.settings)
         if world.first and (still := [self._named(place) for place in self.stats.constant()]):
             print(f"warning: never changes in these recordings, so any change will seem huge: {', '.join(still)}")
         self.transforms = build_transforms(self.robot, self.stats, self.settings)
@@ -116,12 +115,16 @@ class Run:
             )
         self.cameras = tuple(slot for slot in self.settings.model.cameras if slot in self.robot.present_cameras)
         train, held_out = split(units, options.held_out, options.seed)
+        first = max(1, round(options.first_seconds * self.robot.control_rate)) if options.first_seconds else None
+        horizon = self.settings.model.action_horizon
         self.train_set, self.held_out = (
-            Dataset(units, self.settings.model.action_horizon, episodes=episodes, cameras=self.cameras)
+            Dataset(units, horizon, episodes=episodes, cameras=self.cameras, first=first)
             for episodes in (train, held_out)
         )
         if not len(self.train_set):
             raise BagError(f"{options.bags}: no usable sample for {self.robot.name!r}; inspect_bags says what is wrong")
+        # Of whole episodes: runs that differ in where samples begin normalise alike.
+        self.stats = statistics(Dataset(units, horizon, episodes=train), self.robot, self.settings)
         self.episodes = {"train": data.names(units, train), "held_out": data.names(units, held_out)}
         self.fingerprint = data.fingerprint(units, train, held_out)
         if self.world.first:
