@@ -19,7 +19,11 @@ from pi0_ros.policy.images import decode_image
 from pi0_ros.policy.policy import Policy
 from pi0_ros.robot import load_robot
 from pi0_ros.ros.qos import LATCHED
+from pi0_ros.training import evaluate
 from pi0_ros.training.bags import Bag, BagError
+from pi0_ros.training.data import load_units
+from pi0_ros.training.dataset import Dataset
+from pi0_ros.training.episodes import cut_episodes
 from pi0_ros.training.recording import read_recording
 
 CAMERAS = {
@@ -68,6 +72,22 @@ def test_one_translation_from_a_recording_to_chunks(bag):
     np.testing.assert_allclose(verdict.difference, 0.0, atol=1e-5)
     assert (verdict.unusable, verdict.prompts) == (0, 0)
     assert verdict.same
+
+
+def test_the_other_side_of_the_check_is_what_evaluate_computes(bag, tmp_path):
+    machine = robot()
+    policy = tiny(machine)()
+    units = load_units(bag, machine, policy.config.vision.image_size, cache=tmp_path, jobs=1)
+    dataset = Dataset(units, policy.config.action_horizon)
+    evaluated = evaluate.compare(policy, dataset, chunks=5, seeds=1)
+    with Bag(open_bag(bag)) as opened:
+        recording = read_recording(opened, machine)
+        (episode,) = cut_episodes(recording, machine)
+        for chunk, (_, _, tick) in zip(evaluated.predicted[:, 0], evaluated.where, strict=True):
+            index = next(i for i in range(len(dataset)) if dataset.where(i)[2] == tick)  # which seeds its noise
+            stamps = episode.ticks_ns[tick : tick + 1]
+            ((actions, _),) = translation.offline(opened, recording, machine, policy, stamps, seed=index)
+            np.testing.assert_allclose(actions, chunk, atol=1e-6)
 
 
 def test_cameras_that_show_the_past_are_read_alike_on_both_sides(bag):
