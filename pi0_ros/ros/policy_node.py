@@ -152,7 +152,8 @@ class PolicyNode(LifecycleNode):
         return super().on_activate(state)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Stop; a chunk that is being inferred is dropped."""
+        """Stop; a chunk that is being inferred is dropped, and the player told to hold."""
+        self._worker.bump()
         self._worker.deactivate()
         self._drop_timer()
         return super().on_deactivate(state)
