@@ -20,7 +20,7 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 from pi0_ros.demo.robot_node import RobotNode
 from pi0_ros.demo.scene import JOINTS
 from pi0_ros.policy.images import decode_image
-from pi0_ros.ros.conversions import stamp_ns
+from pi0_ros.ros.conversions import stamp_ns, to_stamp
 from pi0_ros.ros.parameters import ParameterError
 from pi0_ros.srv import EpisodeOutcome, ResetEpisode
 
@@ -52,10 +52,12 @@ class Bench:
     def state(self) -> np.ndarray:
         return np.array(self.states[-1].position)
 
-    def send(self, positions, seconds=0.3, names=JOINTS) -> None:
+    def send(self, positions, seconds=0.3, names=JOINTS, stamp=0) -> None:
         point = JointTrajectoryPoint(positions=[float(value) for value in positions])
         point.time_from_start.nanosec = round(seconds * 1e9)
-        self.trajectories.publish(JointTrajectory(joint_names=list(names), points=[point]))
+        message = JointTrajectory(joint_names=list(names), points=[point])
+        message.header.stamp = to_stamp(stamp)
+        self.trajectories.publish(message)
 
     def reset(self, seed: int, prompt: str = "") -> ResetEpisode.Response:
         return self.ros.call(self.reset_client, ResetEpisode.Request(seed=seed, prompt=prompt))
@@ -80,6 +82,16 @@ def test_a_trajectory_and_a_position_command_move_the_arm(ros, bench):
     stamps = np.array([stamp_ns(state.header.stamp) for state in bench.states])
     assert set(np.diff(stamps)) == {20_000_000}
     assert not bench.warnings
+
+
+def test_a_command_for_the_scene_before_a_reset_moves_nothing(ros, bench):
+    sent = bench.robot.get_clock().now().nanoseconds
+    bench.reset(7)
+    start = bench.state()
+    bench.send(start + 0.3, seconds=0.05, stamp=sent)
+    bench.send(start - [0, 0, 0, 0, 0, 0.1], seconds=0.05, stamp=bench.robot.get_clock().now().nanoseconds)
+    ros.spin_until(lambda: bench.state()[5] < start[5] - 0.08)
+    np.testing.assert_allclose(bench.state()[:5], start[:5], atol=0.02)
 
 
 def test_bad_commands_are_refused_in_one_line_each_and_the_arm_stays(ros, bench):

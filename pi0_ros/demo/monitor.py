@@ -19,6 +19,8 @@ from pi0_ros.demo.recorder import LATCHED_QOS
 from pi0_ros.msg import ActionChunk, PlayerStatus
 from pi0_ros.srv import EpisodeOutcome, ResetEpisode, SetPrompt
 
+RESTING = 0.05  # rad/s, of every joint
+
 
 class DemoFailed(RuntimeError):
     """The system as a whole did not work; the message says which part."""
@@ -36,6 +38,7 @@ class Seen:
     diagnostics: dict[str, dict[str, str]] = field(default_factory=dict)  # status name -> its values
     lowest: np.ndarray | None = None  # joint positions, per episode
     highest: np.ndarray | None = None
+    speed: float = 0.0  # rad/s, of the fastest joint
 
 
 class Monitor(Node):
@@ -60,6 +63,7 @@ class Monitor(Node):
         self._reset = self.create_client(ResetEpisode, "reset_episode")
         self._outcome = self.create_client(EpisodeOutcome, "episode_outcome")
         self._prompt = self.create_client(SetPrompt, "policy_node/set_prompt")
+        self._forget = self.create_client(Trigger, "policy_node/reset")
         self._prompt_topic = self.create_publisher(String, prompt_topic, LATCHED_QOS)
         self._player = {verb: self.create_client(Trigger, f"chunk_player/{verb}") for verb in ("start", "stop")}
 
@@ -78,6 +82,7 @@ class Monitor(Node):
         position = np.asarray(state.position)
         seen = self.seen
         seen.lowest = position if seen.lowest is None else np.minimum(seen.lowest, position)
+        seen.speed = float(np.abs(state.velocity).max(initial=0.0))
         seen.highest = position if seen.highest is None else np.maximum(seen.highest, position)
 
     def _diagnostics(self, array: DiagnosticArray) -> None:
@@ -110,6 +115,7 @@ class Monitor(Node):
         """
         self.stop_player()
         task = self.call(self._reset, ResetEpisode.Request(seed=seed, prompt=prompt)).prompt
+        self.call(self._forget, Trigger.Request())  # another scene: nothing that was seen counts
         self._prompt_topic.publish(String(data=instruction or task))
         self.call(self._prompt, SetPrompt.Request(prompt=instruction or task, drop_current=True))
         self.seen.lowest = self.seen.highest = None
@@ -117,8 +123,11 @@ class Monitor(Node):
         return task
 
     def stop_player(self) -> None:
-        """The arm holds until the next episode begins."""
+        """The arm holds until the next episode begins. Returns when it is at rest: in a scene that changed before, it
+        would still carry out what it was told last."""
         self.call(self._player["stop"], Trigger.Request())
+        settled = time.monotonic() + 0.2  # the command to brake is on its way
+        self.until(lambda: time.monotonic() > settled and self.seen.speed < RESTING, 5, "the arm to come to rest")
 
     def outcome(self) -> EpisodeOutcome.Response:
         """How the episode stands."""

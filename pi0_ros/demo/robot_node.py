@@ -74,6 +74,7 @@ class RobotNode(Node):
         self._simulation = Simulation(settings["seed"], settings["prompt"])
         self._frame_ns = round(SECOND / settings["rate"])
         self._periods, self._ended = 0, False
+        self._reset_at = 0  # ns
 
         self._states = self.create_publisher(JointState, "joint_states", 10)
         self._episode = self.create_publisher(String, "episode", LATCHED)
@@ -151,6 +152,8 @@ class RobotNode(Node):
         self.get_logger().info(f"episode {outcome.seed}, {outcome.prompt}: {outcome.reason}, {outcome.seconds:.2f} s")
 
     def _on_trajectory(self, message: JointTrajectory) -> None:
+        if 0 < stamp_ns(message.header.stamp) < self._reset_at:
+            return  # meant for the scene before, and still on its way when that ended
         points = [
             Point(stamp_ns(point.time_from_start), point.positions, point.velocities, point.accelerations)
             for point in message.points
@@ -172,6 +175,7 @@ class RobotNode(Node):
         try:
             with self._scene:
                 self._simulation.reset(request.seed, request.prompt)
+                self._reset_at = self._simulation.now
         except TaskError as error:
             response.message = str(error)
             return response
