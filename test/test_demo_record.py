@@ -8,8 +8,8 @@ from rosbags.highlevel import AnyReader
 
 from pi0_ros.demo import record as recording
 from pi0_ros.demo.controller import Point, TrajectoryController
-from pi0_ros.demo.record import Options, RecordingError, episode_path, main, record
-from pi0_ros.demo.scene import JOINTS
+from pi0_ros.demo.record import Options, Recorder, RecordingError, episode_path, main, record
+from pi0_ros.demo.scene import CUBES, JOINTS
 from pi0_ros.policy.images import decode_image
 from pi0_ros.robot import config_folder, load_robot
 
@@ -102,6 +102,20 @@ def test_the_trainer_reads_the_bags_without_a_problem(bags):
         # An action is where the arm is told to be, state where it is: close, but never the same.
         moving = np.abs(episode.actions - episode.state)[episode.usable]
         assert 1e-3 < moving.mean() < 0.1
+
+
+def test_a_scene_comes_once_for_every_cube_on_it(tmp_path):
+    seen = []
+    for cubes in (1, 2, 3):
+        recorder = Recorder(options(tmp_path / str(cubes), cubes=cubes))
+        for index in range(cubes):
+            assert recorder.record(index)
+            simulation = recorder._simulation
+            there = [name for name, distance in zip(CUBES, simulation.distances(), strict=True) if distance < 0.5]
+            seen.append((cubes, simulation.seed, len(there), simulation.target in there, simulation.target))
+    seed = options(tmp_path).seed
+    assert [row[:4] for row in seen] == [(n, seed, n, True) for n in (1, 2, 2, 3, 3, 3)]
+    assert seen[1][4] != seen[2][4] and {row[4] for row in seen[3:]} == set(CUBES)
 
 
 def test_several_processes_write_the_same_episodes(bags, tmp_path):

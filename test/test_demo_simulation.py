@@ -84,6 +84,17 @@ def test_cubes_stand_apart_within_reach_and_away_from_the_fingertip(simulation):
         assert not simulation.outcome().done
 
 
+@pytest.mark.parametrize("cubes", [("green",), ("red", "green"), CUBES])
+def test_cubes_can_be_missing_and_nothing_else_changes(simulation, cubes):
+    simulation.reset(5)
+    places = {name: simulation.cube_pose(name)[0] for name in CUBES}
+    simulation.reset(5, "touch the green cube", cubes)
+    simulation.step(0.2)
+    near = {name: np.allclose(simulation.cube_pose(name)[0], places[name], atol=1e-3) for name in CUBES}
+    assert near == {name: name in cubes for name in CUBES}
+    assert [distance < 0.5 for distance in simulation.distances()] == [name in cubes for name in CUBES]
+
+
 def test_both_cameras_see_what_they_are_for(simulation):
     """The base camera sees all three cubes; over the touched cube the wrist camera sees it."""
 

@@ -44,6 +44,13 @@ class _Scene:
 
 
 class _Planner(Teacher):
+    def __init__(self, scene: _Scene) -> None:
+        super().__init__(scene)
+        random = np.random.default_rng([scene.seed, 2])
+        self.speed, self.hover = random.uniform(0.12, 0.20), random.uniform(0.055, 0.085)
+        self.tilt = random.uniform(-0.08, 0.12)
+        self._goal = self._goal + [*random.uniform(-0.006, 0.006, 2), 0.0]
+
     def under_way(self) -> None:
         """Begin as if moving already: a trained policy's chunks do, they know positions and no speeds."""
         for _ in range(8):

@@ -29,7 +29,7 @@ from rosbags.typesys import Stores, get_typestore
 from tqdm import tqdm
 
 from pi0_ros.demo.assets import AssetError, light_meshes
-from pi0_ros.demo.scene import JOINTS
+from pi0_ros.demo.scene import CUBES, JOINTS, prompt_for
 from pi0_ros.demo.simulation import PERIOD, TIME_LIMIT, Observation, Simulation
 from pi0_ros.demo.teacher import Teacher
 from pi0_ros.robot import Robot, RobotFileError, config_folder, load_robot
@@ -49,13 +49,16 @@ class Options:
     episodes: int = 200
     """How many episodes the folder shall hold."""
     seed: int = 100_000
-    """Seed of the first episode; the next has the next seed. The demo itself uses seeds from 0."""
+    """Seed of the first scene; the next has the next seed. The demo itself uses seeds from 0."""
     width: int = 320
     """Width of the images, pixels."""
     height: int = 240
     """Height of the images, pixels."""
     rate: float = 20.0
     """Images a second from each camera, Hz."""
+    cubes: int = 3
+    """How many cubes stand on the table. Each scene comes once for every cube on it, so that nothing but the prompt
+    tells which one is meant; one cube is for learning to see."""
     processes: Annotated[int, tyro.conf.arg(help_behavior_hint="(0: one a core)")] = 0
     """Worker processes."""
 
@@ -160,7 +163,10 @@ class Recorder:
         partial = path.with_name(f".{path.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         self._simulation.now = BEGIN_NS + index * 60 * 10**9
-        self._simulation.reset(options.seed + index)
+        scene, named = divmod(index, options.cubes)
+        seed = options.seed + scene
+        cubes = np.random.default_rng([seed, 3]).permutation(CUBES)[: options.cubes]
+        self._simulation.reset(seed, prompt_for(cubes[named]), cubes)
         with Writer(partial, version=9, storage_plugin=StoragePlugin.MCAP) as bag:
             writer = EpisodeWriter(bag, self._robot)
             success = demonstrate(self._simulation, self._robot, writer, (options.width, options.height), options.rate)
@@ -242,11 +248,11 @@ def _work(index: int) -> bool:
 
 def _check(options: Options) -> None:
     for name, low, high in (("episodes", 1, 10**5), ("seed", 0, 2**40), ("width", 16, 1920), ("height", 16, 1080),
-                            ("rate", 1, 50), ("processes", 0, 512)):  # fmt: skip
+                            ("rate", 1, 50), ("cubes", 1, 3), ("processes", 0, 512)):  # fmt: skip
         value = getattr(options, name)
         if not low <= value <= high:
             raise RecordingError(f"--{name}: found {value:g}, must be from {low} to {high}")
-    settings = {name: getattr(options, name) for name in ("seed", "width", "height", "rate")}
+    settings = {name: getattr(options, name) for name in ("seed", "width", "height", "rate", "cubes")}
     path = options.output / SETTINGS
     if path.is_file():
         before = json.loads(path.read_text())
@@ -276,7 +282,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(130)
     print(f"{options.episodes - len(failed)} episodes in {options.output}")
     if failed:
-        print(f"left out, because the teacher failed: seeds {', '.join(str(options.seed + i) for i in failed)}")
+        print(f"left out, because the teacher failed: episodes {', '.join(map(str, failed))}")
 
 
 if __name__ == "__main__":

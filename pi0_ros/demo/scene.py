@@ -20,7 +20,7 @@ TIMESTEP = 0.002  # s
 REACH = (0.19, 0.31)  # m from the shoulder's axis, where cubes stand
 SHOULDER = np.array([0.0388, 0.0])  # the shoulder's axis, x and y
 SPREAD = 0.75  # rad to either side of straight ahead
-APART = 0.095  # m between the cubes' centres, at least
+APART = 0.11  # m between the cubes' centres, at least
 START_LOW = np.array([-0.7, -1.3, 0.3, 1.0, -0.25, 0.2])  # start poses, rad, the fourth entry being the sum of
 START_HIGH = np.array(
     [0.7, -0.6, 1.1, 1.5, 0.25, 0.8]
@@ -42,12 +42,10 @@ class Layout:
     light_position: np.ndarray
     light: float  # brightness of the lamp
     ambient: float
-    table: np.ndarray  # rgb
-    shade: np.ndarray  # [3 cubes, rgb]
 
 
 def build_model() -> mujoco.MjModel:
-    """The compiled scene; `apply_layout` then moves and paints it without compiling again."""
+    """The compiled scene; `apply_layout` then moves and lights it without compiling again."""
     spec = mujoco.MjSpec.from_file(str(model_folder() / "so101_new_calib.xml"))
     spec.meshdir = str(light_meshes())
     spec.option.timestep = TIMESTEP
@@ -88,10 +86,8 @@ def draw_layout(seed: int, model: mujoco.MjModel) -> Layout:
         start=_start_pose(random, model),
         prompt=prompt_for(str(random.choice(CUBES))),
         light_position=np.array([random.uniform(-0.2, 0.7), random.uniform(-0.6, 0.6), random.uniform(0.9, 1.4)]),
-        light=random.uniform(0.45, 0.75),
-        ambient=random.uniform(0.28, 0.42),
-        table=np.array([0.62, 0.52, 0.42]) * random.uniform(0.85, 1.15) + random.uniform(-0.03, 0.03, 3),
-        shade=np.array([_COLOURS[name] for name in CUBES]) * random.uniform(0.85, 1.15, (3, 1)),
+        light=random.uniform(0.52, 0.64),
+        ambient=random.uniform(0.32, 0.38),
     )
 
 
@@ -101,9 +97,8 @@ def apply_layout(layout: Layout, model: mujoco.MjModel, data: mujoco.MjData) -> 
     for joint, position in zip(JOINTS, layout.start, strict=True):
         data.joint(joint).qpos = position
         data.actuator(joint).ctrl = position
-    for (name, (x, y, yaw)), shade in zip(layout.cubes.items(), layout.shade, strict=True):
+    for name, (x, y, yaw) in layout.cubes.items():
         data.joint(name).qpos = [x, y, CUBE_HALF, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
-        model.geom(name).rgba[:3] = np.clip(shade, 0, 1)
     lamp = model.light("lamp").id
     model.light_pos[lamp] = layout.light_position
     towards = np.array([0.25, 0.0, 0.0]) - layout.light_position
@@ -111,7 +106,6 @@ def apply_layout(layout: Layout, model: mujoco.MjModel, data: mujoco.MjData) -> 
     model.light_diffuse[lamp] = layout.light
     model.vis.headlight.ambient[:] = layout.ambient
     model.vis.headlight.diffuse[:] = 0.3
-    model.mat("table").rgba[:3] = np.clip(layout.table, 0, 1)
     mujoco.mj_forward(model, data)
 
 

@@ -36,6 +36,7 @@ from pi0_ros.demo.scene import (
 TOUCH = 0.02  # m, from the fingertip to a cube's surface
 TIME_LIMIT = 8.0  # s of simulated time
 SUBSTEPS = 5
+GONE = (0.25, 0.0, -1.0)  # m: under the table, where no camera looks
 PERIOD = SUBSTEPS * TIMESTEP  # s between two updates of the controller
 PERIOD_NS = round(PERIOD * 1e9)
 
@@ -82,8 +83,10 @@ class Simulation:
         self._tip = self.model.site("gripperframe").id
         self.reset(seed, prompt)
 
-    def reset(self, seed: int, prompt: str = "") -> None:
+    def reset(self, seed: int, prompt: str = "", cubes: Sequence[str] = CUBES) -> None:
         """Begin the episode of `seed`; an empty prompt is drawn from the seed. The clock goes on.
+
+        Only `cubes` are on the table.
 
         Raises:
             TaskError: the prompt does not name exactly one cube; the running episode goes on.
@@ -96,6 +99,8 @@ class Simulation:
         if target is None:
             raise TaskError(f"the prompt must name one cube ({', '.join(CUBES)}), found {prompt!r}")
         apply_layout(layout, self.model, self.data)
+        for name in set(CUBES) - set(cubes):
+            self.data.joint(name).qpos[:3] = GONE
         self.seed, self.prompt, self.target = seed, prompt, target
         self.controller = TrajectoryController(JOINTS, layout.start)
         self._start, self._closest = self.now, np.inf

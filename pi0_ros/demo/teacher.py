@@ -2,8 +2,9 @@
 
 At every control tick the fingertip's reference moves through a velocity field: towards the cube at a height that
 is a hover height far away and sinks to the cube's top near it, so that it never comes close to another cube. The
-field depends on where the arm is, not on when: from the same picture, the same action. Hover height, speed, tilt,
-roll, grip and a slow wobble are drawn from the seed, so that demonstrations differ.
+field depends on where the arm is, not on when: from the same picture, the same action. Demonstrations differ by their
+scenes and start poses, and a little by a slow wobble; a manner drawn for each (speed, height, grip) would be something
+that no picture tells.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from pi0_ros.demo.scene import CUBE_HALF, SHOULDER, build_arm
 from pi0_ros.demo.simulation import Simulation
 
 TICK = 0.05  # s, the demo robot's control period
-SPEEDS = (0.12, 0.20)  # m/s
+SPEED = 0.16  # m/s
+HOVER = 0.07  # m over the goal
+TILT, GRIP = 0.02, 0.075  # rad; tilt outwards
+WOBBLE = 0.04  # of the speed, as it changes from tick to tick
 ACCELERATION = 0.9  # m/s^2, of the fingertip's reference
 ABOVE = 0.004  # m over the cube's top, where the touch ends
 VELOCITY_LIMIT = 2.5  # rad/s, for every joint
@@ -27,16 +31,11 @@ REST_TICKS = 8  # ticks that it rests on the cube before it calls the demonstrat
 class Teacher:
     """Drives one episode of `simulation`: call `act` once a tick and command what it returns."""
 
+    speed, hover, tilt = SPEED, HOVER, TILT
+
     def __init__(self, simulation: Simulation) -> None:
-        random = np.random.default_rng([simulation.seed, 1])
-        centre, rotation = simulation.cube_pose(simulation.target)
-        spot = rotation @ np.array([*random.uniform(-0.006, 0.006, 2), 0.0])
-        self._goal = centre + spot + [0, 0, CUBE_HALF + ABOVE]
-        self._hover = random.uniform(0.055, 0.085)
-        self._speed = random.uniform(*SPEEDS)
-        self._tilt, self._roll = random.uniform(-0.08, 0.12), random.uniform(-0.2, 0.2)
-        self._grip = random.uniform(0.0, 0.15)
-        self._wobble, self._random = np.zeros(3), random
+        self._goal = simulation.cube_pose(simulation.target)[0] + [0, 0, CUBE_HALF + ABOVE]
+        self._wobble, self._random = np.zeros(3), np.random.default_rng([simulation.seed, 1])
         self._velocity, self._turning, self._closing = np.zeros(3), np.zeros(3), np.zeros(1)
         self._resting = 0
 
@@ -71,7 +70,7 @@ class Teacher:
             velocity[-1] = 0.0
             self._configuration.integrate_inplace(velocity, TICK / 2)
         positions = self._configuration.q.copy()
-        gap = _at_most(4.0 * np.array([self._grip - positions[-1]]), TURN_SPEED)
+        gap = _at_most(4.0 * np.array([GRIP - positions[-1]]), TURN_SPEED)
         self._closing = _towards(self._closing, gap, TURN_ACCELERATION * TICK)
         positions[-1] += TICK * self._closing[0]
         self._configuration.update(positions)
@@ -82,21 +81,20 @@ class Teacher:
         distance = np.linalg.norm(aside)
         near, far = FUNNEL
         x = np.clip((distance - near) / (far - near), 0, 1)
-        height = self._goal[2] + self._hover * x * x * (3 - 2 * x)
+        height = self._goal[2] + self.hover * x * x * (3 - 2 * x)
         lift = height - self._reference[2]
         aside = aside * np.clip(1 - lift / 0.04, 0.1, 1)  # up first, where it is too low
-        wanted = _at_most(5.0 * np.array([*aside, lift]), self._speed)
-        self._wobble = 0.9 * self._wobble + self._random.normal(0, 0.12, 3)
-        wanted += self._wobble * self._speed * np.clip(distance / 0.1, 0, 1) ** 2
+        wanted = _at_most(5.0 * np.array([*aside, lift]), self.speed)
+        self._wobble = 0.9 * self._wobble + self._random.normal(0, WOBBLE, 3)
+        wanted += self._wobble * self.speed * np.clip(distance / 0.1, 0, 1) ** 2
         self._velocity = _towards(self._velocity, wanted, ACCELERATION * TICK)
         return self._velocity
 
     def _orientation(self) -> mink.SO3:
         """Pointing down, and outwards the farther and higher it is (the wrist's limit asks for it)."""
         x, y = self._reference[:2] - SHOULDER
-        tilt = np.clip(0.15 + 6.0 * (np.hypot(x, y) - 0.2) + 4.0 * (self._reference[2] - 0.03), 0, 1.3) + self._tilt
-        turn = mink.SO3.from_z_radians(np.arctan2(y, x)) @ mink.SO3.from_y_radians(-tilt)
-        return turn @ mink.SO3.from_z_radians(self._roll) @ self._down
+        tilt = np.clip(0.15 + 6.0 * (np.hypot(x, y) - 0.2) + 4.0 * (self._reference[2] - 0.03), 0, 1.3) + self.tilt
+        return mink.SO3.from_z_radians(np.arctan2(y, x)) @ mink.SO3.from_y_radians(-tilt) @ self._down
 
 
 def _at_most(vector: np.ndarray, length: float) -> np.ndarray:
