@@ -27,8 +27,8 @@ def test_cameras_are_the_robot_files_slots():
         # openpi's own counts, less the expert's language head [257152, 1024], which nothing reads
         ("pi0", 3_501_372_176 - 257_152 * 1024),
         ("pi05", 3_616_757_520 - 257_152 * 1024),
-        ("nano", 2_498_336),
-        ("nano05", 2_922_400),
+        ("nano", 1_944_096),
+        ("nano05", 2_269_344),
     ],
 )
 def test_parameter_counts(preset, parameters):

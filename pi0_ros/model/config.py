@@ -144,8 +144,8 @@ def _build(cls: type, data: Any, name: str) -> Any:
         raise ConfigError(f"{name}: {error}") from None
 
 
-_NANO_VISION = VisionConfig(width=128, depth=4, mlp_dim=512, num_heads=4, patch_size=14, image_size=112)
-_NANO_GEMMA = GemmaConfig(width=128, depth=4, mlp_dim=384, num_heads=4, num_kv_heads=1, head_dim=32)
+_NANO_VISION = VisionConfig(width=128, depth=2, mlp_dim=512, num_heads=4, patch_size=28, image_size=112)
+_NANO_GEMMA = GemmaConfig(width=128, depth=3, mlp_dim=384, num_heads=4, num_kv_heads=1, head_dim=32)
 _NANO = Pi0Config(
     vision=_NANO_VISION, vlm=_NANO_GEMMA, expert=_NANO_GEMMA, vocab_size=260, action_horizon=30, max_token_len=48
 )
@@ -153,6 +153,6 @@ _NANO = Pi0Config(
 PRESETS: dict[str, Pi0Config] = {
     "pi0": Pi0Config(),
     "pi05": Pi0Config(max_token_len=200, pi05=True),
-    "nano": _NANO,  # trained from scratch on a CPU: byte-level tokens, 64 tokens a camera
+    "nano": _NANO,  # trained from scratch on a CPU: byte-level tokens, 16 tokens a camera
     "nano05": dataclasses.replace(_NANO, max_token_len=96, pi05=True),  # a byte a character, and the state is in it
 }

@@ -26,6 +26,7 @@ from pi0_ros.model.gemma import Gemma, KeysValues, rope_table
 from pi0_ros.model.linear import Linear
 from pi0_ros.model.siglip import Siglip
 
+POSITION_STD = 0.35  # of the position embeddings of a new vision tower
 Cache = list[KeysValues]  # the prefix's keys and values, layer by layer, each [B, kv heads, P, head_dim]
 
 
@@ -106,7 +107,9 @@ class Pi0(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Linear weights N(0, 1/inputs), biases and norms neutral, embeddings of unit variance once scaled. Adaptive
-        norms start at zero, so that a layer of the pi0.5 expert starts as the identity (openpi: RMSNorm's Dense)."""
+        norms start at zero, so that a layer of the pi0.5 expert starts as the identity (openpi: RMSNorm's Dense).
+
+        A patch's position is as loud as its content: fainter ones, as SigLIP's, are found much later."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.weight.normal_(0.0, module.weight[0].numel() ** -0.5, generator=generator)
@@ -114,6 +117,8 @@ class Pi0(nn.Module):
                     module.bias.zero_()
             elif isinstance(module, nn.Embedding):
                 module.weight.normal_(0.0, module.embedding_dim**-0.5, generator=generator)
+        position = self.siglip.embeddings["position_embedding"]
+        position.weight.mul_(POSITION_STD * position.embedding_dim**0.5)
         for name, parameter in self.named_parameters():
             if name.endswith("norm.dense.weight"):
                 parameter.zero_()
