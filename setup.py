@@ -16,6 +16,14 @@ def lines(name: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
+def shared(folder: str) -> list[tuple[str, list[str]]]:
+    """`folder` and those in it, as data_files for share/pi0_ros/."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(path.relative_to(ROOT) for path in ROOT.glob(f"{folder}/**/*.*") if path.is_file()):
+        found.setdefault(f"share/pi0_ros/{path.parent.as_posix()}", []).append(str(path))
+    return list(found.items())
+
+
 def in_tree(program: str) -> bool:
     module = program.split("=")[1].split(":")[0].strip()
     return (ROOT / f"{module.replace('.', '/')}.py").exists()
@@ -28,7 +36,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["pi0_ros", "pi0_ros.*"], exclude=["pi0_ros.msg*", "pi0_ros.srv*"]),
-    data_files=[("share/pi0_ros/config", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("config/*.*")))],
+    data_files=shared("config"),
     install_requires=lines("requirements/run.txt"),
     extras_require={"orbax": ["tensorstore"]},  # reads openpi's JAX checkpoints as they are
     entry_points={"console_scripts": [program for program in lines("programs.txt") if in_tree(program)]},

@@ -1,6 +1,7 @@
 """The demo robot, a simulated SO-101, with the policy node and the chunk player on it.
 
-ros2 launch pi0_ros demo.launch.py checkpoint:=my_checkpoint
+ros2 launch pi0_ros demo.launch.py                              # the policy that ships
+ros2 launch pi0_ros demo.launch.py checkpoint:=my_checkpoint    # or another
 
 Takes the arguments of policy.launch.py too.
 """
@@ -23,6 +24,11 @@ def generate_launch_description() -> LaunchDescription:
                 "robot", default_value=str(SHARE / "config/so101_demo.yaml"), description="robot file of the demo arm"
             ),
             DeclareLaunchArgument(
+                "checkpoint",
+                default_value=str(SHARE / "config/demo_policy"),
+                description="checkpoint folder; empty: random weights",
+            ),
+            DeclareLaunchArgument(
                 "use_sim_time",
                 default_value="false",
                 choices=["true", "false"],
@@ -37,7 +43,7 @@ def generate_launch_description() -> LaunchDescription:
             ),
             IncludeLaunchDescription(
                 PythonLaunchDescriptionSource(str(SHARE / "launch/policy.launch.py")),
-                launch_arguments={"robot": LaunchConfiguration("robot")}.items(),
+                launch_arguments={name: LaunchConfiguration(name) for name in ("robot", "checkpoint")}.items(),
             ),
         ]
     )

@@ -1,11 +1,15 @@
-"""make train-demo: three programs one after the other, each with options that it knows."""
+"""make train-demo: programs one after the other, each with options that it knows."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
+import tyro
 
 pytest.importorskip("mujoco")
 
+from pi0_ros.demo import record as recording
 from pi0_ros.demo import train as train_demo
 from pi0_ros.training.options import parse
 
@@ -24,23 +28,31 @@ def calls(monkeypatch):
     return said, codes
 
 
-def test_recording_training_and_evaluation_follow_each_other_on_the_same_folders(calls, monkeypatch, capsys):
-    words = ["train_demo", "--output", "out", "--episodes", "60", "--steps", "500", "--noise", "pink", "--batch", "16"]
+def test_each_stage_goes_on_from_the_one_before_with_recordings_of_its_own(calls, monkeypatch, capsys):
+    words = ["train_demo", "--output", "out", "--episodes", "48", "--steps", "122", "--noise", "pink", "--batch", "16"]
     monkeypatch.setattr("sys.argv", words)
     assert train_demo.main() == 0
-    assert [name for name, _ in calls[0]] == ["record", "train", "evaluate"]
-    record, trained, evaluated = (words for _, words in calls[0])
-    assert record == ["--output", "out/bags", "--episodes", "60"]
-    options = parse(trained)
-    assert (str(options.bags), options.preset, options.steps, options.batch) == ("out/bags", "nano", 500, 16)
-    assert options.noise == "pink" and options.robot.name == "so101_demo.yaml"
-    assert evaluated[:4] == ["--bags", "out/bags", "--checkpoint", "out/run/checkpoint"]
+    assert [name for name, _ in calls[0]] == ["record"] * 3 + ["train"] * 3 + ["evaluate"]
+    recorded = [tyro.cli(recording.Options, args=words) for name, words in calls[0] if name == "record"]
+    assert [(str(o.output), o.cubes, o.episodes) for o in recorded] == [
+        ("out/bags/one", 1, 14), ("out/bags/two", 2, 16), ("out/bags/three", 3, 18)
+    ]  # fmt: skip
+    seeds = [range(o.seed, o.seed + o.episodes) for o in recorded]
+    assert not any(set(a) & set(b) for a, b in itertools.combinations(seeds, 2))
+    see, choose, act = (parse(words) for name, words in calls[0] if name == "train")
+    assert [str(o.bags) for o in (see, choose, act)] == ["out/bags/one", "out/bags/two", "out/bags"]
+    assert (see.preset, see.init) == ("nano", None)
+    assert (str(choose.init), str(act.init)) == ("out/seeing/checkpoint", "out/choosing/checkpoint")
+    assert [o.steps for o in (see, choose, act)] == [12, 50, 60]
+    for o in (see, choose, act):
+        assert (o.noise, o.batch, o.robot.name, str(o.cache)) == ("pink", 16, "so101_demo.yaml", "out/bags/.pi0_cache")
+    assert calls[0][-1][1][:4] == ["--bags", "out/bags", "--checkpoint", "out/acting/checkpoint"]
     said = capsys.readouterr().out
-    assert "took on" in said and "recording 0.0 min" in said and 'DEMO="--checkpoint out/run/checkpoint"' in said
+    assert "took on" in said and "recording one 0.0 min" in said and 'DEMO="--checkpoint out/acting/checkpoint"' in said
 
 
 def test_a_stage_that_fails_ends_it_with_its_exit_code(calls):
     said, codes = calls
     codes["train"] = 130
     assert train_demo.run(train_demo.Options()) == 130
-    assert [name for name, _ in said] == ["record", "train"]
+    assert [name for name, _ in said] == ["record"] * 3 + ["train"]

@@ -1,5 +1,8 @@
 """make train-demo: record the teacher, train a nano pi0 on the bags from scratch, evaluate it open loop.
 
+Seeing, choosing and acting are learned one after the other, each from recordings that need just that. Told all at once
+on three cubes, a small network finds its joints a better guide than its cameras, and stops looking.
+
 What is there already in the output folder is kept: episodes that were recorded, and the training from its last state.
 """
 
@@ -21,6 +24,29 @@ from pi0_ros.training.build import cores
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One run of the trainer, from where the stage before ended."""
+
+    name: str
+    bags: str  # folder below bags/
+    steps: int
+    options: tuple[str, ...] = ()
+
+
+# Folder of recordings -> cubes on the table, first seed, episodes.
+SCENES = {"one": (1, 300_000, 1400), "two": (2, 200_000, 1600), "three": (3, 100_000, 1800)}
+EPISODES = sum(episodes for _, _, episodes in SCENES.values())
+STAGES = (
+    Stage("seeing", "one", 1200, ("--first-seconds", "0.6")),
+    Stage("choosing", "two", 5000, ("--first-seconds", "0.5")),
+    Stage("acting", "", 6000, ("--batch", "64", "--accumulate", "2")),
+)
+STEPS = sum(stage.steps for stage in STAGES)
+TRAINING = ("--horizon", "20", "--draws", "2", "--learning-rate", "1e-3", "--warmup", "100", "--ema", "0.998")
+TRAINING += ("--no-augment", "--evaluate-every", "500", "--save-every", "500")
+
+
+@dataclass(frozen=True)
 class Options:
     """Record demonstrations, train a nano pi0 on them from scratch, and evaluate it.
 
@@ -28,34 +54,39 @@ class Options:
     """
 
     output: Path = Path("train_demo_output")
-    """Folder for bags, run and evaluation; the same command goes on where it was interrupted."""
-    episodes: int = 200
-    """How many episodes the teacher records."""
-    steps: int = 20_000
-    """Optimizer steps."""
-    minutes: float = 0.0
-    """Stop training after this time, whatever step was reached; 0: no limit."""
+    """Folder for bags, runs and evaluation; the same command goes on where it was interrupted."""
+    episodes: int = EPISODES
+    """How many episodes the teacher records, with one, two and three cubes on the table together."""
+    steps: int = STEPS
+    """Optimizer steps, of all stages together."""
 
 
 def run(options: Options, train_options: Sequence[str] = ()) -> int:
-    """All three, one after the other; the exit code of the first that failed, or 0."""
+    """All of it, one after the other; the exit code of the first part that failed, or 0."""
     robot, output = config_folder() / "so101_demo.yaml", options.output
-    bags, trained = output / "bags", output / "run"
-    stages: dict[str, Callable[[], int]] = {
-        "recording": lambda: _record(["--output", str(bags), "--episodes", str(options.episodes)]),
-        "training": lambda: train.main(
-            ["--bags", str(bags), "--robot", str(robot), "--output", str(trained), "--preset", "nano"]
-            + ["--steps", str(options.steps), "--minutes", str(options.minutes), *train_options]
-        ),
-        "evaluation": lambda: evaluate.main(
-            ["--bags", str(bags), "--checkpoint", str(trained / "checkpoint"), "--output", str(output / "evaluation")]
-        ),
-    }
+    bags, trained = output / "bags", output / STAGES[-1].name
+    cache = ("--cache", str(bags / ".pi0_cache"))
+    parts: dict[str, Callable[[], int]] = {}
+    for name, (cubes, seed, episodes) in SCENES.items():
+        words = ["--output", str(bags / name), "--cubes", str(cubes), "--seed", str(seed), "--rate", "10"]
+        words += ["--episodes", str(max(1, round(episodes * options.episodes / EPISODES)))]
+        parts[f"recording {name}"] = lambda words=words: _record(words)
+    before: tuple[str, ...] = ("--preset", "nano")
+    for stage in STAGES:
+        words = ["--bags", str(bags / stage.bags), "--robot", str(robot), "--output", str(output / stage.name)]
+        steps = max(1, round(stage.steps * options.steps / STEPS))
+        words += [*before, "--steps", str(steps), *cache, *TRAINING]
+        parts[stage.name] = lambda words=(*words, *stage.options, *train_options): train.main(list(words))
+        before = ("--init", str(output / stage.name / "checkpoint"))
+    checkpoint = ["--checkpoint", str(trained / "checkpoint")]
+    parts["evaluation"] = lambda: evaluate.main(
+        ["--bags", str(bags), *checkpoint, *cache, "--output", str(output / "evaluation")]
+    )
     took = {}
-    for name, stage in stages.items():
+    for name, part in parts.items():
         print(f"--- {name}")
         began = time.monotonic()
-        if code := stage():
+        if code := part():
             return code
         took[name] = time.monotonic() - began
     told = ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in took.items())
