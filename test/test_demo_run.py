@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,7 +95,8 @@ def test_a_run_ends_well_and_leaves_all_it_promises(tmp_path):
 def test_a_node_that_dies_ends_the_demo_with_its_name(tmp_path):
     demo = start(tmp_path / "out", "--episodes", "5")
     pids = wait_for(lambda: (found := children(demo.pid)) and len(found) == 4 and found)
-    wait_for(lambda: "PLAYING" in (tmp_path / "out" / "logs" / "chunk_player.log").read_text(), 100)
+    log = tmp_path / "out" / "logs" / "chunk_player.log"
+    wait_for(lambda: re.search("PLAYING|APPROACHING", log.read_text()), 100)
     os.kill(pids["policy_node"], signal.SIGKILL)
     output = demo.communicate(timeout=60)[0]
     assert demo.returncode == 1 and "error: policy_node ended with exit code -9" in output, output
