@@ -226,4 +226,4 @@ def test_small_projections_norms_and_time_are_computed_in_float32_under_autocast
     exact = {name for name, dtype in seen.items() if dtype == torch.float32}
     expected = {"action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out"}
     assert exact == expected | {name for name in seen if name.endswith("norm.dense")}
-    assert sum(name.endswith("norm.dense") for name in exact) == 9  # two of each of four layers, and the last
+    assert sum(name.endswith("norm.dense") for name in exact) == 7  # two of each of three layers, and the last
