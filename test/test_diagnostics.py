@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rclpy.parameter import Parameter
 
-from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window, titled
+from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window, title
 from pi0_ros.ros.health import gpu_memory
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
 
@@ -63,8 +63,8 @@ def test_the_worst_value_decides_the_level_and_comes_first():
 
 
 def test_two_arms_have_names_of_their_own(ros):
-    assert titled(ros.node("policy_node"), "policy") == "policy_node: policy"
-    assert titled(ros.node("policy_node", namespace="left"), "policy") == "left/policy_node: policy"
+    assert f"{title(ros.node('policy_node'))}: policy" == "policy_node: policy"
+    assert f"{title(ros.node('policy_node', namespace='left'))}: policy" == "left/policy_node: policy"
 
 
 def test_a_waiting_node_still_reports_while_simulated_time_stands_still(ros):

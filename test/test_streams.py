@@ -196,7 +196,7 @@ def test_reports_tell_rate_and_age_and_blame_the_silent(world):
     limits = {"diagnostics.age_warn": 0.8, "diagnostics.age_error": 1.0}
     limits |= {"diagnostics.rate_warn": 5.0, "diagnostics.rate_error": 0.0}
     world.frame(NOW)
-    reports = {report.name: report for report in world.streams.reports("node: {}".format, NOW + 200 * MS, limits)}
+    reports = {report.name: report for report in world.streams.reports("node", NOW + 200 * MS, limits)}
     assert reports["node: base_0_rgb"].values["age_s"] == "0.23"
     assert reports["node: base_0_rgb"].level == 2  # 230 ms of 200
     assert reports["node: base_0_rgb"].reasons[1] == "rate_hz is 0 Hz, below 5 Hz"

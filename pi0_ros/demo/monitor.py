@@ -82,8 +82,8 @@ class Monitor(Node):
         position = np.asarray(state.position)
         seen = self.seen
         seen.lowest = position if seen.lowest is None else np.minimum(seen.lowest, position)
-        seen.speed = float(np.abs(state.velocity).max(initial=0.0))
         seen.highest = position if seen.highest is None else np.maximum(seen.highest, position)
+        seen.speed = float(np.abs(state.velocity).max(initial=0.0))
 
     def _diagnostics(self, array: DiagnosticArray) -> None:
         for status in array.status:

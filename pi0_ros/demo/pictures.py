@@ -63,7 +63,7 @@ class Painter:
                     colour = 255 * line.colours[i : i + 2, :3].mean(axis=0)
                     a, b = (tuple(int(round(8 * v)) for v in point) for point in points[i : i + 2])
                     cv2.line(drawn, a, b, colour.tolist(), 2, cv2.LINE_AA, shift=3)
-            opacity = float(line.colours[:, 3].mean()) if len(line.colours) else 0.0
+            opacity = float(line.colours[:, 3].mean())
             image = cv2.addWeighted(drawn, opacity, image, 1 - opacity, 0)
         return image
 

@@ -27,7 +27,7 @@ from std_srvs.srv import Trigger
 from pi0_ros.msg import ActionChunk, PlayerStatus
 from pi0_ros.robot import Robot, load_robot
 from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp
-from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window, titled
+from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window, title
 from pi0_ros.ros.outputs import Outputs, streamed_joints
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec
 from pi0_ros.ros.playback import Offer
@@ -307,7 +307,7 @@ class ChunkPlayer(LifecycleNode):
         return self.get_clock().now().nanoseconds
 
     def _reports(self) -> list[Report]:
-        report, player = Report(titled(self, "player")), self._player
+        report, player = Report(f"{title(self)}: player"), self._player
         report.add("lifecycle", self._state_machine.current_state[1])
         if player is None:
             if self._failure:

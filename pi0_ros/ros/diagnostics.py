@@ -125,9 +125,10 @@ class Report:
         )
 
 
-def titled(node: Node, what: str) -> str:
-    """A status's name: "policy_node: policy", and in a namespace "left/policy_node: policy"; two arms stay apart."""
-    return f"{node.get_fully_qualified_name().lstrip('/')}: {what}"
+def title(node: Node) -> str:
+    """What the names of a node's statuses begin with: "policy_node", in a namespace "left/policy_node"; two arms stay
+    apart."""
+    return node.get_fully_qualified_name().lstrip("/")
 
 
 class DiagnosticsPublisher:

@@ -9,7 +9,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from pi0_ros.msg import ActionChunk, PlayerStatus
 from pi0_ros.policy.policy import Policy
 from pi0_ros.policy.realtime import SCHEDULES, GuidanceSettings
 from pi0_ros.robot import load_robot
-from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, titled
+from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, title
 from pi0_ros.ros.health import THRESHOLDS, gpu_memory
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
 from pi0_ros.ros.qos import LATCHED, NEWEST
@@ -305,15 +304,15 @@ class PolicyNode(LifecycleNode):
     # Diagnostics
 
     def _reports(self) -> list[Report]:
-        now, worker = self._now(), self._worker
+        name, now, worker = title(self), self._now(), self._worker
         if worker is None or self._streams is None:
-            report = Report(titled(self, "policy"))
+            report = Report(f"{name}: policy")
             report.add("state", self._state_machine.current_state[1])
             if self._failure:
                 report.error(self._failure)
             return [report]
         limits, robot = self._settings.values(), worker.policy.robot
-        report = worker.health.report(titled(self, "policy"), now, limits, robot.max_skew)
+        report = worker.health.report(f"{name}: policy", now, limits, robot.max_skew)
         report.add("state", self._state_machine.current_state[1])
         report.add("running", worker.ticking)
         report.add("prompt", worker.prompt)
@@ -323,7 +322,7 @@ class PolicyNode(LifecycleNode):
         report.add("player_seconds_left", "no player" if left is None else left)
         report.add("delay_actions", worker.handover.delay())
         gpu_memory(report, limits["diagnostics.gpu_warn"], limits["diagnostics.gpu_error"])
-        return [report, *self._streams.reports(partial(titled, self), now, limits)]
+        return [report, *self._streams.reports(name, now, limits)]
 
 
 def main(args: list[str] | None = None, load: Callable[[Parameters], Policy] = load_policy) -> int:

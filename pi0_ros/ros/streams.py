@@ -142,15 +142,15 @@ class Streams:
                 return Rejected(source[joint].name, f"joint {joint!r}: position is {state[i]}", "missing")
         return Snapshot({slot: aligned.samples[slot] for slot in self._cameras}, state, aligned.skew_ns / SECOND)
 
-    def reports(self, titled: Callable[[str], str], now: int, limits: dict[str, Any]) -> list[Report]:
-        """One diagnostic status for each stream, named by `titled`: rate, age, and whether it is too old."""
+    def reports(self, node: str, now: int, limits: dict[str, Any]) -> list[Report]:
+        """One diagnostic status for each stream: rate, age, and whether it is too old."""
         with self._lock:
             states = list(self._states.items())
         buffers = {slot: [buffer] for slot, buffer in self._cameras.items()}
         buffers |= {topic: [b for (known, _), b in states if known == topic] for topic in self._robot.state.topics}
         reports = []
         for name, window in self.windows.items():
-            report = Report(titled(name))
+            report = Report(f"{node}: {name}")
             report.add("topic", self._topics[name])
             rate = window.rate(now / SECOND)
             report.add("rate_hz", rate)
