@@ -29,26 +29,29 @@ def calls(monkeypatch):
 
 
 def test_each_stage_goes_on_from_the_one_before_with_recordings_of_its_own(calls, monkeypatch, capsys):
-    words = ["train_demo", "--output", "out", "--episodes", "48", "--steps", "122", "--noise", "pink", "--batch", "16"]
+    words = ["train_demo", "--output", "out", "--episodes", "48", "--steps", "138", "--noise", "pink", "--batch", "16"]
     monkeypatch.setattr("sys.argv", words)
     assert train_demo.main() == 0
-    assert [name for name, _ in calls[0]] == ["record"] * 3 + ["train"] * 3 + ["evaluate"]
+    assert [name for name, _ in calls[0]] == ["record"] * 3 + ["train"] * 4 + ["evaluate"]
     recorded = [tyro.cli(recording.Options, args=words) for name, words in calls[0] if name == "record"]
     assert [(str(o.output), o.cubes, o.episodes) for o in recorded] == [
         ("out/bags/one", 1, 14), ("out/bags/two", 2, 16), ("out/bags/three", 3, 18)
     ]  # fmt: skip
     seeds = [range(o.seed, o.seed + o.episodes) for o in recorded]
     assert not any(set(a) & set(b) for a, b in itertools.combinations(seeds, 2))
-    see, choose, act = (parse(words) for name, words in calls[0] if name == "train")
-    assert [str(o.bags) for o in (see, choose, act)] == ["out/bags/one", "out/bags/two", "out/bags"]
+    see, choose, act, join = (parse(words) for name, words in calls[0] if name == "train")
+    assert [str(o.bags) for o in (see, choose, act, join)] == ["out/bags/one", "out/bags/two", "out/bags", "out/bags"]
     assert (see.preset, see.init) == ("nano", None)
-    assert (str(choose.init), str(act.init)) == ("out/seeing/checkpoint", "out/choosing/checkpoint")
-    assert [o.steps for o in (see, choose, act)] == [12, 50, 60]
-    for o in (see, choose, act):
+    starts = ["out/seeing/checkpoint", "out/choosing/checkpoint", "out/acting/checkpoint"]
+    assert [str(o.init) for o in (choose, act, join)] == starts
+    assert [o.steps for o in (see, choose, act, join)] == [12, 50, 60, 16]
+    assert [o.rtc_max_delay for o in (see, choose, act, join)] == [0, 0, 0, 10]
+    for o in (see, choose, act, join):
         assert (o.noise, o.batch, o.robot.name, str(o.cache)) == ("pink", 16, "so101_demo.yaml", "out/bags/.pi0_cache")
-    assert calls[0][-1][1][:4] == ["--bags", "out/bags", "--checkpoint", "out/acting/checkpoint"]
+    assert calls[0][-1][1][:4] == ["--bags", "out/bags", "--checkpoint", "out/joining/checkpoint"]
     said = capsys.readouterr().out
-    assert "took on" in said and "recording one 0.0 min" in said and 'DEMO="--checkpoint out/acting/checkpoint"' in said
+    assert "took on" in said and "recording one 0.0 min" in said
+    assert 'DEMO="--checkpoint out/joining/checkpoint"' in said
 
 
 def test_a_stage_that_fails_ends_it_with_its_exit_code(calls):

@@ -1,7 +1,8 @@
 """make train-demo: record the teacher, train a nano pi0 on the bags from scratch, evaluate it open loop.
 
-Seeing, choosing and acting are learned one after the other, each from recordings that need just that. Told all at once
-on three cubes, a small network finds its joints a better guide than its cameras, and stops looking.
+Seeing, choosing, acting and joining are learned one after the other, each from recordings that need just that. Told all
+at once on three cubes, a small network finds its joints a better guide than its cameras, and stops looking. Joining
+makes it go on from what the arm will have done when a chunk arrives (real-time chunking).
 
 What is there already in the output folder is kept: episodes that were recorded, and the training from its last state.
 """
@@ -40,6 +41,7 @@ STAGES = (
     Stage("seeing", "one", 1200, ("--first-seconds", "0.6")),
     Stage("choosing", "two", 5000, ("--first-seconds", "0.5")),
     Stage("acting", "", 6000, ("--batch", "64", "--accumulate", "2")),
+    Stage("joining", "", 1600, ("--learning-rate", "4e-4", "--warmup", "50", "--rtc-max-delay", "10")),
 )
 STEPS = sum(stage.steps for stage in STAGES)
 TRAINING = ("--horizon", "20", "--draws", "2", "--learning-rate", "1e-3", "--warmup", "100", "--ema", "0.998")
@@ -50,7 +52,7 @@ TRAINING += ("--no-augment", "--evaluate-every", "500", "--save-every", "500")
 class Options:
     """Record demonstrations, train a nano pi0 on them from scratch, and evaluate it.
 
-    Options that are not listed here go to train, for example --noise pink or --rtc-max-delay 5.
+    Options that are not listed here go to train, for example --noise pink or --batch 16.
     """
 
     output: Path = Path("train_demo_output")
