@@ -74,15 +74,17 @@ def nodes(context: LaunchContext) -> list[Node]:
         ),
     ]
     if given["publish_robot"] == "true":
-        started.append(
+        started += [  # each publishes the frames of the joints that its topic tells of
             Node(
                 package="robot_state_publisher",
                 executable="robot_state_publisher",
+                name="robot_state_publisher" + (f"_{number}" if number else ""),
                 parameters=[clock, description],
-                remappings=[("joint_states", absolute(robot.state.topics[0], inside))],
+                remappings=[("joint_states", absolute(topic, inside))],
                 **common,
             )
-        )
+            for number, topic in enumerate(robot.state.topics)
+        ]
     if given["rviz"] == "true":
         config = rviz_config(CONFIG.read_text(encoding="utf-8"), robot, inside)
         started.append(

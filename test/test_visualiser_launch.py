@@ -117,3 +117,14 @@ def test_a_robot_without_its_own_state_publisher_gets_one_and_rviz_can_stay_away
         "robot_state_publisher",
     ]
     assert nodes[-1]["remappings"] == [("joint_states", "/joint_states")]
+
+
+@needs_launch
+def test_every_joint_state_topic_of_the_robot_has_a_state_publisher(tmp_path):
+    text = DEMO.read_text().replace("topics: [/joint_states]", "topics: [/joint_states, gripper/joint_states]")
+    (tmp_path / "robot.yaml").write_text(text.replace("urdf: ", f"urdf: {DEMO.parent}/"))
+    nodes = started(robot=str(tmp_path / "robot.yaml"), namespace="arm", publish_robot="true", rviz="false")
+    assert [(node["name"], node["remappings"]) for node in nodes[3:]] == [
+        ("robot_state_publisher", [("joint_states", "/joint_states")]),
+        ("robot_state_publisher_1", [("joint_states", "/arm/gripper/joint_states")]),
+    ]
