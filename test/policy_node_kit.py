@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
@@ -47,6 +48,7 @@ class StubPolicy:
     """Answers with the state plus 0.01 for each step; keeps what it was asked."""
 
     digest, num_steps = "stub", 3
+    settings = SimpleNamespace(rtc_max_delay=0)
 
     def __init__(self, robot: Robot) -> None:
         self.robot = robot

@@ -182,7 +182,7 @@ def test_the_program_ends_with_one_line_when_it_cannot_start(capsys, parameter, 
 
 def test_help_lists_the_parameters(capsys):
     assert main(["policy_node", "--help"]) == 0
-    assert "realtime_chunking (False): keep the actions" in capsys.readouterr().out
+    assert "realtime_chunking ('auto'): keep" in capsys.readouterr().out
 
 
 def test_a_signal_ends_the_program_cleanly(ros):

@@ -1,4 +1,4 @@
-"""The measurement of hand-overs: its figures by hand, its table, the oracle, and one row from end to end."""
+"""The measurement of hand-overs: its figures by hand, its table, and one row from end to end."""
 
 import dataclasses
 import json
@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from test_policy import TINY
 
 from pi0_ros.demo.motion import Episode, Trajectory, commanded, motion_of
-from pi0_ros.demo.oracle import Oracle
 from pi0_ros.demo.realtime import BEGIN, END, Cell, Options, chosen_methods, fill, summarise, table
 from pi0_ros.demo.summary import Episode as Outcome
+from pi0_ros.demo.summary import rms_jerk
+from pi0_ros.model.pi0 import Pi0
 from pi0_ros.msg import PlayerStatus
-from pi0_ros.policy.policy import ObservationError, RobotObservation
+from pi0_ros.policy.bundle import BundleSettings, save_bundle
+from pi0_ros.policy.policy import limit_statistics
 from pi0_ros.robot import load_robot
 
 ROBOT = load_robot(Path(__file__).parent.parent / "config" / "so101_demo.yaml")
@@ -76,7 +80,7 @@ def cell(**changes) -> Cell:
 
 
 def test_figures_of_a_row_are_the_worst_or_the_mean_over_its_episodes():
-    episodes = [Outcome(i, "p", "p", i > 0, "", 2.0 + i, 0.0, 0.3) for i in range(3)]
+    episodes = [Outcome(i, "p", "p", i > 0, "", 2.0 + i, 0.0, 0.3, 9.0) for i in range(3)]
     one = motion_of(episode(0.1 - np.arange(20) * 0.02), dt=0.05)
     made = summarise("blend", 0.1, episodes, [one, dataclasses.replace(one, velocity_jumps=[1.0, 2.0], held=0.15)])
     assert (made.successes, made.episodes, made.seconds) == (2, 3, 3.0)
@@ -99,34 +103,35 @@ def test_the_table_replaces_the_one_between_the_markers_and_nothing_else(tmp_pat
         fill(page, "text")
 
 
-def test_methods_are_those_that_the_policies_at_hand_can_show():
-    assert chosen_methods(Options()) == ["switch", "blend", "ensemble", "guided"]
-    assert chosen_methods(Options(oracle=True)) == ["switch", "blend", "ensemble", "kept (oracle)"]
-    with pytest.raises(ValueError, match="--methods: guided cannot be measured here"):
-        chosen_methods(Options(oracle=True, methods=("guided",)))
-    with pytest.raises(ValueError, match="--oracle stands in"):
-        chosen_methods(Options(oracle=True, checkpoint="x"))
+def test_methods_are_those_that_the_policy_at_hand_can_show(tmp_path):
+    model = Pi0(TINY, generator=torch.Generator().manual_seed(0))
+    for name, delay in (("plain", 0), ("trained", 3)):
+        settings = BundleSettings(TINY, rtc_max_delay=delay)
+        save_bundle(tmp_path / name, model, settings, ROBOT, limit_statistics(ROBOT, settings))
+    plain, trained = tmp_path / "plain", tmp_path / "trained"
+    assert chosen_methods(Options(), plain) == ["switch", "blend", "ensemble", "guided"]
+    assert chosen_methods(Options(), trained) == ["switch", "blend", "ensemble", "guided", "trained-in"]
+    assert chosen_methods(Options(methods=("guided", "switch")), trained) == ["switch", "guided"]
+    with pytest.raises(ValueError, match="plain was not trained with --rtc-max-delay"):
+        chosen_methods(Options(methods=("trained-in",)), plain)
+    with pytest.raises(ValueError, match="found kept, allowed: switch, "):
+        chosen_methods(Options(methods=("kept",)), plain)
 
 
-def test_the_oracle_goes_on_from_what_will_have_been_executed():
-    oracle, state = Oracle(ROBOT), np.array([0.2, -1.0, 0.7, 1.3, 0.0, 0.4])
-    seen = RobotObservation(0, {}, {}, state, "touch the red cube, scene 3")
-    first = oracle.infer(seen).actions
-    np.testing.assert_array_equal(first[0], state)
-    assert first.shape == (30, 6) and np.abs(first[-1] - state).max() > 0.1
-    kept = oracle.infer(seen, executed=first[4:8])
-    np.testing.assert_array_equal(kept.actions[:4], first[4:8])
-    assert kept.frozen == 4
-    before, after = np.diff(kept.actions[2:5], axis=0) / 0.05
-    assert np.abs(after - before).max() < 0.6  # rad/s: it keeps its pace
-    with pytest.raises(ObservationError, match="scene 17"):
-        oracle.infer(dataclasses.replace(seen, prompt="touch the red cube"))
+def test_executed_jerk_is_the_second_difference_of_measured_speed():
+    speeds = [np.array([v, 0.0]) for v in (0.0, 0.0, 0.01, 0.03, 0.05)]  # rad/s, at 50 Hz
+    stamps = [20 * MS * i for i in range(5)]
+    # 0, 0.01, 0.02, 0.02: differences 0.01, 0.01, 0 over (0.02 s)^2, in one of two joints
+    assert rms_jerk(stamps, speeds) == pytest.approx(25 * np.sqrt(2 / 6))
+    lost = stamps[:2] + [stamp + 20 * MS for stamp in stamps[2:]]
+    assert rms_jerk(lost, speeds) == pytest.approx(0.0, abs=1e-9)  # what spans the gap is left out
+    assert rms_jerk(stamps[:2], speeds[:2]) == 0.0
 
 
 def test_one_row_from_end_to_end(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"{BEGIN}\n{END}\n")
-    command = [sys.executable, "-m", "pi0_ros.demo.realtime", "--oracle", "--latencies", "0.05", "--episodes", "1"]
+    command = [sys.executable, "-m", "pi0_ros.demo.realtime", "--latencies", "0.05", "--episodes", "1"]
     command += ["--methods", "blend", "--output", str(tmp_path), "--table", str(page)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

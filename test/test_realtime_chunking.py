@@ -136,6 +136,8 @@ def test_committed_actions_are_taken_relative_to_the_state_as_it_is_now():
     # 0.15 beyond the new state, in normalised units: quarter of a range of 3.82 is 0.955 (the pan joint).
     np.testing.assert_allclose(frozen[:, 0].numpy(), 0.15 / 0.955, atol=1e-5)
     assert ROBOT.joints[0].relative
+    frozen, guidance = policy._conditions(now, committed, np.empty((0, 6)), guided=True)  # asked for, it is guided
+    assert frozen is None and guidance.weights[:2].tolist() == [1, 1]
 
 
 def test_guidance_follows_the_chunk_in_execution_and_not_the_one_inferred_last():

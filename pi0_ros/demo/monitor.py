@@ -38,6 +38,8 @@ class Seen:
     diagnostics: dict[str, dict[str, str]] = field(default_factory=dict)  # status name -> its values
     lowest: np.ndarray | None = None  # joint positions, per episode
     highest: np.ndarray | None = None
+    stamps: list[int] = field(default_factory=list)  # of joint states, ns, per episode
+    velocities: list[np.ndarray] = field(default_factory=list)  # rad/s
     speed: float = 0.0  # rad/s, of the fastest joint
 
 
@@ -83,6 +85,8 @@ class Monitor(Node):
         seen = self.seen
         seen.lowest = position if seen.lowest is None else np.minimum(seen.lowest, position)
         seen.highest = position if seen.highest is None else np.maximum(seen.highest, position)
+        seen.stamps.append(state.header.stamp.sec * 10**9 + state.header.stamp.nanosec)
+        seen.velocities.append(np.asarray(state.velocity))
         seen.speed = float(np.abs(state.velocity).max(initial=0.0))
 
     def _diagnostics(self, array: DiagnosticArray) -> None:
@@ -119,6 +123,7 @@ class Monitor(Node):
         self._prompt_topic.publish(String(data=instruction or task))
         self.call(self._prompt, SetPrompt.Request(prompt=instruction or task, drop_current=True))
         self.seen.lowest = self.seen.highest = None
+        self.seen.stamps, self.seen.velocities = [], []
         self.call(self._player["start"], Trigger.Request())
         return task
 

@@ -25,21 +25,19 @@ from pi0_ros.demo import run as demo
 from pi0_ros.demo.monitor import DemoFailed
 from pi0_ros.demo.motion import Motion, measure
 from pi0_ros.demo.processes import ProcessDied, Processes, end_on_signals
-from pi0_ros.demo.scene import build_model, draw_layout
 from pi0_ros.demo.summary import Episode, versions, write_json
 from pi0_ros.policy.bundle import load_bundle
 from pi0_ros.robot import config_folder
 from pi0_ros.ros.domain import Domain, NoFreeDomainError
 
 BEGIN, END = "<!-- realtime: begin -->", "<!-- realtime: end -->"
-# name -> player's hand-over, whether policy_node keeps what is executed
+# name -> handover of chunk_player, realtime_chunking of policy_node
 METHODS = {
-    "switch": ("switch", False),
-    "blend": ("blend", False),
-    "ensemble": ("ensemble", False),
-    "guided": ("blend", True),
-    "trained-in": ("blend", True),
-    "kept (oracle)": ("blend", True),
+    "switch": ("switch", "never"),
+    "blend": ("blend", "never"),
+    "ensemble": ("ensemble", "never"),
+    "guided": ("blend", "guided"),
+    "trained-in": ("blend", "auto"),
 }
 
 
@@ -56,11 +54,7 @@ class Options:
     rate: float = 5.0
     """Chunks per second asked for, Hz."""
     checkpoint: str = ""
-    """Checkpoint folder: plain hand-overs, and guided real-time chunking."""
-    checkpoint_rtc: str = ""
-    """Checkpoint folder of a policy trained with --rtc-max-delay: trained-in real-time chunking."""
-    oracle: bool = False
-    """Without a checkpoint: chunks of the scripted teacher, which knows where the cubes are."""
+    """Checkpoint folder; empty: the policy that ships."""
     methods: tuple[str, ...] = ()
     """Only these."""
     output: Path = Path("bench_output")
@@ -91,24 +85,12 @@ class Cell:
 class Rehearsal(demo.Demo):
     """The demo with a recording of everything but images, and no film."""
 
-    def __init__(self, options: demo.Options, oracle: bool) -> None:
-        super().__init__(options, config_folder())
-        self._oracle = oracle
-        if oracle:
-            self.policy_module = "pi0_ros.demo.oracle"
-
     def _film(self, stack: ExitStack) -> None:
         pass
 
     def _recorded_topics(self) -> dict[str, tuple[type, bool]]:
         seen = {f"{camera.topic}/compressed" for camera in self.robot.present_cameras.values()} | {demo.MARKERS}
         return {topic: kind for topic, kind in super()._recorded_topics().items() if topic not in seen}
-
-    def _episode(self, seed: int, first: bool) -> Episode:
-        if self._oracle:
-            task = draw_layout(seed, build_model()).prompt
-            self.options = dataclasses.replace(self.options, instruction=f"{task}, scene {seed}")
-        return super()._episode(seed, first)
 
 
 def run_cell(options: Options, method: str, latency: float, environment: dict[str, str]) -> Cell:
@@ -118,17 +100,16 @@ def run_cell(options: Options, method: str, latency: float, environment: dict[st
     run_options = demo.Options(
         episodes=options.episodes,
         seed=options.seed,
-        checkpoint=options.checkpoint_rtc if method == "trained-in" else options.checkpoint,
-        random=not (options.checkpoint or options.checkpoint_rtc),
+        checkpoint=options.checkpoint,
         rate=options.rate,
         recorded_episodes=options.episodes + 1,
-        policy_parameters=(f"extra_latency:={float(latency)}", f"realtime_chunking:={str(keep).lower()}"),
+        policy_parameters=(f"extra_latency:={float(latency)}", f"realtime_chunking:={keep}"),
         player_parameters=(f"handover:={handover}",),
         output=options.output / "realtime" / f"{name}_{round(1000 * latency)}ms",
     )
     shutil.rmtree(run_options.output, ignore_errors=True)
     run_options.output.mkdir(parents=True)
-    rehearsal = Rehearsal(run_options, options.oracle)
+    rehearsal = Rehearsal(run_options, config_folder())
     with Processes(run_options.output / "logs", environment) as processes:
         rehearsal.start(processes)
         episodes = rehearsal.run(processes)
@@ -158,18 +139,15 @@ def summarise(method: str, latency: float, episodes: list[Episode], motions: lis
     )
 
 
-def chosen_methods(options: Options) -> list[str]:
-    """What can be measured with the policies at hand. ValueError for what cannot."""
-    if options.oracle and (options.checkpoint or options.checkpoint_rtc):
-        raise ValueError("--oracle stands in for a checkpoint: give one of them")
-    if options.checkpoint_rtc and not load_bundle(options.checkpoint_rtc).settings.rtc_max_delay:
-        raise ValueError(f"--checkpoint-rtc: {options.checkpoint_rtc} was not trained with --rtc-max-delay")
-    possible = ["switch", "blend", "ensemble"] if options.checkpoint or not options.checkpoint_rtc else []
-    possible += ["kept (oracle)"] if options.oracle else ["guided"] if possible else []
-    possible += ["trained-in"] if options.checkpoint_rtc else []
-    if unknown := [method for method in options.methods if method not in possible]:
-        raise ValueError(f"--methods: {', '.join(unknown)} cannot be measured here, allowed: {', '.join(possible)}")
-    return [method for method in possible if not options.methods or method in options.methods]
+def chosen_methods(options: Options, checkpoint: Path) -> list[str]:
+    """What can be measured with the policy at hand. ValueError for what cannot."""
+    if unknown := [method for method in options.methods if method not in METHODS]:
+        raise ValueError(f"--methods: found {', '.join(unknown)}, allowed: {', '.join(METHODS)}")
+    trained = load_bundle(checkpoint).settings.rtc_max_delay > 0
+    if "trained-in" in options.methods and not trained:
+        raise ValueError(f"--methods trained-in: {checkpoint} was not trained with --rtc-max-delay")
+    asked = options.methods or tuple(method for method in METHODS if trained or method != "trained-in")
+    return [method for method in METHODS if method in asked]
 
 
 def table(cells: list[Cell], policy: str) -> str:
@@ -213,12 +191,11 @@ def run(options: Options) -> None:
     """Measure all cells; what is there is written after each."""
     if options.episodes < 1 or not options.latencies or min(options.latencies) < 0 or max(options.latencies) > 5:
         raise ValueError("--episodes must be at least 1, --latencies from 0 to 5 s")
-    methods = chosen_methods(options)
+    checkpoint = Path(options.checkpoint) if options.checkpoint else config_folder() / "demo_policy"
+    methods = chosen_methods(options, checkpoint)
     fill_later = options.table.exists()
-    policy = options.checkpoint or options.checkpoint_rtc or "random weights, success means nothing"
-    if options.oracle:
-        policy = "the scripted teacher in the network's place"
-    policy += f"; {options.episodes} episodes a row, {options.rate:g} chunks a second asked for"
+    policy = f"{options.checkpoint or 'the one that ships'}; {options.episodes} episodes a row, "
+    policy += f"{options.rate:g} chunks a second asked for"
     cells: list[Cell] = []
     with ExitStack() as stack:
         domain = stack.enter_context(Domain())

@@ -30,7 +30,7 @@ from pi0_ros.demo.monitor import DemoFailed, Monitor
 from pi0_ros.demo.pictures import Line, Moment, Reel, contact_sheet, film
 from pi0_ros.demo.processes import ProcessDied, Processes, end_on_signals
 from pi0_ros.demo.recorder import RECORDED_QOS, BagRecorder
-from pi0_ros.demo.summary import Episode, spread, success_rates, versions, write_json
+from pi0_ros.demo.summary import Episode, rms_jerk, spread, success_rates, versions, write_json
 from pi0_ros.msg import ActionChunk, PlayerStatus
 from pi0_ros.robot import Robot, config_folder, load_robot
 from pi0_ros.ros.domain import Domain, NoFreeDomainError
@@ -164,7 +164,7 @@ class Demo:
         moved = 0.0 if seen.lowest is None else float((seen.highest - seen.lowest).max())
         return Episode(
             seed, outcome.prompt, instruction or task, outcome.success, outcome.reason, outcome.seconds,
-            outcome.closest, moved,
+            outcome.closest, moved, round(rms_jerk(seen.stamps, seen.velocities), 2),
         )  # fmt: skip
 
     # What is recorded and filmed
@@ -251,6 +251,7 @@ class Demo:
             "deadline_misses": int(node.get("deadline_misses", 0)),
             "tick_latency_ms": spread(seen.tick_latency),
             "observation_age_ms": spread(self.ages),
+            "jerk_p50": float(np.median([e.jerk for e in episodes])),
             "checkpoint": self.checkpoint or "random",
             "digest": seen.checkpoint,
             "versions": versions(),
@@ -278,6 +279,7 @@ def _table(summary: dict) -> str:
         ("ticks", f"{summary['ticks']}, {summary['deadline_misses']} deadlines missed, {summary['holds']} holds"),
         ("tick latency", f"p50 {latency['p50']:.0f} ms, p95 {latency['p95']:.0f} ms, max {latency['max']:.0f} ms"),
         ("observation age", f"p50 {age['p50']:.0f} ms, p95 {age['p95']:.0f} ms, max {age['max']:.0f} ms at arrival"),
+        ("executed jerk", f"{summary['jerk_p50']:.0f} rad/s³ RMS, median of the episodes"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)

@@ -25,6 +25,18 @@ class Episode:
     seconds: float
     closest: float  # metres
     moved: float  # radians: the largest excursion of any joint
+    jerk: float  # rad/s^3 of the executed motion, see `rms_jerk`
+
+
+def rms_jerk(stamps: list[int], velocities: list[np.ndarray]) -> float:
+    """Root mean square over time and joints of the second difference of measured velocities [n, J], rad/s; stamps [n]
+    in ns. Where messages are missing nothing is counted; 0 where nothing is left."""
+    if len(stamps) < 3:
+        return 0.0
+    gaps = np.diff(stamps) / 1e9
+    even = np.isclose(gaps[1:], gaps[:-1], rtol=0.01) & (gaps[1:] < 1.5 * np.median(gaps))
+    jerk = np.diff(velocities, n=2, axis=0)[even] / gaps[1:][even, None] ** 2
+    return float(np.sqrt(np.mean(jerk**2))) if len(jerk) else 0.0
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

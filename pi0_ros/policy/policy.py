@@ -208,6 +208,7 @@ class Policy:
         noise: torch.Tensor | np.ndarray | None = None,
         executed: np.ndarray | None = None,
         following: np.ndarray | None = None,
+        guided: bool = False,
     ) -> Chunk:
         """The chunk for an observation.
 
@@ -218,6 +219,7 @@ class Policy:
                 executed before this chunk can take over (real-time chunking); the chunk begins with them.
             following: float64 [n, J], robot units: what the chunk in execution would do after those, which guided
                 in-painting leans on; by default the rest of the last chunk, if it was for the same prompt.
+            guided: keep `executed` by guided in-painting even where training taught the clean prefix.
 
         Raises:
             ObservationError: a camera is missing, an image, the state, `executed` or `following` has the wrong shape
@@ -236,7 +238,7 @@ class Policy:
         if following is None:
             following = left[len(committed) :]
         following = self._checked_actions("following", following)
-        frozen, guidance = self._conditions(state, committed, following)
+        frozen, guidance = self._conditions(state, committed, following, guided)
         preprocessed = time.perf_counter()
         try:
             sample = self._sampler.sample(
@@ -365,12 +367,12 @@ class Policy:
         return self._source.start((1, horizon, dims), generator=generator or self._generator, trajectory=trajectory)[0]
 
     def _conditions(
-        self, state: np.ndarray, committed: np.ndarray, following: np.ndarray
+        self, state: np.ndarray, committed: np.ndarray, following: np.ndarray, guided: bool = False
     ) -> tuple[torch.Tensor | None, Guidance | None]:
         """What holds the chunk to its committed actions: clean prefix where that was trained, guidance elsewhere."""
         if not len(committed):
             return None, None
-        if len(committed) <= self.settings.rtc_max_delay:
+        if len(committed) <= self.settings.rtc_max_delay and not guided:
             return self._to_model(state, committed), None
         horizon, settings = self.config.action_horizon, self._guidance
         known = np.concatenate([committed, following])[:horizon]

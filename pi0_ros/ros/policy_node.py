@@ -54,7 +54,13 @@ SPECS = (
         2**31 - 1,
     ),
     Spec("extra_latency", 0.0, "for rehearsal: inference takes so much longer on purpose, wall-clock s", 0, 5),
-    Spec("realtime_chunking", False, "keep the actions that will be executed before the new chunk arrives"),
+    Spec(
+        "realtime_chunking",
+        "auto",
+        "keep the actions that will be executed before the new chunk arrives; auto: if the checkpoint was trained to, "
+        "guided: by guided in-painting, whatever the checkpoint",
+        choices=("auto", "guided", "never"),
+    ),
     Spec(
         "guidance.schedule", "exp", "pull towards the old chunk after those actions", choices=SCHEDULES, configured=True
     ),
@@ -152,7 +158,6 @@ class PolicyNode(LifecycleNode):
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Stop; a chunk that is being inferred is dropped, and the player told to hold."""
-        self._worker.bump()
         self._worker.deactivate()
         self._drop_timer()
         return super().on_deactivate(state)

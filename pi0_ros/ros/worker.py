@@ -54,7 +54,7 @@ class Worker:
         self._load, self._now, self._logger, self._on_fault = load, now, logger, on_fault
         self.health, self.handover = Health(), Handover()
         self.on_demand_seconds = 0.0  # > 0: a chunk only when the player has less left
-        self.realtime_chunking = False
+        self.realtime_chunking = "auto"  # or guided, never; auto: where training taught it
         self.seed = -1  # from 0 on: every chunk starts from the noise of this seed
         self.extra_latency = 0.0  # s that inference takes longer, on purpose
         self.policy: Policy | None = None
@@ -99,8 +99,9 @@ class Worker:
         self.wake()
 
     def deactivate(self) -> None:
-        """Stop: nothing is published any more, not even what is being inferred now."""
+        """Stop: chunks so far are void, the player holds, and nothing is published any more."""
         with self._lock:
+            self._void()
             self._active = False
 
     def run(self, running: bool) -> None:
@@ -127,21 +128,24 @@ class Worker:
     def bump(self) -> None:
         """Void every chunk so far, the one in flight and the player's too, and forget every cache."""
         with self._lock:
-            self._epoch += 1
-            self._fresh, self._used = True, False
-            self.handover.forget()
-            if self._active:
-                self._publish(
-                    void_message(
-                        self.policy.robot,
-                        now=self._now(),
-                        sequence=self._sequence,
-                        epoch=self._epoch,
-                        prompt=self._prompt,
-                        checkpoint=self.policy.digest,
-                    )
+            self._void()
+
+    def _void(self) -> None:
+        self._epoch += 1
+        self._fresh, self._used = True, False
+        self.handover.forget()
+        if self._active:
+            self._publish(
+                void_message(
+                    self.policy.robot,
+                    now=self._now(),
+                    sequence=self._sequence,
+                    epoch=self._epoch,
+                    prompt=self._prompt,
+                    checkpoint=self.policy.digest,
                 )
-                self._sequence += 1
+            )
+            self._sequence += 1
 
     @property
     def prompt(self) -> str:
@@ -205,8 +209,7 @@ class Worker:
         return left is None or left < self.on_demand_seconds
 
     def _fail(self, error: Exception) -> None:
-        with self._lock:
-            self._active = False
+        self.deactivate()
         self.health.fault = (
             f"inference failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         )
@@ -253,8 +256,10 @@ class Worker:
         decoded = clock()
         frames = {slot: sample.stamp_ns for slot, sample in snapshot.frames.items()}
         observation = RobotObservation(observed, images, frames, snapshot.state, prompt)
-        committed = self.handover.committed(observed, epoch, prompt) if self.realtime_chunking else None
-        condition = vars(committed) if committed is not None else {}
+        guided = self.realtime_chunking == "guided"
+        keep = guided or (self.realtime_chunking == "auto" and policy.settings.rtc_max_delay > 0)
+        committed = self.handover.committed(observed, epoch, prompt) if keep else None
+        condition = {**vars(committed), "guided": guided} if committed is not None else {}
         generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
         try:
             chunk = policy.infer(observation, generator=generator, **condition)
