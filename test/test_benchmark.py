@@ -269,7 +269,7 @@ def test_sizes_come_from_a_file_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["sampler", "--device", "toaster"], "--device: 'toaster' is no device"),
+        (["sampler", "--device", "toaster"], "device must be auto, cpu, cuda or cuda:N, found 'toaster'"),
         (["sampler", "--device", "cpu", "--prompt", "49"], "--prompt: 1 to 48 tokens fit this model, found 49"),
         (["sampler", "--device", "cpu", "--cameras", "4"], "--cameras: 1 to 3 for this model, found 4"),
         (["sampler", "--device", "cpu", "--runs", "0"], "--runs: 1 or more, found 0"),
@@ -288,7 +288,7 @@ def test_what_cannot_be_measured_is_one_line(arguments, reason, monkeypatch, cap
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_gpu_that_is_not_there_is_said(capsys):
     assert cli.main(["sampler", "--device", "cuda"]) == 1
-    assert "torch sees no CUDA device here; give cpu" in capsys.readouterr().err
+    assert "device 'cuda' was asked for, torch sees 0 GPUs" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ import tyro
 
 from pi0_ros.benchmark import report
 from pi0_ros.benchmark.inputs import CONFIGS, BenchmarkError
-from pi0_ros.benchmark.machine import describe, pick, set_threads
+from pi0_ros.benchmark.machine import describe, set_threads
 from pi0_ros.benchmark.node import measure_node
 from pi0_ros.benchmark.peers import compare_sampling, compare_training, faults
 from pi0_ros.benchmark.sampling import measure_sampler
@@ -21,6 +21,7 @@ from pi0_ros.benchmark.suite import run_suite
 from pi0_ros.benchmark.training import measure_training
 from pi0_ros.model.config import ConfigError, Pi0Config
 from pi0_ros.model.files import CheckpointError, read_json
+from pi0_ros.policy.policy import PolicyError, pick_device
 from pi0_ros.policy.processor import has_bfloat16
 
 Preset = Literal["nano", "nano05", "small", "mid", "pi0", "pi05"]
@@ -178,7 +179,7 @@ def suite(options: SuiteOptions) -> list[str]:
 
 def _set_up(options: _Model) -> tuple[str, Pi0Config, torch.device, torch.dtype]:
     set_threads(options.threads)
-    device, dtype = pick(options.device, options.dtype)
+    device, dtype = pick_device(options.device, options.dtype)
     if options.runs < 1:
         raise BenchmarkError(f"--runs: 1 or more, found {options.runs}")
     if dtype == torch.bfloat16 and not has_bfloat16(device):
@@ -220,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         print("error: the GPU's memory is not enough for this: choose a smaller --preset or --dtype", file=sys.stderr)
         return 1
-    except (BenchmarkError, ConfigError, CheckpointError, OSError) as error:
+    except (BenchmarkError, PolicyError, ConfigError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for line in wrong:

@@ -26,20 +26,6 @@ class Rates:
     bandwidth: float  # bytes per second, read and written, of a large copy
 
 
-def pick(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """ "auto" is a GPU where there is one, and bfloat16 there. BenchmarkError where the machine has neither."""
-    cuda = torch.cuda.is_available()
-    try:
-        chosen = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
-    except RuntimeError:
-        raise BenchmarkError(f"--device: {device!r} is no device, give cpu, cuda or auto") from None
-    if chosen.type == "cuda" and not cuda:
-        raise BenchmarkError(f"--device: {device!r} asked for, but torch sees no CUDA device here; give cpu")
-    if dtype == "auto":
-        return chosen, torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    return chosen, getattr(torch, dtype)
-
-
 def set_threads(threads: int) -> None:
     """Threads of torch on the CPU; 0 leaves torch's own number."""
     if threads < 0:
