@@ -28,13 +28,14 @@ def load_units(
     *,
     cache: Path | None = None,
     prompt: str | None = None,
+    idle: float = Selection.idle,
     jobs: int | None = None,
     quiet: bool = False,
 ) -> list[Unit]:
     """The usable recordings at `bags`, decoded into the cache (by default `.pi0_cache` beside them).
 
     One that cannot be read, or contradicts the robot file in joints or cameras, is named with its reason (unless
-    `quiet`) and left out.
+    `quiet`) and left out. `prompt` and `idle` as in `Selection`.
 
     Raises:
         BagError: no recording is usable, or actions were recorded at another rate than the robot file's.
@@ -42,9 +43,7 @@ def load_units(
     """
     root = bags if bags.is_dir() and not (bags / "metadata.yaml").is_file() else bags.parent
     found = find_bags(bags)
-    cached = build_cache(
-        found, robot, image_size, cache or root / FOLDER, selection=Selection(prompt=prompt), jobs=jobs
-    )
+    cached = build_cache(found, robot, image_size, cache or root / FOLDER, selection=Selection(idle, prompt), jobs=jobs)
     if not cached.units:
         bag, reason = next(iter(cached.skipped.items()))
         others = f" (and {len(cached.skipped) - 1} more)" if len(cached.skipped) > 1 else ""
