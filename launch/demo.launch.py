@@ -43,7 +43,10 @@ def generate_launch_description() -> LaunchDescription:
             ),
             IncludeLaunchDescription(
                 PythonLaunchDescriptionSource(str(SHARE / "launch/policy.launch.py")),
-                launch_arguments={name: LaunchConfiguration(name) for name in ("robot", "checkpoint")}.items(),
+                launch_arguments={
+                    **{name: LaunchConfiguration(name) for name in ("robot", "checkpoint")},
+                    "play_untrained": "true",
+                }.items(),
             ),
         ]
     )

@@ -10,11 +10,21 @@ from launch_ros.actions import Node
 
 ARGUMENTS = [
     DeclareLaunchArgument("robot", default_value="", description="robot file; empty: the one in the checkpoint folder"),
-    DeclareLaunchArgument("checkpoint", default_value="", description="checkpoint folder; empty: random weights"),
+    DeclareLaunchArgument(
+        "checkpoint",
+        default_value="",
+        description="checkpoint folder; empty: random weights, which the player refuses unless it is a dry run",
+    ),
     DeclareLaunchArgument("params_file", default_value="", description="node parameters (config/policy.params.yaml)"),
     DeclareLaunchArgument("namespace", default_value="", description="namespace of both nodes"),
     DeclareLaunchArgument(
         "dry_run", default_value="false", choices=["true", "false"], description="judge chunks, send no commands"
+    ),
+    DeclareLaunchArgument(
+        "play_untrained",
+        default_value="false",
+        choices=["true", "false"],
+        description="play random weights too: on a simulated arm",
     ),
     DeclareLaunchArgument(
         "autostart", default_value="true", choices=["true", "false"], description="configure and activate both nodes"
@@ -31,7 +41,7 @@ def nodes(context: LaunchContext) -> list[Node]:
     files = [given["params_file"]] if given["params_file"] else []
     # What is not given here is left to the parameter file.
     checkpoint = {"checkpoint": given["checkpoint"]} if given["checkpoint"] else {}
-    dry_run = {"dry_run": True} if given["dry_run"] == "true" else {}
+    played = {name: True for name in ("dry_run", "play_untrained") if given[name] == "true"}
     common = {"package": "pi0_ros", "namespace": given["namespace"], "output": "screen"}
     robot = {"robot_file": given["robot"]} if given["robot"] else {}
     # The player finds the robot file in a checkpoint folder.
@@ -48,7 +58,7 @@ def nodes(context: LaunchContext) -> list[Node]:
         Node(
             executable="chunk_player",
             name="chunk_player",
-            parameters=[*files, switches | player_robot | dry_run],
+            parameters=[*files, switches | player_robot | played],
             **common,
         ),
     ]

@@ -41,11 +41,12 @@ LOW, HIGH = np.array([-1.0, -0.5, 0.0]), np.array([1.0, 2.0, 1.0])
 class Bench:
     """A player, a clock and an arm that does as it is told."""
 
-    def __init__(self, streamed=NAMES, start=True, **changes) -> None:
+    def __init__(self, streamed=NAMES, start=True, robot=ROBOT, **changes) -> None:
         # Many a test plays one long chunk: the policy's silence does not count in them.
-        self.player = Player(ROBOT, Settings(**{"policy_timeout": 3.0, **changes}), streamed)
+        self.player = Player(robot, Settings(**{"policy_timeout": 3.0, **changes}), streamed)
         self.now = 10 * SECOND
-        self.arm = np.zeros(3)
+        self.arm = np.zeros(3)  # measured
+        self.sag = np.zeros(3)  # by which the arm stays away from what it is told
         self.sensing = True
         self.sequence = -1
         self.trail = []  # positions at every tick that had a command
@@ -54,11 +55,13 @@ class Bench:
         if start:
             self.player.start()
 
-    def offer(self, actions, age=0.0, dt=0.05, sequence=None, epoch=0, names=NAMES) -> str:
+    def offer(self, actions, age=0.0, dt=0.05, sequence=None, epoch=0, names=NAMES, untrained=False) -> str:
         values = np.asarray(actions, dtype=np.float64)
         self.sequence = self.sequence + 1 if sequence is None else sequence
         return self.player.offer(
-            Offer(self.now - round(age * SECOND), self.sequence, epoch, names, len(values), dt, values.ravel()),
+            Offer(
+                self.now - round(age * SECOND), self.sequence, epoch, names, len(values), dt, values.ravel(), untrained
+            ),
             self.now,
         )
 
@@ -72,7 +75,7 @@ class Bench:
                 continue
             self.trail.append(self.player.commanded.copy())
             self.sends += commands.stream
-            self.arm = self.player.commanded.copy()
+            self.arm = self.player.commanded + self.sag
             if commands.plan is not None:
                 self.plans.append((self.now, commands.plan))
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from playback_kit import NAMES, PERIOD, VELOCITY, Bench, check_limits, check_plans
+from playback_kit import NAMES, PERIOD, ROBOT, VELOCITY, Bench, check_limits, check_plans
 
 from pi0_ros.ros.playback import SECOND
 from pi0_ros.ros.player import APPROACHING, DRY_RUN, HOLDING, PLAYING, STOPPED
@@ -157,26 +157,49 @@ def test_starts_from_where_the_arm_is_when_it_was_moved_meanwhile():
     assert bench.seen == (PLAYING, "")
 
 
-def test_start_holds_the_arm_where_it_is_and_sends_nothing_before_that_is_known():
+def test_start_holds_an_arm_that_was_moved_where_it_is_and_sends_nothing_before_that_is_known():
     bench = Bench()
+    bench.sag = np.array([0.0, 0.0, -0.6])  # the gripper holds something
     bench.offer([[0.0, 0.0, 1.0]] * 21)
     bench.tick(60)
     bench.player.stop("stop service")
-    bench.tick(10)
+    bench.tick(150)
     bench.sensing = False
     bench.now += SECOND
     bench.player.start()
     before = bench.sends
     bench.tick(5)
     assert bench.sends == before and bench.player.blind
-    bench.arm = np.array([0.2, -0.1, 0.4])  # moved by another program; the gripper holds something
+    bench.arm = np.array([0.2, -0.1, 0.4])  # moved by another program
     bench.sensing = True
     bench.tick(5)
     assert bench.sends == before + 5
     np.testing.assert_allclose(bench.trail[-5:], np.tile([0.2, -0.1, 1.0], (5, 1)), atol=1e-6)
 
 
-def test_an_arm_that_does_not_follow_is_not_left_behind():
+@pytest.mark.parametrize("streamed", [NAMES, ()], ids=["positions", "trajectories"])
+def test_an_arm_that_sags_is_not_let_down_at_every_start(streamed):
+    bench = Bench(streamed)
+    bench.sag = np.array([-0.05, -0.1, 0.0])
+    bench.tick(2)
+    bench.lively()
+    bench.tick(30)
+    for _ in range(3):
+        bench.player.stop("stop service")
+        bench.tick(150)
+        bench.player.start()
+        bench.tick(5)
+    at = bench.trail[-1]
+    check_limits(bench.trail)
+    bench.offer(np.tile(at, (41, 1)))
+    bench.tick(20)
+    check_limits(bench.trail)
+    if streamed == ():
+        check_plans(bench.plans, (0, 1, 2))
+    np.testing.assert_allclose(bench.trail[-1], at, atol=1e-6)
+
+
+def test_an_arm_that_does_not_follow_is_stopped_until_somebody_starts_it():
     bench = Bench(following_error=0.3)
     bench.tick(2)
     time = np.arange(41) * 0.05
@@ -185,8 +208,15 @@ def test_an_arm_that_does_not_follow_is_not_left_behind():
     for _ in range(80):
         bench.tick()
         bench.arm = stuck.copy()  # an emergency stop
-    assert bench.seen == (HOLDING, "the arm does not follow: joint 'a' is more than 0.3 from its command")
+    why = "the arm does not follow: joint 'a' is more than 0.3 from its command; ~/start goes on"
+    assert bench.seen == (STOPPED, why)
     assert bench.player.at_rest and bench.player.commanded[0] < 0.4
+    sent = bench.sends
+    bench.offer(np.tile([0.1, 0.0, 0.0], (41, 1)))
+    bench.tick(1)
+    assert bench.seen == (STOPPED, why) and bench.sends == sent
+    bench.arm = stuck.copy()
+    bench.player.start()
     bench.offer(np.tile([0.1, 0.0, 0.0], (41, 1)))
     bench.tick(1)
     assert bench.seen == (PLAYING, "")
@@ -221,6 +251,56 @@ def test_an_arm_that_was_moved_while_it_was_held_is_not_taken_back():
     bench.tick()
     assert bench.sends == before + 2
     np.testing.assert_allclose(bench.player.commanded, [0.8, 0.0, 0.4])
+
+
+def test_an_arm_that_was_moved_a_little_after_it_had_settled_is_not_taken_back_either():
+    bench = Bench()
+    bench.sag = np.array([0.1, 0.0, 0.0])
+    bench.tick(120)
+    before, at = bench.sends, bench.arm
+    bench.arm = at + [0.08, 0.0, 0.0]
+    bench.tick()
+    bench.tick(10)  # let go: it swings back
+    assert bench.player.state == HOLDING and bench.sends == before
+    bench.sag = np.zeros(3)
+    bench.arm = at + [0.08, 0.0, 0.0]
+    bench.offer(np.tile(bench.arm, (41, 1)))
+    bench.tick()
+    assert bench.sends == before + 1
+    np.testing.assert_allclose(bench.player.commanded, bench.arm)
+
+
+def test_what_is_not_seen_is_not_commanded_once_it_is_at_rest():
+    bench = Bench()
+    bench.tick(2)
+    bench.lively()
+    bench.tick(20)
+    bench.sensing = False
+    bench.tick(60)  # brakes
+    assert bench.player.blind and bench.player.at_rest
+    sent = bench.sends
+    bench.tick(100)
+    assert bench.sends == sent
+    check_limits(bench.trail)
+
+
+def test_thresholds_count_a_fifth_in_metres():
+    linear = ROBOT.joints[0].model_copy(update={"kind": "prismatic"})
+    robot = ROBOT.model_copy(update={"joints": (linear, *ROBOT.joints[1:])})
+    for distance, state in ((0.06, APPROACHING), (0.04, PLAYING)):
+        bench = Bench(robot=robot)
+        bench.tick(2)
+        bench.offer([[distance, 0.0, 0.0]] * 21)
+        bench.tick()
+        assert bench.player.state == state
+        assert ("begins, more than 0.05" in bench.player.reason) == (state == APPROACHING)
+
+
+def test_what_untrained_weights_make_is_played_on_a_simulated_arm_only():
+    bench = Bench()
+    assert "untrained random weights made it" in bench.offer([[0.0, 0.0, 0.0]] * 21, untrained=True)
+    for allowed in ("play_untrained", "dry_run"):
+        assert Bench(**{allowed: True}).offer([[0.0, 0.0, 0.0]] * 21, untrained=True) == ""
 
 
 def test_joint_states_from_a_clock_that_is_ahead_are_as_old_as_their_arrival():

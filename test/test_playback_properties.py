@@ -43,10 +43,11 @@ event = st.one_of(
     interpolation=st.sampled_from(["linear", "cubic"]),
     limits=st.sampled_from(["clamp", "clamp", "clamp", "refuse"]),
     streamed=st.sampled_from([NAMES, ("g",), ()]),
+    sag=st.tuples(*[st.one_of(st.just(0.0), st.floats(-0.2, 0.2))] * 3),
 )
-def test_limits_hold_and_nothing_is_ever_nan_whatever_comes(events, handover, interpolation, limits, streamed):
+def test_limits_hold_and_nothing_is_ever_nan_whatever_comes(events, handover, interpolation, limits, streamed, sag):
     bench = Bench(streamed, handover=handover, interpolation=interpolation, limits=limits, approach_speed=0.5)
-    bench.arm = np.array([0.1, 0.2, 0.3])
+    bench.arm, bench.sag = np.array([0.1, 0.2, 0.3]), np.array(sag)
     bench.tick(2)
     made, epoch = [], 0
     for kind, *values in events:

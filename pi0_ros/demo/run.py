@@ -105,7 +105,7 @@ class Demo:
         processes.start(
             "chunk_player",
             "pi0_ros.ros.chunk_player",
-            *("--ros-args", *robot_file, "-p", "autostart:=true"),
+            *("--ros-args", *robot_file, "-p", "autostart:=true", "-p", "play_untrained:=true"),
             *(part for pair in self.options.player_parameters for part in ("-p", pair)),
         )
         processes.start("visualiser", "pi0_ros.ros.visualiser", "--ros-args", *robot_file)

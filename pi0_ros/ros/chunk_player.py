@@ -36,6 +36,7 @@ from pi0_ros.ros.program import run_node
 from pi0_ros.ros.qos import LATCHED, NEWEST, SENSOR
 
 STATUS_PERIOD = SECOND // 10  # ns
+UNTRAINED = "random"  # the digest of a policy without a checkpoint
 STOPPED_BY_CALL = "stopped by ~/stop, ~/start goes on"
 
 
@@ -51,17 +52,36 @@ SPECS = (
     _set("blend_time", 0.3, "how long a hand-over fades, s", 0, 10),
     _set("ensemble_decay", 0.01, "ensemble: chunk i (0 the oldest) weighs exp(-decay * i)", 0, 10),
     _set("hold_after", 0.0, "how long a chunk's last action stands before holding counts, s", 0, 60),
-    _set("policy_timeout", 1.0, "hold when no chunk came for so long, s; 0: not before the chunk ends", 0, 3600),
+    _set(
+        "policy_timeout",
+        1.0,
+        "hold when no chunk came for so long, s; 0: not before the chunk ends, as a policy that makes chunks on demand or "
+        "less than once a second needs it",
+        0,
+        3600,
+    ),
     _set("chunk_max_age", 1.0, "refuse a chunk whose observation is older when it comes, s", 0.001, 3600),
     _set("chunk_max_ahead", 0.05, "refuse a chunk whose stamp is further in the future, s", 0, 60),
+    _set("play_untrained", False, "play chunks of untrained random weights, for a simulated arm"),
     _set("limits", "clamp", "what happens to actions beyond the robot's limits", choices=("clamp", "refuse")),
     _set("velocity_scale", 1.0, "share of the robot file's velocity limits to use", 0.01, 1),
     _set("acceleration_scale", 1.0, "share of the robot file's acceleration limits to use", 0.01, 1),
     _set(
-        "approach_threshold", 0.25, "a joint further from where a chunk begins goes there slowly, rad or m", 0.001, 100
+        "approach_threshold",
+        0.25,
+        "a joint further from where a chunk begins goes there slowly, rad; for prismatic joints a fifth of it, m",
+        0.001,
+        100,
     ),
     _set("approach_speed", 0.2, "share of the velocity limits to use for that", 0.01, 1),
-    _set("following_error", 0.5, "hold when a joint is further from its command, rad or m; 0: never", 0, 100),
+    _set(
+        "following_error",
+        0.5,
+        "stop until ~/start when a joint is further from its command, rad; for prismatic joints a fifth of it, m; "
+        "0: never",
+        0,
+        100,
+    ),
     _set("trajectory.window", 0.4, "JointTrajectory: how far ahead is sent before coming to rest, s", 0.05, 10),
     _set("trajectory.rate", 10.0, "JointTrajectory: how often it is sent again, Hz", 0.5, 100),
     _set("trajectory.lead", 0.02, "JointTrajectory: its first point is at least so far ahead, s", 0, 1),
@@ -232,6 +252,7 @@ class ChunkPlayer(LifecycleNode):
             message.horizon,
             message.dt,
             np.array(message.actions, dtype=np.float64),
+            message.checkpoint == UNTRAINED,
         )
         if refusal := self._player.offer(offer, self._now()):
             self.get_logger().warning(refusal, throttle_duration_sec=1.0)

@@ -30,6 +30,7 @@ class Offer:
     horizon: int
     dt: float
     actions: np.ndarray  # float64 [horizon * joints], row-major
+    untrained: bool = False  # made by random weights
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,13 @@ class Rules:
     max_age: float  # s, of its stamp when it arrives
     max_ahead: float  # s, of its stamp before now
     refuse_limits: bool  # refuse what breaks a limit instead of clamping it later
+    untrained: bool = False  # play what random weights make
 
 
 def fault_of(offer: Offer, rules: Rules, now: int) -> str | None:
     """Why a chunk is refused, in one line, or None."""
+    if offer.untrained and not rules.untrained:
+        return "untrained random weights made it (play_untrained allows that, on a simulated arm)"
     if offer.joint_names != rules.joint_names:
         return f"joints {list(offer.joint_names)} are not {list(rules.joint_names)}"
     if not (0.0 < offer.dt <= MOST_DT):

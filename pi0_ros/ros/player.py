@@ -16,6 +16,7 @@ from pi0_ros.robot import Robot
 from pi0_ros.ros.limiter import robot_limits
 from pi0_ros.ros.motion import Stream, Window
 from pi0_ros.ros.playback import SECOND, Offer, Playback, Rules, TimedActions, fault_of, joint_index
+from pi0_ros.ros.rest import Rest
 
 # The numbers of PlayerStatus.
 STOPPED, HOLDING, PLAYING, APPROACHING, DRY_RUN = range(5)
@@ -23,6 +24,7 @@ STATES = ("STOPPED", "HOLDING", "PLAYING", "APPROACHING", "DRY_RUN")
 
 JUMP_BACK = 0.1  # s; less is a clock being adjusted, more is another time (bag loop, simulator reset)
 FUTURE_STATE = 0.5  # s; joint states stamped further ahead of the clock are from another clock
+METRES = 0.2  # thresholds are in rad; for a prismatic joint they count as this many m a rad
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Settings:
     blend_time: float = 0.3
     ensemble_decay: float = 0.01
     hold_after: float = 0.0
+    play_untrained: bool = False
     policy_timeout: float = 1.0
     chunk_max_age: float = 1.0
     chunk_max_ahead: float = 0.05
@@ -86,9 +89,11 @@ class Player:
             settings.chunk_max_age,
             settings.chunk_max_ahead,
             settings.limits == "refuse",
+            settings.play_untrained or settings.dry_run,
         )
         # Opening or closing a gripper at once is no jump of the arm: grippers start no approach.
         self._arm = np.array([joint.kind != "gripper" for joint in robot.joints])
+        self._unit = np.array([METRES if joint.kind == "prismatic" else 1.0 for joint in robot.joints])  # [J]
 
         step = 1.0 / settings.rate
         self._period = round(step * SECOND)
@@ -115,7 +120,8 @@ class Player:
         self._mode, self._why, self._refusal = STOPPED, "not started", ""
         self._running = False  # between start and stop
         self._afresh = False  # started, and not yet seen where the arm is
-        self._adrift = False  # held, but moved by hand or its controller was off: a command would take it back at once
+        far = min(settings.approach_threshold, settings.following_error or math.inf)
+        self._rest = Rest(self._arm, far * self._unit, self._unit)
         self._following = False  # a chunk moves the arm
         self._speed = 1.0
         self._pending: TimedActions | None = None  # accepted, taken over at the next tick
@@ -231,7 +237,8 @@ class Player:
         self._decide(now)
         if self.commanded is None:
             return None
-        held = self._running and not (self._afresh or self._adrift)
+        # Of an arm that was moved at rest, or is not seen, nothing is known that would make it safe to take it back.
+        held = self._running and not (self._afresh or self._rest.moved or self.blind)
         send, plan = self.stream is not None and (held or not self.at_rest), None
         if self.stream is not None:
             self.stream.advance(self._index, steps, self._guide, self._speed)
@@ -269,6 +276,10 @@ class Player:
 
     def _decide(self, now: int) -> None:
         """Follow or hold, with the reason."""
+        if self._following or not self.at_rest:
+            self._rest.begin_anew()
+        elif self.commanded is not None:
+            self._rest.watch(now, self.measured, self.commanded)
         if not self._running:
             return
         fault = self._state_fault(now)
@@ -278,12 +289,12 @@ class Player:
             return
         if self.commanded is None:
             self._seed()
-        elif self._afresh and self.at_rest:  # others may have moved it: the old command would take it back at once
-            # A gripper may be holding something: unless the arm was moved, its command stays.
-            self._rest_at(self.measured if self._moved() else np.where(self._arm, self.measured, self.commanded))
+        elif self._afresh and self._rest.moved:
+            self._seed()
         self._afresh = False
         if self._following and (lost := self._not_followed()):
-            self._drop(lost)
+            self.stop(lost)  # an emergency stop, a collision: who releases the arm says when it goes on
+            return
         chunk, self._pending = self._pending, None
         at = self._time(self._index + self._lead)
         if chunk is not None and chunk.end + self._hold_after >= now:
@@ -296,7 +307,6 @@ class Player:
             self._take_over(self.playback.chunk, at)
         elif self._mode == APPROACHING:
             self._approach(at)
-        self._adrift = not self._following and self.at_rest and bool(self._not_followed())
 
     def _state_fault(self, now: int) -> str:
         """Why the joint states cannot be relied on, or ""."""
@@ -309,11 +319,14 @@ class Player:
 
     def _not_followed(self) -> str:
         """Why the arm does not do what is commanded, or "": going on would let it jump when it is released."""
-        most, gaps = self.settings.following_error, np.abs(self.measured - self.commanded) * self._arm
-        worst = int(np.argmax(gaps))
-        if not most or self.settings.dry_run or gaps[worst] <= most:
+        most, gaps = self.settings.following_error * self._unit, np.abs(self.measured - self.commanded) * self._arm
+        worst = int(np.argmax(gaps / self._unit))
+        if not self.settings.following_error or self.settings.dry_run or gaps[worst] <= most[worst]:
             return ""
-        return f"the arm does not follow: joint '{self.joint_names[worst]}' is more than {most:g} from its command"
+        return (
+            f"the arm does not follow: joint '{self.joint_names[worst]}' is more than {most[worst]:g} from its command; "
+            "~/start goes on"
+        )
 
     def _ended(self, now: int) -> str:
         """Why there is nothing to play, or ""."""
@@ -340,14 +353,14 @@ class Player:
             self.played += 1
             self.epoch, self.sequence, self.handover_delay = chunk.epoch, chunk.sequence, chunk.past(at)
         self._following = self._plan_now = True
-        gaps = np.abs(chunk.at(at)[0] - position) * self._arm
-        worst = int(np.argmax(gaps))
-        if gaps[worst] > self.settings.approach_threshold:
+        gaps, most = np.abs(chunk.at(at)[0] - position) * self._arm, self.settings.approach_threshold * self._unit
+        worst = int(np.argmax(gaps / self._unit))
+        if gaps[worst] > most[worst]:
             self.playback.alone()
             self._mode, self._speed = APPROACHING, self.settings.approach_speed
             self._why = (
                 f"approaching at limited speed: joint '{self.joint_names[worst]}' is {gaps[worst]:.3g} from where "
-                f"chunk {chunk.sequence} begins, more than {self.settings.approach_threshold:g}"
+                f"chunk {chunk.sequence} begins, more than {most[worst]:g}"
             )
             return
         if not playing or self.settings.handover == "blend":
@@ -357,7 +370,7 @@ class Player:
     def _approach(self, at: int) -> None:
         """Go over to playing when near enough."""
         position, velocity = self._commanded_at_lead()
-        gaps = np.abs(self.playback.at(at)[0] - position) * self._arm
+        gaps = np.abs(self.playback.at(at)[0] - position) / self._unit * self._arm
         if gaps.max() <= 0.25 * self.settings.approach_threshold:
             self.playback.join(at, position, velocity)
             self._mode, self._speed, self._why, self._plan_now = PLAYING, 1.0, "", True
@@ -365,16 +378,12 @@ class Player:
     def _commanded(self) -> tuple[np.ndarray, np.ndarray]:
         """[J] position and velocity that a new motion starts from.
 
-        What is commanded, unless the arm rests somewhere else (moved by hand or by another program, a simulator's
+        What is commanded, unless the arm was moved while it rested (by hand or by another program, a simulator's
         reset): then where it is. A dry run always starts where the arm is.
         """
-        if self.settings.dry_run or (not self._following and self.at_rest and self._moved()):
+        if self.settings.dry_run or self._rest.moved:
             self._seed()
         return self._commanded_at_lead()
-
-    def _moved(self) -> bool:
-        gaps = np.abs(self.measured - self.commanded) * self._arm
-        return bool((gaps > self.settings.approach_threshold).any() or self._not_followed())
 
     def _commanded_at_lead(self) -> tuple[np.ndarray, np.ndarray]:
         position, velocity = self.commanded.copy(), np.zeros(len(self.commanded))
@@ -385,11 +394,14 @@ class Player:
         return position, velocity
 
     def _seed(self) -> None:
-        """Command from where the arm is, at rest."""
-        self._rest_at(self.measured)
-
-    def _rest_at(self, position: np.ndarray) -> None:
-        self.commanded = position.copy()
+        """Command from where the arm is, at rest. A gripper that did not move may be holding something: its command
+        stays."""
+        position = self.measured.copy()
+        if self.commanded is not None:
+            kept = self._rest.stayed & ~self._arm
+            position[kept] = self.commanded[kept]
+        self.commanded = position
+        self._rest.begin_anew()
         for group in (self.stream, self.window):
             if group is not None:
                 group.seed(position)
