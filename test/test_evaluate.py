@@ -128,6 +128,7 @@ def test_the_program_prints_a_table_and_one_line_for_what_is_wrong(data, tmp_pat
             ({"--checkpoint": str(tmp_path / "none")}, "no such folder"),
             ({"--checkpoint": str(lonely), "--bags": str(tmp_path / "nothing")}, "nothing"),
             ({"--checkpoint": str(lonely), "--chunks": "-1"}, "--chunks must be at least 0, found -1"),
+            ({"--checkpoint": str(lonely), "--idle": "nan"}, "--idle must be at least 0, found nan"),
         ):
             changed = dict(zip(words[::2], words[1::2], strict=True)) | change
             assert main([word for pair in changed.items() for word in pair]) == 1

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import bag_kit
 import pytest
+import train_kit as kit
 
 from pi0_ros.training.data import load_units
+from pi0_ros.training.evaluate import Options as EvaluateOptions
+from pi0_ros.training.evaluate import evaluate
+from pi0_ros.training.options import parse, require_same
+from pi0_ros.training.train import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return kit.make_data(tmp_path_factory.mktemp("options"))
 
 
 @pytest.fixture(scope="module")
@@ -32,3 +44,21 @@ def rested(tmp_path_factory):
 def test_idle_starts_and_ends_are_trimmed_as_told(rested, told, kept):
     (unit,) = load_units(rested, bag_kit.robot(), 28, jobs=1, **told)
     assert unit.arrays["usable"].nonzero()[0].tolist() == list(kept)
+
+
+def test_training_and_evaluation_take_idle_as_inspect_bags_does(data, rested, tmp_path, capsys):
+    words = kit.arguments(data, tmp_path / "run", bags=rested, steps=1, held_out=0)
+    assert parse(words).idle == EvaluateOptions(rested, tmp_path).idle == 0.005
+    assert main([*words, "--idle", "0.3"]) == 0
+    assert "training on 1 episodes, 5 samples" in capsys.readouterr().out
+    assert main([*words, "--idle", "0.1"]) == 1  # a resumed run
+    assert "--idle (was 0.3, now 0.1)" in capsys.readouterr().err
+    asked = EvaluateOptions(rested, tmp_path / "run" / "checkpoint", tmp_path / "out", idle=0.3, all=True, chunks=0,
+                            seeds=1, num_steps=1, device="cpu", jobs=1)  # fmt: skip
+    assert evaluate(asked)["chunks"] == 5
+
+
+def test_a_run_that_is_older_than_idle_goes_on():
+    now = parse(["--bags", "a", "--robot", "b", "--output", "c"]).to_dict()
+    saved = {name: value for name, value in now.items() if name != "idle"}
+    require_same(saved, now)

@@ -60,14 +60,16 @@ class Options:
     """torch device: auto, cpu, cuda."""
     prompt: str | None = None
     """The instruction of every episode, instead of the recorded one."""
+    idle: float = 0.005
+    """Start and end of an episode are trimmed until a joint moves by this share of its range; 0: not at all."""
     cache: Path | None = None
     """Folder for decoded frames; None: .pi0_cache beside the bags."""
     jobs: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(None: one a core)")] = None
     """Processes that decode."""
 
     def __post_init__(self) -> None:
-        for name, least in (("chunks", 0), ("seeds", 1), ("num_steps", 1)):
-            if getattr(self, name) < least:
+        for name, least in (("chunks", 0), ("seeds", 1), ("num_steps", 1), ("idle", 0)):
+            if not getattr(self, name) >= least:  # NaN is not
                 raise EvaluationError(
                     f"--{name.replace('_', '-')} must be at least {least}, found {getattr(self, name)}"
                 )
@@ -211,6 +213,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         config.vision.image_size,
         cache=options.cache,
         prompt=options.prompt,
+        idle=options.idle,
         jobs=options.jobs,
     )
     episodes, which = pick_episodes(units, options.checkpoint, options.all)

@@ -96,6 +96,8 @@ class TrainOptions:
     """Of everything random: order, augmentation, noise, time, first weights."""
     prompt: str | None = None
     """The instruction of every episode, instead of the recorded one."""
+    idle: float = 0.005
+    """Start and end of an episode are trimmed until a joint moves by this share of its range; 0: not at all."""
     cache: Path | None = None
     """Folder for decoded frames; None: .pi0_cache beside the bags."""
     save_every: int = 1000
@@ -111,6 +113,7 @@ class TrainOptions:
         for name in ("steps", "batch", "accumulate", "draws", "save_every", "evaluate_every"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         self._require("first_seconds", self.first_seconds >= 0, "must not be negative")
+        self._require("idle", self.idle >= 0, "must not be negative")
         self._require("ema", 0 <= self.ema < 1, "must be from 0 to below 1")
         self._require("held_out", 0 <= self.held_out < 1, "must be from 0 to below 1")
         self._require("clip", self.clip > 0, "must be above 0")
@@ -156,7 +159,7 @@ class TrainOptions:
 FREE = {"bags", "robot", "output", "cache", "jobs", "save_every", "evaluate_every", "minutes", "device"}
 FREE |= {"accumulate", "shard"}
 
-YOUNGER = {"draws": 1, "first_seconds": 0.0}  # what a run did that was begun before there was the option
+YOUNGER = {"draws": 1, "first_seconds": 0.0, "idle": 0.005}  # what a run did that was begun before there was the option
 
 
 def require_same(saved: dict[str, Any], now: dict[str, Any]) -> None:

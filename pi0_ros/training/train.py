@@ -110,6 +110,7 @@ class Run:
                 size,
                 cache=options.cache,
                 prompt=options.prompt,
+                idle=options.idle,
                 jobs=options.jobs,
                 quiet=not self.world.first,
             )
