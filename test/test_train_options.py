@@ -5,7 +5,11 @@ from __future__ import annotations
 import bag_kit
 import pytest
 import train_kit as kit
+import yaml
 
+from pi0_ros.model.config import PRESETS
+from pi0_ros.model.flow import Pink
+from pi0_ros.policy.bundle import BundleSettings, save_bundle
 from pi0_ros.training.data import load_units
 from pi0_ros.training.evaluate import Options as EvaluateOptions
 from pi0_ros.training.evaluate import evaluate
@@ -62,3 +66,32 @@ def test_a_run_that_is_older_than_idle_goes_on():
     now = parse(["--bags", "a", "--robot", "b", "--output", "c"]).to_dict()
     saved = {name: value for name, value in now.items() if name != "idle"}
     require_same(saved, now)
+
+
+def test_what_was_left_open_is_written_down_as_it_was_resolved(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "nano", kit.TINY)
+    words = kit.arguments(data, tmp_path / "nano", init=None, learning_rate=None, steps=20, minutes=1e-9)
+    assert main(words) == 0
+    written = yaml.safe_load((tmp_path / "nano" / "options.yaml").read_text())
+    assert (written["learning_rate"], written["warmup"], written["horizon"]) == (None, 1000, None)
+    assert written["resolved"] == {
+        "learning_rate": 1e-3,
+        "warmup": 2,
+        "horizon": 5,
+        "loss_dims": "real",
+        "noise": {"source": "white"},
+        "tokenizer": "bytes",
+        "device": "cpu",
+    }
+
+
+def test_what_a_checkpoint_decides_is_written_down(data, tmp_path):
+    settings = BundleSettings(kit.TINY, noise_source=Pink(0.5).to_dict())
+    save_bundle(tmp_path / "start", kit.random_start(), settings, None, None)
+    output = tmp_path / "out"
+    assert main(kit.arguments(data, output, init=tmp_path / "start", learning_rate=None, steps=1, horizon=4)) == 0
+    resolved = yaml.safe_load((output / "options.yaml").read_text())["resolved"]
+    assert (resolved["learning_rate"], resolved["warmup"], resolved["horizon"]) == (2.5e-5, 0, 4)
+    assert (resolved["loss_dims"], resolved["noise"]) == ("all", {"source": "pink", "beta": 0.5})
+    assert parse(["--config", str(output / "options.yaml")]).learning_rate is None  # so that the run can go on
+    assert main(["--config", str(output / "options.yaml")]) == 0

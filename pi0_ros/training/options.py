@@ -161,6 +161,8 @@ FREE |= {"accumulate", "shard"}
 
 YOUNGER = {"draws": 1, "first_seconds": 0.0, "idle": 0.005}  # what a run did that was begun before there was the option
 
+RESOLVED = "resolved"  # beside the options in options.yaml: for people to read; a run that goes on resolves anew
+
 
 def require_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """OptionsError naming every option whose change would give a resumed run other numbers."""
@@ -219,6 +221,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise OptionsError(f"--config {path}: not YAML") from None
     if not isinstance(data, dict):
         raise OptionsError(f"--config {path}: must hold a mapping of options, found {str(data)[:60]!r}")
+    data.pop(RESOLVED, None)
     known = [field.name for field in dataclasses.fields(TrainOptions)]
     if unknown := sorted(set(data) - set(known)):
         raise OptionsError(

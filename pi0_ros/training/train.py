@@ -2,7 +2,8 @@
 
 OUTPUT/checkpoint/      averaged weights, robot file, statistics: for policy_node and evaluate
 OUTPUT/state/           to go on from after an interruption
-OUTPUT/options.yaml     every option as it was resolved; episodes.json: what was trained on and what held out
+OUTPUT/options.yaml     every option, and what those left open were resolved to
+OUTPUT/episodes.json    what was trained on and what held out
 OUTPUT/loss.png, tensorboard/
 """
 
@@ -41,7 +42,7 @@ from pi0_ros.training.lora import merged
 from pi0_ros.training.memory import available_memory, forecast, report
 from pi0_ros.training.objective import flow_loss
 from pi0_ros.training.optimise import Average, learning_rate, make_optimizer
-from pi0_ros.training.options import OptionsError, TrainOptions, parse, require_same
+from pi0_ros.training.options import RESOLVED, OptionsError, TrainOptions, parse, require_same
 from pi0_ros.training.parts import trained
 from pi0_ros.training.sharding import assign, like, shard, whole
 from pi0_ros.training.start import start
@@ -340,8 +341,21 @@ class Run:
         """What was asked for, and what is trained on."""
         output = self.options.output
         remove_leftovers(output / "state")
-        data.write_whole(output / "options.yaml", yaml.safe_dump(self.options.to_dict(), sort_keys=False))
+        options = yaml.safe_dump(self.options.to_dict() | {RESOLVED: self._resolved()}, sort_keys=False)
+        data.write_whole(output / "options.yaml", options)
         data.write_whole(output / "episodes.json", json.dumps(self.episodes, indent=1))
+
+    def _resolved(self) -> dict[str, Any]:
+        """What stood in for options that were left open."""
+        return {
+            "learning_rate": self.options.peak,
+            "warmup": self.options.warmup_steps,
+            "horizon": self.settings.model.action_horizon,
+            "loss_dims": "all" if self.settings.loss_dims is None else "real",
+            "noise": dict(self.settings.noise_source),
+            "tokenizer": str(self.tokenizer or "bytes"),
+            "device": str(self.device),
+        }
 
     def _log(self, board: SummaryWriter | None, bar: tqdm, rate: float, speed: float) -> None:
         if board is None:
