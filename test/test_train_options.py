@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bag_kit
 import pytest
+import torch
 import train_kit as kit
 import yaml
 
@@ -13,6 +14,7 @@ from pi0_ros.policy.bundle import BundleSettings, save_bundle
 from pi0_ros.training.data import load_units
 from pi0_ros.training.evaluate import Options as EvaluateOptions
 from pi0_ros.training.evaluate import evaluate
+from pi0_ros.training.optimise import make_optimizer
 from pi0_ros.training.options import parse, require_same
 from pi0_ros.training.train import main
 
@@ -95,3 +97,16 @@ def test_what_a_checkpoint_decides_is_written_down(data, tmp_path):
     assert (resolved["loss_dims"], resolved["noise"]) == ("all", {"source": "pink", "beta": 0.5})
     assert parse(["--config", str(output / "options.yaml")]).learning_rate is None  # so that the run can go on
     assert main(["--config", str(output / "options.yaml")]) == 0
+
+
+def test_the_defaults_are_those_of_openpi():
+    # training/config.py (TrainConfig) and training/optimizer.py (AdamW, CosineDecaySchedule) of openpi
+    options = parse(["--bags", "a", "--robot", "b", "--output", "c", "--init", "d"])
+    assert (options.steps, options.batch, options.seed) == (30_000, 32, 42)
+    assert (options.peak, options.warmup_steps, options.final_learning_rate) == (2.5e-5, 1000, 0.1)
+    assert (options.clip, options.ema, options.weight_decay) == (1.0, 0.99, 1e-10)
+    assert (options.draws, options.noise, options.loss_dims, options.augment) == (1, None, None, True)
+    optimizer = make_optimizer(kit.random_start(), options.weight_decay)
+    assert type(optimizer) is torch.optim.AdamW
+    chosen = {name: optimizer.defaults[name] for name in ("betas", "eps", "weight_decay", "amsgrad")}
+    assert chosen == {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-10, "amsgrad": False}
