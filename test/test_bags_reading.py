@@ -109,6 +109,12 @@ def test_a_recording_without_any_file_is_refused(tmp_path, written):
         read(bag)
 
 
+def test_metadata_that_names_no_file_by_name_is_refused_all_the_same(tmp_path):
+    (tmp_path / "metadata.yaml").write_text("rosbag2_bagfile_information: {relative_file_paths: [1]}")
+    with pytest.raises(BagError, match=r"no storage file there; metadata\.yaml names 1$"):
+        read(tmp_path)
+
+
 def test_loose_files_are_recordings_of_their_own(tmp_path, written):
     for name in ("a", "b"):
         kit.write_bag(tmp_path / "x" / name, written)

@@ -205,9 +205,8 @@ class Bag:
     def __enter__(self) -> Bag:
         if not self.files.files:
             listed = self.files.metadata.get("relative_file_paths") or []
-            raise BagError(
-                f"{self.files.path}: no storage file there; metadata.yaml names {', '.join(listed) or 'none'}"
-            )
+            names = ", ".join(map(str, listed)) or "none"
+            raise BagError(f"{self.files.path}: no storage file there; metadata.yaml names {names}")
         try:
             for file in self.files.files:
                 self._open(file)
