@@ -113,6 +113,15 @@ def test_the_split_is_by_episode_and_repeats(units):
     assert len(Dataset(units, 4, episodes=held)) in (8, 10)
 
 
+def test_a_recording_and_its_copy_are_never_on_both_sides_of_the_split(units):
+    copied = [*units, units[0], units[1], units[0]]
+    for seed in range(20):
+        train, held = split(copied, 0.5, seed=seed)
+        assert sorted(train + held) == all_episodes(copied)
+        assert {tuple(unit for unit, _ in side) for side in (train, held)} == {(0, 2, 4), (1, 3)}
+    assert split([units[0], units[0]], 0.5) == ([(0, 0), (1, 0)], [])  # nothing else is there to train on
+
+
 @given(
     samples=st.integers(1, 50),
     batch=st.integers(1, 20),

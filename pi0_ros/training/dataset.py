@@ -120,17 +120,17 @@ def all_episodes(units: Sequence[Unit]) -> list[tuple[int, int]]:
 def split(units: Sequence[Unit], held_out: float, seed: int = 0) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Episodes to train on and episodes to hold out, both as (unit, episode), by a hash of bag, episode and seed.
 
-    At least one is held out when `held_out` > 0 and there are two; the same bags and seed give the same split, whatever
-    folder they lie in. Episodes without a usable tick are in neither.
+    Copies of a recording stay on one side. At least one episode is held out when `held_out` > 0 and two differ; the
+    same bags and seed give the same split, whatever folder they lie in. Episodes without a usable tick are in neither.
     """
-    useful = [
-        (i, k)
-        for i, k in all_episodes(units)
-        if units[i].arrays["usable"][units[i].episodes[k]["begin"] : units[i].episodes[k]["end"]].any()
-    ]
-    count = 0 if held_out <= 0 or len(useful) < 2 else min(max(round(held_out * len(useful)), 1), len(useful) - 1)
-    ranked = sorted(useful, key=lambda pair: _hash(seed, units[pair[0]].index["digest"], pair[1]))
-    return sorted(ranked[count:]), sorted(ranked[:count])
+    same: dict[str, list[tuple[int, int]]] = {}  # by content
+    for i, k in all_episodes(units):
+        if units[i].arrays["usable"][units[i].episodes[k]["begin"] : units[i].episodes[k]["end"]].any():
+            same.setdefault(_hash(seed, units[i].index["digest"], k), []).append((i, k))
+    count = 0 if held_out <= 0 or len(same) < 2 else min(max(round(held_out * len(same)), 1), len(same) - 1)
+    keys = sorted(same)
+    train, held = (sorted(pair for key in side for pair in same[key]) for side in (keys[count:], keys[:count]))
+    return train, held
 
 
 def _hash(*parts: object) -> str:
