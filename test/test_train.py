@@ -24,7 +24,7 @@ from pi0_ros.robot import load_robot
 from pi0_ros.training import train as train_module
 from pi0_ros.training.batches import prefetch
 from pi0_ros.training.optimise import Average, learning_rate
-from pi0_ros.training.options import OptionsError, parse, require_same
+from pi0_ros.training.options import parse
 from pi0_ros.training.start import start
 from pi0_ros.training.train import main
 
@@ -279,42 +279,3 @@ def test_what_preparing_a_batch_raises_is_raised_where_the_batch_is_asked_for():
     assert [next(batches), next(batches)] == [[0], [1]]
     with pytest.raises(ValueError, match="step 2 is bad"):
         next(batches)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--batch", "6", "--accumulate", "4"], "--batch 6 must be a multiple"),
-        (["--ema", "1.0"], "--ema must be from 0 to below 1, found 1.0"),
-        (["--freeze", "vlm", "--lora", "vlm", "--init", "x"], "--freeze and --lora both name vlm"),
-        (["--lora", "vlm"], "--lora needs --init"),
-        (["--steps", "0"], "--steps must be at least 1, found 0"),
-        (["--draws", "0"], "--draws must be at least 1, found 0"),
-    ],
-)
-def test_options_that_cannot_be_are_refused_by_name(words, message):
-    with pytest.raises(OptionsError, match=message):
-        parse(["--bags", "a", "--robot", "b", "--output", "c", *words]).parts()
-
-
-def test_a_run_that_is_older_than_an_option_did_what_its_default_does():
-    now = parse(["--bags", "a", "--robot", "b", "--output", "c"]).to_dict()
-    saved = {name: value for name, value in now.items() if name != "draws"}
-    require_same(saved, now)
-    with pytest.raises(OptionsError, match=r"--draws \(was 1, now 2\)"):
-        require_same(saved, {**now, "draws": 2})
-
-
-def test_options_come_from_a_file_and_the_command_line_has_the_last_word(tmp_path):
-    path = tmp_path / "options.yaml"
-    path.write_text("bags: a\nrobot: b\noutput: c\nsteps: 7\naugment: false\nfreeze: [vision, vlm]\nhorizon: null\n")
-    options = parse(["--config", str(path), "--steps", "9"])
-    assert (options.steps, options.augment, options.freeze, options.horizon) == (9, False, ("vision", "vlm"), None)
-    assert parse([f"--config={path}", "--augment"]).augment
-    for text, message in (("speed: 3", "unknown option speed, allowed: bags"), ("[1, 2]", "must hold a mapping"),
-                          ("a: b: c", "not YAML")):  # fmt: skip
-        path.write_text(text)
-        with pytest.raises(OptionsError, match=message):
-            parse(["--config", str(path)])
-    with pytest.raises(OptionsError, match="No such file"):
-        parse(["--config", str(tmp_path / "none.yaml")])

@@ -15,7 +15,7 @@ from pi0_ros.training.data import load_units
 from pi0_ros.training.evaluate import Options as EvaluateOptions
 from pi0_ros.training.evaluate import evaluate
 from pi0_ros.training.optimise import make_optimizer
-from pi0_ros.training.options import parse, require_same
+from pi0_ros.training.options import YOUNGER, OptionsError, parse, require_same
 from pi0_ros.training.train import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,10 +64,12 @@ def test_training_and_evaluation_take_idle_as_inspect_bags_does(data, rested, tm
     assert evaluate(asked)["chunks"] == 5
 
 
-def test_a_run_that_is_older_than_idle_goes_on():
+def test_a_run_that_is_older_than_an_option_did_what_its_default_does():
     now = parse(["--bags", "a", "--robot", "b", "--output", "c"]).to_dict()
-    saved = {name: value for name, value in now.items() if name != "idle"}
+    saved = {name: value for name, value in now.items() if name not in YOUNGER}
     require_same(saved, now)
+    with pytest.raises(OptionsError, match=r"--draws \(was 1, now 2\)"):
+        require_same(saved, {**now, "draws": 2})
 
 
 def test_what_was_left_open_is_written_down_as_it_was_resolved(data, tmp_path, monkeypatch):
@@ -110,3 +112,43 @@ def test_the_defaults_are_those_of_openpi():
     assert type(optimizer) is torch.optim.AdamW
     chosen = {name: optimizer.defaults[name] for name in ("betas", "eps", "weight_decay", "amsgrad")}
     assert chosen == {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-10, "amsgrad": False}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch", "6", "--accumulate", "4"], "--batch 6 must be a multiple"),
+        (["--ema", "1.0"], "--ema must be from 0 to below 1, found 1.0"),
+        (["--freeze", "vlm", "--lora", "vlm", "--init", "x"], "--freeze and --lora both name vlm"),
+        (["--lora", "vlm"], "--lora needs --init"),
+        (["--steps", "0"], "--steps must be at least 1, found 0"),
+        (["--draws", "0"], "--draws must be at least 1, found 0"),
+        (["--jobs", "-3"], "--jobs must be at least 1, found -3"),
+        (["--warmup", "-5"], "--warmup must be at least 0, found -5"),
+        (["--minutes", "-1"], "--minutes must be at least 0, found -1.0"),
+        (["--weight-decay", "-1"], "--weight-decay must be at least 0, found -1.0"),
+        (["--final-learning-rate", "7"], "--final-learning-rate must be from 0 to 1, found 7.0"),
+        (["--noise-beta", "-1"], "--noise-beta must be from 0 to 4, found -1.0"),
+        (["--cold-strength", "5"], "--cold-strength must be above 0 and at most 1, found 5.0"),
+        (["--cold-strength", "0"], "--cold-strength must be above 0 and at most 1, found 0.0"),
+        (["--idle", "nan"], "--idle must be at least 0, found nan"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_by_name(words, message):
+    with pytest.raises(OptionsError, match=message):
+        parse(["--bags", "a", "--robot", "b", "--output", "c", *words]).parts()
+
+
+def test_options_come_from_a_file_and_the_command_line_has_the_last_word(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("bags: a\nrobot: b\noutput: c\nsteps: 7\naugment: false\nfreeze: [vision, vlm]\nhorizon: null\n")
+    options = parse(["--config", str(path), "--steps", "9"])
+    assert (options.steps, options.augment, options.freeze, options.horizon) == (9, False, ("vision", "vlm"), None)
+    assert parse([f"--config={path}", "--augment"]).augment
+    for text, message in (("speed: 3", "unknown option speed, allowed: bags"), ("[1, 2]", "must hold a mapping"),
+                          ("a: b: c", "not YAML")):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(OptionsError, match=message):
+            parse(["--config", str(path)])
+    with pytest.raises(OptionsError, match="No such file"):
+        parse(["--config", str(tmp_path / "none.yaml")])

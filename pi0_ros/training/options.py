@@ -83,7 +83,7 @@ class TrainOptions:
     cold: Literal["smooth", "downsample", "mask"] = "smooth"
     """Cold start: how the trajectory is degraded."""
     cold_strength: float = 0.8
-    """Cold start: from 0, not at all, to 1."""
+    """Cold start: how much is lost, above 0 and at most 1."""
     rtc_max_delay: int = 0
     """Prefix conditioning for real-time chunking: each sample keeps 0 to this many first actions clean; 0: none."""
     gradient_checkpointing: bool = False
@@ -110,17 +110,18 @@ class TrainOptions:
     """Processes that decode; None: one a core."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "draws", "save_every", "evaluate_every"):
-            self._require(name, getattr(self, name) >= 1, "must be at least 1")
-        self._require("first_seconds", self.first_seconds >= 0, "must not be negative")
-        self._require("idle", self.idle >= 0, "must not be negative")
-        self._require("ema", 0 <= self.ema < 1, "must be from 0 to below 1")
-        self._require("held_out", 0 <= self.held_out < 1, "must be from 0 to below 1")
+        for name in ("steps", "batch", "accumulate", "draws", "save_every", "evaluate_every", "horizon", "jobs"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "must be at least 1")
+        for name in ("first_seconds", "idle", "warmup", "weight_decay", "minutes", "seed", "rtc_max_delay"):
+            self._require(name, getattr(self, name) >= 0, "must be at least 0")
+        for name in ("ema", "held_out"):
+            self._require(name, 0 <= getattr(self, name) < 1, "must be from 0 to below 1")
         self._require("clip", self.clip > 0, "must be above 0")
-        self._require("seed", self.seed >= 0, "must not be negative")
-        self._require("rtc_max_delay", self.rtc_max_delay >= 0, "must not be negative")
-        self._require("horizon", self.horizon is None or self.horizon >= 1, "must be at least 1")
         self._require("learning_rate", self.learning_rate is None or self.learning_rate > 0, "must be above 0")
+        self._require("final_learning_rate", 0 <= self.final_learning_rate <= 1, "must be from 0 to 1")
+        self._require("noise_beta", 0 <= self.noise_beta <= 4, "must be from 0 to 4")
+        self._require("cold_strength", 0 < self.cold_strength <= 1, "must be above 0 and at most 1")
         if both := set(self.freeze) & set(self.lora):
             raise OptionsError(f"--freeze and --lora both name {', '.join(sorted(both))}: choose one for each part")
         if self.lora and not self.init:
