@@ -13,8 +13,8 @@ MS = 1_000_000
 times = st.integers(-50, 50)
 
 
-def filled(name="a", stamps=(), max_age=100, latency=0, depth=64):
-    buffer = StreamBuffer(name, max_age, latency, depth)
+def filled(name="a", stamps=(), max_age=100, latency=0, span=1000):
+    buffer = StreamBuffer(name, max_age, latency, span)
     for i, stamp in enumerate(stamps):
         buffer.push(stamp, i)
     return buffer
@@ -39,10 +39,11 @@ def test_of_two_samples_with_one_stamp_the_last_pushed_wins():
     assert len(buffer) == 1
 
 
-def test_out_of_order_samples_are_put_in_order_and_the_oldest_stamp_is_dropped_first():
-    buffer = filled(stamps=[30, 10, 20], depth=2)
-    assert buffer.newest_at(25).payload == 2
-    assert buffer.newest_at(15) is None
+def test_out_of_order_samples_are_put_in_order_and_what_nobody_may_ask_for_any_more_is_dropped():
+    buffer = filled(stamps=[30, 10, 40, 20], span=15)
+    assert buffer.newest_at(29).payload == 3
+    assert buffer.newest_at(19) is None
+    assert len(buffer) == 3
 
 
 def test_clear_forgets():
@@ -51,20 +52,18 @@ def test_clear_forgets():
     assert buffer.newest_at(10) is None
 
 
-def test_a_depth_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="stream 'a': depth must be at least 1, found 0"):
-        StreamBuffer("a", 1, depth=0)
+def test_a_negative_span_is_refused():
+    with pytest.raises(ValueError, match="stream 'a': span_ns must not be negative, found -1"):
+        StreamBuffer("a", 1, span_ns=-1)
 
 
-@given(st.lists(times), times, st.integers(-5, 5), st.integers(1, 8))
-def test_newest_at_equals_looking_at_everything(stamps, tick, latency, depth):
-    buffer = filled(stamps=stamps, latency=latency, depth=depth)
-    kept = {}
-    for payload, stamp in enumerate(stamps):
-        kept[stamp] = payload
-        if len(kept) > depth:
-            del kept[min(kept)]
+@given(st.lists(times), times, st.integers(-5, 5), st.integers(0, 60))
+def test_within_the_span_newest_at_equals_looking_at_everything(stamps, tick, latency, span):
+    buffer = filled(stamps=stamps, latency=latency, span=span)
+    kept = {stamp: payload for payload, stamp in enumerate(stamps)}
     past = [stamp for stamp in kept if stamp - latency <= tick]
+    if stamps and tick + latency < max(stamps) - span:
+        return  # further back than the buffer was made for
     found = buffer.newest_at(tick)
     assert (found and found.payload) == (kept[max(past)] if past else None)
 
@@ -148,7 +147,7 @@ def test_of_many_recorded_samples_with_one_stamp_the_last_recorded_wins():
 
 
 def test_a_reader_never_sees_a_sample_half_written():
-    buffer = StreamBuffer("a", 10**9, depth=4)
+    buffer = StreamBuffer("a", 10**9, span_ns=4)
     buffer.push(0, 0)
     stop = threading.Event()
 

@@ -162,6 +162,22 @@ def test_holds_when_joint_states_stop_and_says_so_in_diagnostics(streamed):
     streamed.ros.spin_until(streamed.watch.is_in(PLAYING))
 
 
+def test_a_command_topic_without_a_controller_is_a_warning(ros, tmp_path):
+    stage = Stage(ros, tmp_path, MIXED)
+    reports = []
+    stage.node.create_subscription(DiagnosticArray, "/diagnostics", lambda m: reports.extend(m.status), 10)
+    (path := tmp_path / "robot.yaml").write_text(robot_text([MIXED[0], {**MIXED[1], "topic": "/griper/commands"}]))
+    stage.player(robot_file=str(path))
+    words = "no controller listens on /griper/commands: is it loaded, and is that its topic?"
+    ros.spin_until(lambda: any(r.level == b"\x01" and r.message == words for r in reports), what="WARN with its name")
+
+
+def test_who_comes_late_hears_the_status(streamed):
+    streamed.player(active=False)
+    late = Watch(streamed.ros.node("late"))
+    streamed.ros.spin_until(lambda: late.status is not None and late.status.reason == "not started")
+
+
 def test_stop_holds_until_start(mixed):
     mixed.player()
     mixed.play(0.3)

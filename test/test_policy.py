@@ -1,6 +1,7 @@
 """From a robot's observation to its actions: the model's own numbers, nothing computed twice, clear refusals."""
 
 import dataclasses
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -467,3 +468,18 @@ def test_bfloat16_stays_close():
     exact = Policy.random(ROBOT, TINY, num_steps=4).infer(observation(), noise=start())
     coarse = Policy.random(ROBOT, TINY, num_steps=4, dtype="bfloat16").infer(observation(), noise=start())
     assert 0 < np.abs(coarse.actions - exact.actions).max() < 0.2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_close_gives_the_gpus_memory_back():
+    left = []
+    for _ in range(3):  # the first time, libraries allocate workspaces that stay
+        policy = Policy.random(ROBOT, preset=TINY, device="cuda")
+        policy.warm_up()
+        policy.infer(observation())
+        policy.close()
+        del policy
+        gc.collect()
+        left.append(torch.cuda.memory_allocated())
+    assert left[1] == left[2]

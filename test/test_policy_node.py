@@ -134,7 +134,7 @@ def test_a_stream_that_stops_is_blamed_with_its_age_and_chunks_stop(bench):
     assert b.node._worker.health.chunks == count
 
 
-def test_the_prompt_comes_from_robot_file_parameter_topic_and_service_the_newest_wins(bench):
+def test_the_prompt_comes_from_robot_file_parameter_topic_and_service_the_newest_wins(bench, capfd):
     b = bench(rate=50.0)
     b.start()
     assert b.chunks[-1].prompt == "wave"
@@ -147,6 +147,9 @@ def test_the_prompt_comes_from_robot_file_parameter_topic_and_service_the_newest
     b.until(lambda: b.chunks[-1].prompt == "jump", doing=b.send)
     assert len({c.epoch for c in b.chunks}) == 1
     assert not b.call(SetPrompt, "set_prompt", SetPrompt.Request(prompt=" ")).success
+    b.other.create_publisher(String, "prompt", LATCHED).publish(String(data=" "))
+    b.until(lambda: "an empty prompt was ignored, it stays 'jump'" in capfd.readouterr().err, doing=b.send)
+    assert b.node.get_parameter("prompt").value == "jump"
 
 
 def test_a_latched_prompt_is_found_by_a_node_that_starts_later(bench):

@@ -1,6 +1,7 @@
 """policy_node's transitions, parameters and process."""
 
 import gc
+import logging
 import os
 import random
 import signal
@@ -104,6 +105,26 @@ def test_configure_fails_with_the_reason_in_diagnostics_and_can_be_tried_again(c
     good.append(True)
     assert b.node.trigger_configure().name == "SUCCESS"
     b.until(lambda: b.levels[POLICY] == 0)
+    b.close()
+
+
+def test_a_long_load_is_told_in_diagnostics_and_what_it_warns_of_in_the_log(context, capfd):
+    heard = threading.Event()
+
+    def load(_):
+        logging.getLogger("pi0_ros.policy.policy").warning("joint %s never moved in training", "elbow")
+        heard.wait(20)
+        return StubPolicy(robot())
+
+    b = Bench(context, load=load)
+    configuring = threading.Thread(target=b.node.trigger_configure)
+    b.executor.remove_node(b.node)
+    configuring.start()
+    b.until(lambda: b.values.get(POLICY, {}).get("state") == "loading")
+    heard.set()
+    configuring.join()
+    assert "joint elbow never moved in training" in capfd.readouterr().err
+    b.executor.add_node(b.node)
     b.close()
 
 

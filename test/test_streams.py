@@ -137,6 +137,29 @@ def test_what_lies_ahead_of_the_tick_does_not_count_yet(world):
     assert world.streams.observe(NOW + 51 * MS).state.tolist() == [1.0, 3.0]  # its latency is 10 ms
 
 
+def test_a_stream_whose_clock_is_ahead_is_told_so(world):
+    world.frame(NOW)
+    world.joints("arm/joint_states", NOW, shoulder=1.0)
+    world.joints("gripper/joint_states", NOW + 850 * MS, finger=0.5)
+    rejected = world.streams.observe(NOW + 50 * MS)
+    assert rejected.stream == "gripper/joint_states"
+    assert rejected.reason == "no message yet that is old enough: they are up to 0.790 s ahead"  # latency 10 ms
+    limits = {f"diagnostics.{what}_{level}": 0.0 for what in ("age", "rate") for level in ("warn", "error")}
+    reports = {report.name: report for report in world.streams.reports("node", NOW + 50 * MS, limits)}
+    ahead = "messages on gripper/joint_states are stamped 0.8 s ahead of the clock"
+    assert reports["node: gripper/joint_states"].reasons == [ahead]
+    world.joints("gripper/joint_states", NOW + 5 * SECOND, finger=0.5)
+    assert world.streams.observe(NOW + 50 * MS).kind == "clock"
+
+
+def test_fast_joint_states_reach_back_to_the_slowest_camera(world):
+    world.frame(NOW)
+    for k in range(600):  # 2 kHz
+        world.joints("arm/joint_states", NOW + k * MS // 2, shoulder=float(k), finger=0.0)
+    snapshot = world.streams.observe(NOW + 50 * MS)  # of 300 ms
+    assert snapshot.state[0] == 120.0  # at 60 ms: its latency is 10 ms
+
+
 def test_drivers_that_do_not_stamp_are_found_out(world):
     world.all(0)
     rejected = world.streams.observe(NOW)
@@ -196,8 +219,8 @@ def test_reports_tell_rate_and_age_and_blame_the_silent(world):
     limits = {"diagnostics.age_warn": 0.8, "diagnostics.age_error": 1.0}
     limits |= {"diagnostics.rate_warn": 5.0, "diagnostics.rate_error": 0.0}
     world.frame(NOW)
-    reports = {report.name: report for report in world.streams.reports("node", NOW + 200 * MS, limits)}
-    assert reports["node: base_0_rgb"].values["age_s"] == "0.23"
+    reports = {report.name: report for report in world.streams.reports("node", NOW + 230 * MS, limits)}
+    assert reports["node: base_0_rgb"].values["age_s"] == "0.23"  # at the instant that is observed, 30 ms ago
     assert reports["node: base_0_rgb"].level == 2  # 230 ms of 200
     assert reports["node: base_0_rgb"].reasons[1] == "rate_hz is 0 Hz, below 5 Hz"
     assert reports["node: arm/joint_states"].reasons[0] == "no message yet on arm/joint_states"

@@ -32,6 +32,7 @@ class Seen:
 
     chunks: int = 0
     prefix_reused: int = 0
+    continued: int = 0  # chunks that begin with what is executed meanwhile
     tick_latency: list[float] = field(default_factory=list)  # seconds, observation taken up to actions ready
     checkpoint: str = ""
     player: PlayerStatus | None = None
@@ -73,6 +74,7 @@ class Monitor(Node):
         begin, end = (stamp.sec + stamp.nanosec * 1e-9 for stamp in (chunk.inference_begin, chunk.inference_end))
         self.seen.chunks += 1
         self.seen.prefix_reused += chunk.prefix_reused
+        self.seen.continued += chunk.frozen > 0
         self.seen.tick_latency.append(end - begin)
         self.seen.checkpoint = chunk.checkpoint
         self._on_chunk(chunk)

@@ -247,6 +247,7 @@ class Demo:
             "chunks_played": int(seen.player.chunks_played),
             "chunks_refused": int(seen.player.chunks_refused),
             "prefix_reused": seen.prefix_reused,
+            "chunks_continued": seen.continued,
             "holds": int(seen.player.holds),
             "deadline_misses": int(node.get("deadline_misses", 0)),
             "tick_latency_ms": spread(seen.tick_latency),
@@ -275,7 +276,7 @@ def _table(summary: dict) -> str:
         ("episodes", f"{summary['successes']} of {summary['episodes']} succeeded ({summary['success_rate']:.0%})"),
         *((f"  {prompt}", f"{r['successes']} of {r['episodes']}") for prompt, r in summary["per_prompt"].items()),
         ("chunks", f"{summary['chunks_published']} published, {summary['chunks_played']} played, "
-         f"{summary['chunks_refused']} refused, {summary['prefix_reused']} from a reused prefix"),
+         f"{summary['chunks_refused']} refused, {summary['prefix_reused']} from a reused prefix, {summary['chunks_continued']} that go on from the one before"),
         ("ticks", f"{summary['ticks']}, {summary['deadline_misses']} deadlines missed, {summary['holds']} holds"),
         ("tick latency", f"p50 {latency['p50']:.0f} ms, p95 {latency['p95']:.0f} ms, max {latency['max']:.0f} ms"),
         ("observation age", f"p50 {age['p50']:.0f} ms, p95 {age['p95']:.0f} ms, max {age['max']:.0f} ms at arrival"),

@@ -35,23 +35,24 @@ class Sample:
 
 
 class StreamBuffer:
-    """The newest `depth` samples of one stream, ordered by stamp, whatever order they arrive in.
+    """The samples of one stream of the last `span_ns`, and the one before, ordered by stamp in whatever order they
+    come: what a tick may ask for that looks back no further than that.
 
     Callback threads push while a worker reads: every method holds the buffer's own lock for its short time and calls
-    nothing of anyone else's under it, so locks never nest. Looking up is O(log depth); so is pushing, but for the shift
-    of a short list.
+    nothing of anyone else's under it, so locks never nest. Looking up is O(log n); so is pushing, but for the shift of
+    a short list.
     """
 
-    def __init__(self, name: str, max_age_ns: int, latency_ns: int = 0, depth: int = 32) -> None:
-        if depth < 1:
-            raise ValueError(f"stream {name!r}: depth must be at least 1, found {depth}")
-        self.name, self.max_age_ns, self.latency_ns, self.depth = (name, int(max_age_ns), int(latency_ns), depth)
+    def __init__(self, name: str, max_age_ns: int, latency_ns: int = 0, span_ns: int = 1_000_000_000) -> None:
+        if span_ns < 0:
+            raise ValueError(f"stream {name!r}: span_ns must not be negative, found {span_ns}")
+        self.name, self.max_age_ns, self.latency_ns, self.span_ns = name, int(max_age_ns), int(latency_ns), span_ns
         self._lock = threading.Lock()
         self._stamps: list[int] = []
         self._payloads: list[Any] = []
 
     def push(self, stamp_ns: int, payload: Any) -> None:
-        """Keep a sample. One with the stamp of another replaces it; when full, the oldest stamp goes."""
+        """Keep a sample, and forget those that nobody may ask for any more. One with the stamp of another replaces it."""
         stamp_ns = int(stamp_ns)
         with self._lock:
             at = bisect_left(self._stamps, stamp_ns)
@@ -60,8 +61,9 @@ class StreamBuffer:
                 return
             self._stamps.insert(at, stamp_ns)
             self._payloads.insert(at, payload)
-            if len(self._stamps) > self.depth:
-                del self._stamps[0], self._payloads[0]
+            first = bisect_right(self._stamps, self._stamps[-1] - self.span_ns) - 1
+            if first > 0:
+                del self._stamps[:first], self._payloads[:first]
 
     def newest_at(self, tick_ns: int) -> Sample | None:
         """The newest sample at or before the tick, however old, or None."""
@@ -128,7 +130,10 @@ def align(
             if last is not None and last - tick_ns > clock_reset_ns:
                 return Rejected(buffer.name, f"stamped {_s(last - tick_ns)} ahead of the clock: clock reset", "clock")
     samples = {}
-    for buffer, sample, _ in looks:
+    for buffer, sample, last in looks:
+        if sample is None and last is not None:
+            ahead = _s(last - tick_ns - buffer.latency_ns)
+            return Rejected(buffer.name, f"no message yet that is old enough: they are up to {ahead} ahead", "missing")
         if sample is None:
             return Rejected(buffer.name, "no message yet", "missing")
         age = tick_ns - sample.time_ns

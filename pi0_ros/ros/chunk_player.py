@@ -338,6 +338,8 @@ class ChunkPlayer(LifecycleNode):
         if self._active and player.reason:
             judge = report.error if player.blind else report.warn
             judge(f"{STATES[player.state].lower()}: {player.reason}")
+        if unheard := self._outputs.unheard():
+            report.warn(f"no controller listens on {', '.join(unheard)}: is it loaded, and is that its topic?")
         report.add("state", STATES[player.state])
         report.add("robot", self._robot.name)
         for name in ("epoch", "sequence", "played", "refused", "holds", "handover_delay"):

@@ -81,6 +81,10 @@ class Outputs:
                     trajectory_message(names, plan.times, plan.positions[:, places], velocities, now, self._ahead)
                 )
 
+    def unheard(self) -> list[str]:
+        """Command topics that no controller listens to."""
+        return [publisher.topic_name for _, publisher, _ in self._groups if not publisher.get_subscription_count()]
+
     def close(self, node: Node) -> None:
         """Destroy the publishers."""
         for _, publisher, _ in self._groups:

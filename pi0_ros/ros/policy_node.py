@@ -29,6 +29,7 @@ from pi0_ros.robot import load_robot
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, title
 from pi0_ros.ros.health import THRESHOLDS, gpu_memory
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
+from pi0_ros.ros.program import RosLog
 from pi0_ros.ros.qos import LATCHED, NEWEST
 from pi0_ros.ros.streams import Streams
 from pi0_ros.ros.worker import Worker
@@ -44,7 +45,13 @@ SPECS = (
     Spec("dtype", "auto", "of the weights on the device", choices=("auto", "float32", "bfloat16"), configured=True),
     Spec("num_steps", 10, "denoising (Euler) steps", 1, 100, configured=True),
     Spec("rate", 10.0, "chunks per second, Hz; 0: as fast as new messages and the model allow", 0, 1000),
-    Spec("on_demand_seconds", 0.0, "above 0: a chunk only when the player has less than this left, s", 0, 60),
+    Spec(
+        "on_demand_seconds",
+        0.0,
+        "above 0: a chunk only when the player has less than this left, s (its policy_timeout must allow the silence)",
+        0,
+        60,
+    ),
     Spec("prompt", "", "the instruction; empty: the robot file's default; topic and service change it"),
     Spec(
         "seed",
@@ -104,6 +111,7 @@ class PolicyNode(LifecycleNode):
             super().destroy_node()
             raise
         self._diagnostics = DiagnosticsPublisher(self, self._reports, self.get_name())
+        self._log = RosLog(self)
         self._faulted = self.create_guard_condition(self._stop_after_fault)
         self._jumps = self.get_clock().create_jump_callback(
             JumpThreshold(min_forward=None, min_backward=Duration(nanoseconds=-1), on_clock_change=True),
@@ -132,7 +140,7 @@ class PolicyNode(LifecycleNode):
             self._worker = Worker(
                 lambda: self._load(self._settings), self._now, self.get_logger(), self._faulted.trigger, self._epoch
             )
-            policy = self._worker.wait_until_loaded(self.context.ok)
+            policy = self._worker.wait_until_loaded(self._loading)
             self._connect(policy)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the reason why configure fails
             self._failure = f"configure failed: {' '.join(str(error).split()) or type(error).__name__}"
@@ -180,7 +188,13 @@ class PolicyNode(LifecycleNode):
         """Free the policy, then the node."""
         self._teardown()
         self._jumps.unregister()
+        self._log.close()
         super().destroy_node()
+
+    def _loading(self) -> bool:
+        """Whether to go on waiting. Timers stand still meanwhile, so diagnostics are published from here."""
+        self._diagnostics.publish_if_due()
+        return self.context.ok()
 
     def _connect(self, policy: Policy) -> None:
         publisher = self.create_publisher(ActionChunk, "action_chunk", NEWEST)
@@ -266,7 +280,10 @@ class PolicyNode(LifecycleNode):
                 setattr(self._worker, name, values[name])
 
     def _prompt_heard(self, message: String) -> None:
-        self._keep_prompt(message.data)
+        if message.data.strip():
+            self._keep_prompt(message.data)
+        else:
+            self.get_logger().warning(f"an empty prompt was ignored, it stays '{self._worker.prompt}'")
 
     def _keep_prompt(self, prompt: str) -> None:
         # Through the parameter, so that `ros2 param get` tells the prompt however it was set.
@@ -300,7 +317,7 @@ class PolicyNode(LifecycleNode):
         return self._answer(response, stop, "stopped, chunks so far are void")
 
     def _pause(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
-        done = "paused, the player finishes its chunk" if request.data else "ticking"
+        done = "paused, the player goes on to the end of its chunk or its policy_timeout" if request.data else "ticking"
         return self._answer(response, lambda worker: worker.run(not request.data), done)
 
     def _reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
@@ -312,7 +329,7 @@ class PolicyNode(LifecycleNode):
         name, now, worker = title(self), self._now(), self._worker
         if worker is None or self._streams is None:
             report = Report(f"{name}: policy")
-            report.add("state", self._state_machine.current_state[1])
+            report.add("state", "loading" if worker is not None else self._state_machine.current_state[1])
             if self._failure:
                 report.error(self._failure)
             return [report]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -16,6 +17,23 @@ from rclpy.signals import SignalHandlerOptions
 from pi0_ros.ros.parameters import ParameterError, Spec, usage
 
 NodeType = TypeVar("NodeType", bound=Node)
+
+
+class RosLog(logging.Handler):
+    """Passes on to a node's log what the package's rooms without ROS warn of."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(logging.WARNING)
+        self._logger = node.get_logger()
+        logging.getLogger("pi0_ros").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._logger.warning(record.getMessage())
+
+    def close(self) -> None:
+        """Listen no more."""
+        logging.getLogger("pi0_ros").removeHandler(self)
+        super().close()
 
 
 def run_node(

@@ -7,6 +7,7 @@ joint state buffers is under `_lock`.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +26,7 @@ from pi0_ros.robot import Camera, Robot
 from pi0_ros.ros.conversions import SECOND, stamp_ns
 from pi0_ros.ros.diagnostics import Report, Window
 
-# Messages kept. Ticks look back: by the latency of other streams, and under simulated time by a clock period.
-CAMERA_DEPTH, STATE_DEPTH = 16, 256
+CLOCK_PERIOD = 0.25  # s; under simulated time the clock may lag behind stamps by one period of /clock
 RELIABILITY = {"best_effort": ReliabilityPolicy.BEST_EFFORT, "reliable": ReliabilityPolicy.RELIABLE}
 
 
@@ -61,9 +61,11 @@ class Streams:
         self._subscriptions: list[Subscription] = []
         self._topics: dict[str, str] = {}
         self.windows: dict[str, Window] = {}
+        # Ticks look back by the largest latency.
+        self._span = round((robot.latency + CLOCK_PERIOD) * SECOND)
         for slot, camera in robot.present_cameras.items():
             self._cameras[slot] = StreamBuffer(
-                slot, round(camera.max_age * SECOND), round(camera.latency * SECOND), CAMERA_DEPTH
+                slot, round(camera.max_age * SECOND), round(camera.latency * SECOND), self._span
             )
             kind = CompressedImage if camera.transport == "compressed" else Image
             qos = QoSProfile(depth=1, reliability=RELIABILITY[camera.reliability])
@@ -104,7 +106,7 @@ class Streams:
                     alone = all(known != topic for known, _ in self._states)
                     name = topic if alone else f"{topic} ({', '.join(sorted(names))})"
                     ages = round(state.max_age * SECOND), round(state.latency * SECOND)
-                    self._states[topic, names] = StreamBuffer(name, *ages, STATE_DEPTH)
+                    self._states[topic, names] = StreamBuffer(name, *ages, self._span)
                 return self._states[topic, names]
 
         return buffer_of
@@ -113,8 +115,8 @@ class Streams:
         """The newest messages at the tick, or the stream to blame."""
         with self._lock:
             states = [(names, buffer) for (_, names), buffer in self._states.items()]
-        held = [(sample, names, buffer) for names, buffer in states if (sample := buffer.newest_at(tick_ns))]
-        held.sort(key=lambda entry: entry[0].time_ns, reverse=True)
+        held = [(buffer.newest_at(tick_ns), names, buffer) for names, buffer in states]
+        held.sort(key=lambda entry: entry[0].time_ns if entry[0] else -math.inf, reverse=True)
         source: dict[str, StreamBuffer] = {}  # joint -> the newest buffer that has it
         for joint in self._robot.joint_names:
             buffer = next((buffer for _, names, buffer in held if joint in names), None)
@@ -132,7 +134,7 @@ class Streams:
             topics, joints = ", ".join(self._robot.state.topics), ", ".join(missing)
             if not held:
                 return Rejected(topics, f"no message yet with joints {joints}", "missing")
-            seen = sorted({name for sample, _, _ in held for name in sample.payload.name})
+            seen = sorted({name for sample, _, _ in held if sample for name in sample.payload.name})
             return Rejected(topics, f"no message has joints {joints}; found {', '.join(seen)}", "missing")
         state = np.empty(len(self._robot.joint_names))
         for i, joint in enumerate(self._robot.joint_names):
@@ -143,7 +145,9 @@ class Streams:
         return Snapshot({slot: aligned.samples[slot] for slot in self._cameras}, state, aligned.skew_ns / SECOND)
 
     def reports(self, node: str, now: int, limits: dict[str, Any]) -> list[Report]:
-        """One diagnostic status for each stream: rate, age, and whether it is too old."""
+        """One diagnostic status for each stream: rate, age at the instant that is observed now, and whether that is too
+        old."""
+        tick = now - round(self._robot.latency * SECOND)
         with self._lock:
             states = list(self._states.items())
         buffers = {slot: [buffer] for slot, buffer in self._cameras.items()}
@@ -158,12 +162,15 @@ class Streams:
                 if rate < (least := limits[f"diagnostics.rate_{level}"]):
                     tell(f"rate_hz is {rate:.4g} Hz, below {least:g} Hz")
                     break
-            samples = [sample for buffer in buffers[name] if (sample := buffer.newest_at(now)) is not None]
-            if samples:
-                age = (now - max(sample.time_ns for sample in samples)) / SECOND
+            looks = [buffer.look(tick) for buffer in buffers[name]]
+            if samples := [sample for sample, _ in looks if sample is not None]:
+                age = (tick - max(sample.time_ns for sample in samples)) / SECOND
                 report.add("age_s", age)
                 share = age / self._max_age(name)
                 report.judge("age_share", share, limits["diagnostics.age_warn"], limits["diagnostics.age_error"])
+            elif lasts := [last for _, last in looks if last is not None]:
+                ahead = (max(lasts) - now) / SECOND
+                report.error(f"messages on {self._topics[name]} are stamped {ahead:.3g} s ahead of the clock")
             else:
                 report.error(f"no message yet on {self._topics[name]}")
             reports.append(report)
