@@ -67,7 +67,7 @@ class Recording:
     prompts: list[tuple[int, str]] = field(default_factory=list)
     marks: list[tuple[int, str]] = field(default_factory=list)  # episode begins (text) and ends ("")
     custom_data: dict[str, str] = field(default_factory=dict)
-    topics: dict[str, str | None] = field(default_factory=dict)  # what the robot file names -> the recorded topic
+    topics: dict[str, str | None] = field(default_factory=dict)  # as the robot file names it -> as recorded
     faults: Counter[tuple[str, str]] = field(default_factory=Counter)  # (stream, reason) -> messages
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -159,8 +159,8 @@ class _Reader:
                         self.recording.notes.append(f"{what}: {topic} was read for {names[0]}")
                     self.recording.topics[names[0]] = topic
                     return topic
-        self.recording.topics[names[0]] = None
         if needed:
+            self.recording.topics[names[0]] = None
             self.recording.problems.append(f"{what}: {self._absence(names, types)}")
         return None
 
