@@ -179,6 +179,21 @@ def test_a_channel_that_cannot_be_parsed_leaves_the_others_readable(tmp_path, wr
     assert {topic for topic, _ in messages} >= {"/joint_states", "/command", "/cam/image_raw/compressed"}
 
 
+def test_a_needed_topic_that_is_not_encoded_as_cdr_is_named_with_its_encoding(tmp_path, written):
+    bag = kit.write_bag(tmp_path / "bag", [*written, kit.text(kit.START, "wave")])
+    content = (bag / "bag.mcap").read_bytes()
+    for topic in (b"/cam/image_raw/compressed", b"/prompt"):
+        assert content.count(topic + b"\x03\x00\x00\x00cdr")
+        content = content.replace(topic + b"\x03\x00\x00\x00cdr", topic + b"\x03\x00\x00\x00jsn")
+    (bag / "bag.mcap").write_bytes(content)
+    (files,) = find_bags(bag)
+    with Bag(files) as opened:
+        recording = read_recording(opened, kit.robot())
+    reason = "topic /cam/image_raw/compressed is encoded as 'jsn', expected cdr"
+    assert recording.problems == [f"camera base_0_rgb: {reason}"]
+    assert "prompt: topic /prompt is encoded as 'jsn', expected cdr" in recording.notes
+
+
 def test_an_mcap_file_of_another_system_is_told_from_a_broken_one(tmp_path, written):
     bag = kit.write_bag(tmp_path / "bag", written)
     content = (bag / "bag.mcap").read_bytes()

@@ -31,6 +31,7 @@ else:
 STORAGE = (".mcap", ".db3")
 COMPRESSED = tuple(f"{suffix}.zstd" for suffix in STORAGE)
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+CDR = "cdr"
 DIGEST_BLOCK, DIGEST_BLOCKS = 1 << 16, 64
 
 _TYPES = get_typestore(Stores.ROS2_KILTED)  # the few types used here are the same in every distribution
@@ -181,11 +182,12 @@ def _with_metadata(folder: Path, found: list[Path]) -> BagFiles:
 
 @dataclass
 class Topic:
-    """A topic of a recording. `type` is spelt pkg/msg/Name whatever the file says."""
+    """A topic of a recording. `type` is spelt pkg/msg/Name whatever the file says; only cdr can be read."""
 
     name: str
     type: str
     count: int
+    encoding: str = CDR
 
 
 class Bag:
@@ -234,7 +236,8 @@ class Bag:
             kind = normal_type(connection.msgtype)
             if kind != connection.msgtype:
                 self._note(f"{connection.topic}: type written {connection.msgtype!r}, read as {kind}")
-            known = self.topics.setdefault(connection.topic, Topic(connection.topic, kind, 0))
+            found = Topic(connection.topic, kind, 0, connection.ext.serialization_format)
+            known = self.topics.setdefault(connection.topic, found)
             if known.type != kind:
                 self._note(
                     f"{connection.topic}: recorded with two types, {known.type} and {kind}; only the first is read"
@@ -287,7 +290,7 @@ class Bag:
                     for connection in reader.connections
                     if connection.topic in topics
                     and normal_type(connection.msgtype) == self.topics[connection.topic].type
-                    and connection.ext.serialization_format == "cdr"
+                    and connection.ext.serialization_format == CDR
                 ]
                 if not wanted:
                     continue

@@ -15,7 +15,7 @@ import numpy as np
 
 from pi0_ros.policy.alignment import CLOCK_RESET_NS
 from pi0_ros.robot import Robot
-from pi0_ros.training.bags import Bag, BagError, decode, header_stamp
+from pi0_ros.training.bags import CDR, Bag, BagError, decode, header_stamp
 from pi0_ros.training.clocks import ClockOffset
 from pi0_ros.training.commands import Command
 
@@ -154,7 +154,7 @@ class _Reader:
         topics = self.bag.topics
         for name in names:
             for topic in _matching(name, topics):
-                if topics[topic].type in types and topics[topic].count:
+                if topics[topic].type in types and topics[topic].count and topics[topic].encoding == CDR:
                     if topic != "/" + name.lstrip("/") or name != names[0]:
                         self.recording.notes.append(f"{what}: {topic} was read for {names[0]}")
                     self.recording.topics[names[0]] = topic
@@ -162,6 +162,8 @@ class _Reader:
         if needed:
             self.recording.topics[names[0]] = None
             self.recording.problems.append(f"{what}: {self._absence(names, types)}")
+        elif _matching(names[0], topics):
+            self.recording.notes.append(f"{what}: {self._absence(names, types)}")
         return None
 
     def _absence(self, names: list[str], types: tuple[str, ...]) -> str:
@@ -171,6 +173,8 @@ class _Reader:
             for topic in _matching(name, topics):
                 if topics[topic].type not in types:
                     return f"topic {topic} is a {topics[topic].type}, expected {allowed}"
+                if topics[topic].encoding != CDR:
+                    return f"topic {topic} is encoded as {topics[topic].encoding!r}, expected {CDR}"
                 return f"topic {topic} has no message"
         there = [topic.name for topic in topics.values() if topic.type in types and topic.count]
         hint = f"topics of that type: {', '.join(there)}" if there else f"no topic has {allowed}"
