@@ -152,3 +152,41 @@ def test_options_come_from_a_file_and_the_command_line_has_the_last_word(tmp_pat
             parse(["--config", str(path)])
     with pytest.raises(OptionsError, match="No such file"):
         parse(["--config", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("steps: many", "steps must be a whole number, found 'many'"),
+        ("steps: [1, 2]", "steps must be a whole number, found [1, 2]"),
+        ("steps: true", "steps must be a whole number, found True"),
+        ("jobs: 1.5", "jobs must be a whole number, found 1.5"),
+        ("clip: {a: 1}", "clip must be a number, found {'a': 1}"),
+        ("augment: 3", "augment must be true or false, found 3"),
+        ("init: true", "init must be a path, found True"),
+        ("prompt: [wave]", "prompt must be text, found ['wave']"),
+        ("preset: huge", "preset must be one of nano, nano05, pi0, pi05, found 'huge'"),
+        ("loss_dims: 3", "loss_dims must be one of real, all, found 3"),
+        ("freeze: [vision, legs]", "freeze must be one or more of vision, vlm, expert, found ['vision', 'legs']"),
+        ("lora: [[vlm]]", "lora must be one or more of vlm, expert, found [['vlm']]"),
+    ],
+)
+def test_a_wrong_value_in_the_file_is_one_line(tmp_path, capsys, line, message):
+    path = tmp_path / "options.yaml"
+    path.write_text(f"bags: a\nrobot: b\noutput: c\n{line}\n")
+    assert main(["--config", str(path)]) == 1
+    assert capsys.readouterr().err == f"error: --config {path}: {message}\n"
+
+
+def test_values_of_the_file_may_be_written_as_yaml_likes_them(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("bags: 7\nrobot: b\noutput: c\nlearning_rate: 1e-3\nclip: 2\nfreeze: vlm\nprompt: --jobs\n")
+    options = parse(["--config", str(path)])
+    assert (str(options.bags), options.learning_rate, options.clip) == ("7", 1e-3, 2.0)
+    assert (options.freeze, options.prompt) == (("vlm",), "--jobs")
+
+
+def test_a_wrong_value_on_the_command_line_is_told_as_by_every_other_program(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--bags", "a", "--robot", "b", "--output", "c", "--steps", "many"])
+    assert stop.value.code == 2 and "--steps" in capsys.readouterr().err

@@ -6,7 +6,8 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -178,7 +179,8 @@ def parse(arguments: list[str] | None = None) -> TrainOptions:
     """Options from the command line, over those of a YAML file given with --config.
 
     Raises:
-        OptionsError: the file cannot be read or holds an unknown option, or options do not go together.
+        OptionsError: the file cannot be read, holds an unknown option or a value that is none of its option, or
+            options do not go together. A wrong value on the command line is tyro's to tell, as in every program.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     given = [argument.partition("=")[0] for argument in arguments]
@@ -202,9 +204,9 @@ def _flag(name: str, value: Any) -> list[str]:
         return []
     if isinstance(value, bool):
         return [flag if value else "--no-" + flag[2:]]
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return [flag, *map(str, value)] if value else []
-    return [flag, str(value)]
+    return [f"{flag}={value}"]
 
 
 def _plain(value: Any) -> Any:
@@ -228,4 +230,28 @@ def _read(path: Path) -> dict[str, Any]:
         raise OptionsError(
             f"--config {path}: unknown option {', '.join(map(str, unknown))}, allowed: {', '.join(known)}"
         )
+    types = get_type_hints(TrainOptions)
+    for name, value in data.items():
+        if value is not None and (rule := _broken_rule(value, types[name])):
+            raise OptionsError(f"--config {path}: {name} must be {rule}, found {value!r}")
     return data
+
+
+def _broken_rule(value: Any, kind: Any) -> str:
+    """What a value of an option of this type must be, if this one is not; else ""."""
+    if get_origin(kind) in (Union, UnionType):
+        (kind,) = (k for k in get_args(kind) if k is not NoneType)  # no option has more than one type and None
+    if get_origin(kind) is tuple:
+        rules = [_broken_rule(one, get_args(kind)[0]) for one in (value if isinstance(value, list) else [value])]
+        return next((f"one or more of {rule.removeprefix('one of ')}" for rule in rules if rule), "")
+    if get_origin(kind) is Literal:
+        return "" if value in get_args(kind) else f"one of {', '.join(get_args(kind))}"
+    if kind is bool:
+        return "" if isinstance(value, bool) else "true or false"
+    try:
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError
+        kind(str(value))
+    except ValueError:
+        return {int: "a whole number", float: "a number", str: "text", Path: "a path"}[kind]
+    return ""
