@@ -56,7 +56,7 @@ def test_usable_data_gives_zero_and_every_number(inspect, bags):
     assert code == 0 and "error" not in err
     summary, (good, idle, mute) = data["summary"], data["bags"]
     assert (summary["bags"], summary["usable_bags"], summary["episodes"]) == (3, 2, 2)
-    assert summary["chunk"] == {"horizon": 50, "seconds": 5.0, "control_rate": 10.0}
+    assert summary["chunk"] == {"horizon": 30, "seconds": 3.0, "control_rate": 10.0}  # of train's preset
     assert good["kept"] == good["ticks"] == 30 and good["dropped"] == {}
     assert good["streams"]["base_0_rgb"]["rate"] == pytest.approx(20)
     assert good["streams"]["/joint_states"]["rate"] == pytest.approx(50)
@@ -75,7 +75,7 @@ def test_the_table_says_in_words_what_the_numbers_say(inspect, bags):
     _, out, _, _ = inspect(bags)
     assert "2 of 3 recordings usable, 2 episodes" in out
     assert "until a joint moves by 0.50% of its range (--idle)" in out
-    assert "chunk: 50 actions at 10 Hz = 5.00 s" in out
+    assert "chunk: 30 actions at 10 Hz = 3.00 s" in out
     assert "REFUSED: actions: topic /command is not in the recording" in out
     assert "prompt 'wave': 2 episodes" in out
     assert re.search(r"shoulder +state +0\.\d+", out)
@@ -111,6 +111,23 @@ def test_actions_that_are_the_measured_state_are_warned_of(inspect, bags):
     )
     _, _, _, data = inspect(bags, text)
     assert any("actions are the measured state" in text for text in data["summary"]["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("options", "side", "horizon"),
+    [
+        ([], 112, 30),
+        (["--preset", "pi0"], 224, 50),
+        (["--preset", "pi0", "--horizon", "20", "--image-size", "56"], 56, 20),
+    ],
+)
+def test_chunk_and_frames_are_those_of_the_model_to_be_trained(inspect, tmp_path, options, side, horizon):
+    kit.write_bag(tmp_path / "bag", kit.episode(seconds=1.0))
+    _, _, _, data = inspect(tmp_path / "bag", kit.ROBOT, *options, "--html", str(tmp_path / "page.html"))
+    assert data["summary"]["chunk"]["horizon"] == horizon
+    pictures = re.findall(r"data:image/png;base64,([^\"]+)", (tmp_path / "page.html").read_text())
+    shapes = [cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), 1).shape for data in pictures]
+    assert shapes.count((side, side, 3)) == 3
 
 
 def test_the_page_holds_all_it_shows(inspect, bags, tmp_path):

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tqdm import tqdm
 
+from pi0_ros.model.config import PRESETS
 from pi0_ros.robot import RobotFileError, load_robot
 from pi0_ros.training.bags import BagError, find_bags
 from pi0_ros.training.build import cores, run_all
@@ -39,10 +40,12 @@ class Options:
     """Write all numbers to this file as JSON."""
     html: Path | None = None
     """Write a page with plots and sample frames, which needs no other file."""
-    horizon: int = 50
-    """Actions of a chunk."""
-    image_size: int = 224
-    """Side of the square images that the model sees, pixels."""
+    preset: Literal["nano", "nano05", "pi0", "pi05"] = "nano"
+    """The model to be trained, which sets chunk and images."""
+    horizon: int | None = None
+    """Actions of a chunk; None: the preset's."""
+    image_size: int | None = None
+    """Side of the square images that the model sees, pixels; None: the preset's."""
     prompt: str | None = None
     """The instruction of every episode, instead of the recorded one."""
     idle: float = 0.005
@@ -59,12 +62,13 @@ def inspect(options: Options) -> tuple[list[BagReport], dict[str, Any]]:
     """
     robot, bags = load_robot(options.robot), find_bags(options.bags)
     selection = Selection(options.idle, options.prompt)
-    pictured = 3 if options.html else 0
-    tasks = [(bag, robot, selection, options.image_size, pictured if i < PICTURED else 0) for i, bag in enumerate(bags)]
+    model, pictured = PRESETS[options.preset], 3 if options.html else 0
+    size = options.image_size or model.vision.image_size
+    tasks = [(bag, robot, selection, size, pictured if i < PICTURED else 0) for i, bag in enumerate(bags)]
     jobs = min(options.jobs or cores(), len(bags))
     with tqdm(total=len(bags), desc="inspect", unit="bag", disable=None) as bar:
         reports = run_all(inspect_bag, tasks, jobs, lambda _: bar.update())
-    return reports, summarise(reports, robot, options.horizon, selection)
+    return reports, summarise(reports, robot, options.horizon or model.action_horizon, selection)
 
 
 def table(reports: list[BagReport], summary: dict[str, Any]) -> str:
