@@ -114,6 +114,33 @@ def test_only_episodes_that_were_not_trained_on_are_taken_unless_all_are_asked_f
     assert np.isfinite(result["error"]["policy"]["per_joint"]).all()
 
 
+def test_a_joint_may_have_any_name(tmp_path, monkeypatch):
+    import bag_kit
+
+    odd = "../arm/$\\elbow$"
+    monkeypatch.setattr(bag_kit, "ROBOT", bag_kit.ROBOT.replace("name: elbow", f"name: '{odd}'"))
+    names = ("shoulder", odd, "grip")
+    monkeypatch.setattr(bag_kit.joint_state, "__defaults__", (names, *bag_kit.joint_state.__defaults__[1:]))
+    monkeypatch.setattr(bag_kit.trajectory, "__defaults__", (0, names))
+    folder = kit.make_data(tmp_path / "data")
+    kit.make_run(folder, folder / "run", steps=1).run()
+    result = evaluate(options(folder, tmp_path / "out", chunks=2, seeds=1, num_steps=1))
+    assert result["joints"] == list(names)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "evaluation.json", "evaluation.html", "shoulder.png", ".._arm_$\\elbow$.png", "grip.png"
+    }  # fmt: skip
+    page = (tmp_path / "out" / "evaluation.html").read_text()
+    assert f'alt="{odd}"' in page and page.count("data:image/png") == 3
+
+
+def test_numbers_and_page_are_there_even_if_a_plot_cannot_be_written(data, tmp_path):
+    (tmp_path / "out" / "shoulder.png").mkdir(parents=True)
+    with pytest.raises(OSError, match="shoulder"):
+        evaluate(options(data, tmp_path / "out", chunks=2, seeds=1, num_steps=1))
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["chunks"] == 2
+    assert "data:image/png" in (tmp_path / "out" / "evaluation.html").read_text()
+
+
 def test_the_program_prints_a_table_and_one_line_for_what_is_wrong(data, tmp_path, capsys):
     words = ["--bags", str(data / "bags"), "--checkpoint", str(data / "run" / "checkpoint"), "--chunks", "2",
              "--num-steps", "1", "--device", "cpu", "--jobs", "1", "--output", str(tmp_path / "out")]  # fmt: skip

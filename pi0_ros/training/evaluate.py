@@ -238,12 +238,13 @@ def evaluate(options: Options) -> dict[str, Any]:
 
     options.output.mkdir(parents=True, exist_ok=True)
     plots = joint_plots(comparison, dataset, result)
-    for name, png in plots.items():
+    write_whole(options.output / "evaluation.html", page(result, plots))
+    write_whole(options.output / "evaluation.json", json.dumps(result, indent=1))
+    for joint, png in plots.items():
+        name = joint.replace("/", "_")
         partial = options.output / f".{name}.png.partial"
         partial.write_bytes(png)
         partial.replace(options.output / f"{name}.png")
-    write_whole(options.output / "evaluation.html", page(result, plots))
-    write_whole(options.output / "evaluation.json", json.dumps(result, indent=1))
     return result
 
 

@@ -44,7 +44,8 @@ def _joint(i: int, name: str, comparison: Comparison, dataset: Dataset, result: 
                 motion.plot(times[tick : tick + length], chunk, color="#1f4e9c", alpha=0.45, linewidth=0.8, label=label)
                 first = False
         begin = times[-1] + 5 * dt if len(times) else begin
-    motion.set(title=name, xlabel="s")
+    motion.set_title(name, parse_math=False)
+    motion.set_xlabel("s")
     handles, labels = motion.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     motion.legend(unique.values(), unique.keys(), fontsize=7)
