@@ -12,6 +12,7 @@ import pytest
 import torch
 import train_kit as kit
 
+from pi0_ros.policy.bundle import load_bundle
 from pi0_ros.training.distributed import World
 from pi0_ros.training.options import OptionsError
 from pi0_ros.training.streams import step_streams
@@ -91,6 +92,26 @@ def test_two_processes_give_the_weights_of_one_with_the_same_batch(tmp_path, sha
     assert not [name for name, weight in after["weights"].items() if not torch.equal(weight, two["weights"][name])]
     moments = after["optimizer"]["state"], two["optimizer"]["state"]
     assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[1])
+
+
+def test_torchrun_trains_one_whole_checkpoint(tmp_path):
+    data = kit.make_data(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["-m", "pi0_ros.training.train", *kit.arguments(data, tmp_path / "out", steps=2, batch=4)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    bundle = load_bundle(tmp_path / "out" / "checkpoint")
+    assert done.stdout.count(f"checkpoint {bundle.digest} after 2 steps") == done.stdout.count("checkpoint ") == 1
+    assert bundle.settings.trained_steps == 2
+    assert all(weight.isfinite().all() for weight in bundle.model().state_dict().values())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "checkpoint", "episodes.json", "loss.png", "options.yaml", "state", "tensorboard"
+    ]  # fmt: skip
+    assert state(tmp_path / "out")["pieces"] == 2
+    assert len(list((tmp_path / "out" / "tensorboard").iterdir())) == 1
 
 
 def test_every_piece_of_every_process_draws_for_itself(tmp_path, monkeypatch):
