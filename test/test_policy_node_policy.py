@@ -102,6 +102,27 @@ def test_the_default_policy_is_made_from_the_parameters_and_untrained_weights_ar
     b.close()
 
 
+def test_a_small_model_takes_one_thread_and_a_parameter_says_otherwise(context, tmp_path):
+    path, before = tmp_path / "robot.yaml", torch.get_num_threads()
+    path.write_text(ROBOT)
+    taken = []
+
+    def load(parameters):
+        policy = load_policy(parameters)
+        taken.append(torch.get_num_threads())  # in the thread that infers
+        return policy
+
+    try:
+        for threads in (0, 2):
+            torch.set_num_threads(3)
+            b = Bench(context, load=load, robot_file=str(path), device="cpu", num_steps=1, threads=threads)
+            b.start()
+            b.close()
+    finally:
+        torch.set_num_threads(before)
+    assert taken == [1, 2]
+
+
 def test_a_robot_that_contradicts_the_checkpoints_fails_configure_and_the_checkpoints_own_serves(context, tmp_path):
     settings = BundleSettings(TINY)
     model = Pi0(TINY, generator=torch.Generator().manual_seed(0))

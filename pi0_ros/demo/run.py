@@ -72,8 +72,6 @@ class Options:
 class Demo:
     """One run. `album` gathers what the pictures are made of."""
 
-    policy_module = "pi0_ros.ros.policy_node"
-
     def __init__(self, options: Options, config: Path) -> None:
         self.options = options
         self.robot_file = config / "so101_demo.yaml"
@@ -97,7 +95,7 @@ class Demo:
         processes.start("demo_robot", "pi0_ros.demo.robot_node")
         processes.start(
             "policy_node",
-            self.policy_module,
+            "pi0_ros.ros.policy_node",
             *("--ros-args", *robot_file, "-p", "autostart:=true", "-p", f"checkpoint:='{self.checkpoint}'"),
             *("-p", f"rate:={float(self.options.rate)}", "-p", f"num_steps:={self.options.num_steps}"),
             *(part for pair in self.options.policy_parameters for part in ("-p", pair)),
@@ -276,7 +274,8 @@ def _table(summary: dict) -> str:
         ("episodes", f"{summary['successes']} of {summary['episodes']} succeeded ({summary['success_rate']:.0%})"),
         *((f"  {prompt}", f"{r['successes']} of {r['episodes']}") for prompt, r in summary["per_prompt"].items()),
         ("chunks", f"{summary['chunks_published']} published, {summary['chunks_played']} played, "
-         f"{summary['chunks_refused']} refused, {summary['prefix_reused']} from a reused prefix, {summary['chunks_continued']} that go on from the one before"),
+         f"{summary['chunks_refused']} refused, {summary['prefix_reused']} from a reused prefix, "
+         f"{summary['chunks_continued']} that go on from the one before"),
         ("ticks", f"{summary['ticks']}, {summary['deadline_misses']} deadlines missed, {summary['holds']} holds"),
         ("tick latency", f"p50 {latency['p50']:.0f} ms, p95 {latency['p95']:.0f} ms, max {latency['max']:.0f} ms"),
         ("observation age", f"p50 {age['p50']:.0f} ms, p95 {age['p95']:.0f} ms, max {age['max']:.0f} ms at arrival"),

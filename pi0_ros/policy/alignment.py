@@ -52,7 +52,7 @@ class StreamBuffer:
         self._payloads: list[Any] = []
 
     def push(self, stamp_ns: int, payload: Any) -> None:
-        """Keep a sample, and forget those that nobody may ask for any more. One with the stamp of another replaces it."""
+        """Keep a sample; one with the stamp of another replaces it. What nobody may ask for any more is forgotten."""
         stamp_ns = int(stamp_ns)
         with self._lock:
             at = bisect_left(self._stamps, stamp_ns)

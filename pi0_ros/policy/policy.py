@@ -70,7 +70,8 @@ class Policy:
     """See `Policy.load` and `Policy.random`.
 
     Attributes: robot, config (the model's sizes), settings (the checkpoint's), digest ("random" for untrained weights),
-    num_steps (Euler steps), transforms (robot units <-> model space).
+    num_steps (Euler steps), transforms (robot units <-> model space), threads (that torch should use; None: its own
+    number).
     """
 
     def __init__(
@@ -102,7 +103,11 @@ class Policy:
         if extra := [slot for slot in robot.present_cameras if slot not in self.config.cameras]:
             raise PolicyError(f"camera {', '.join(extra)} has no slot in the model, allowed: {self.config.cameras}")
         self._slots = tuple(slot for slot in self.config.cameras if slot in robot.present_cameras)
-        device, dtype = pick_device(device, dtype, sum(parameter.numel() for parameter in model.parameters()))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        device, dtype = pick_device(device, dtype, parameters)
+        # A large model on a CPU wants every core. All else is over in microseconds, and threads that wait for one
+        # another make it seconds where other programs hold the cores.
+        self.threads = None if device.type == "cpu" and parameters >= MANY_PARAMETERS else 1
         self._sampler: Sampler | None = Sampler(
             model, cameras=self._slots, num_steps=num_steps, dtype=dtype, device=device
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import rclpy
+import torch
 from rclpy.clock import JumpThreshold, TimeJump
 from rclpy.duration import Duration
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
@@ -43,6 +44,7 @@ SPECS = (
     Spec("preset", "nano", "size of the model with random weights", choices=tuple(PRESETS), configured=True),
     Spec("device", "auto", "torch device: auto, cpu, cuda, cuda:0, ...", configured=True),
     Spec("dtype", "auto", "of the weights on the device", choices=("auto", "float32", "bfloat16"), configured=True),
+    Spec("threads", 0, "of torch; 0: one, but every core for a large model on a CPU", 0, 1024, configured=True),
     Spec("num_steps", 10, "denoising (Euler) steps", 1, 100, configured=True),
     Spec("rate", 10.0, "chunks per second, Hz; 0: as fast as new messages and the model allow", 0, 1000),
     Spec(
@@ -86,10 +88,14 @@ def load_policy(parameters: Parameters) -> Policy:
         **{key: parameters[f"guidance.{key}"] for key in ("schedule", "max_weight", "jacobian")}
     )
     if parameters["checkpoint"]:
-        return Policy.load(Path(parameters["checkpoint"]).expanduser(), robot=robot, **common)
-    if robot is None:
+        policy = Policy.load(Path(parameters["checkpoint"]).expanduser(), robot=robot, **common)
+    elif robot is not None:
+        policy = Policy.random(robot, preset=parameters["preset"], **common)
+    else:
         raise ParameterError("parameter 'robot_file': found '', give a robot file or a checkpoint folder")
-    return Policy.random(robot, preset=parameters["preset"], **common)
+    if threads := parameters["threads"] or policy.threads:
+        torch.set_num_threads(threads)
+    return policy
 
 
 class PolicyNode(LifecycleNode):
@@ -347,7 +353,7 @@ class PolicyNode(LifecycleNode):
         return [report, *self._streams.reports(name, now, limits)]
 
 
-def main(args: list[str] | None = None, load: Callable[[Parameters], Policy] = load_policy) -> int:
+def main(args: list[str] | None = None) -> int:
     """Run the node until it is told to end; 1 and one line on stderr when it cannot start."""
     args = sys.argv if args is None else args
     if "--help" in args or "-h" in args:
@@ -356,7 +362,7 @@ def main(args: list[str] | None = None, load: Callable[[Parameters], Policy] = l
     node, code = None, 0
     try:
         rclpy.init(args=args)
-        node = PolicyNode(load)
+        node = PolicyNode()
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         if node.get_parameter("autostart").value:
