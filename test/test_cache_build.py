@@ -125,6 +125,13 @@ def test_broken_and_unsuitable_bags_cost_only_themselves(bags, tmp_path):
     assert "actions: topic /command is not in the recording" in reasons["take3"]
 
 
+def test_a_bag_whose_commands_came_after_all_it_saw_is_left_out(tmp_path):
+    items = [i for i in kit.episode(seconds=1.0) if i.topic != "/command"]
+    kit.write_bag(tmp_path / "bag", [*items, kit.trajectory(kit.START + 2 * kit.SECOND, [(0.1, [1, 0.5, 1])])])
+    (reason,) = build(tmp_path / "bag", tmp_path / "cache").skipped.values()
+    assert reason.endswith("no tick with an observation has a command")
+
+
 def test_a_frame_that_cannot_be_decoded_costs_only_its_ticks(tmp_path):
     items = kit.episode(seconds=1.0)
     bad = next(i for i in items if i.topic.startswith("/cam") and i.time == kit.START + kit.SECOND // 2)

@@ -54,12 +54,13 @@ def test_past_the_end_the_last_action_repeats_and_is_masked(units):
     assert sample["action_mask"].tolist() == [True, True, False, False]
 
 
-def test_before_the_first_command_actions_are_masked_and_chunks_without_any_are_left_out(units):
+def test_a_sample_begins_only_where_its_first_action_is_known(units):
     dataset = Dataset(units, horizon=4)
-    assert [dataset.where(i)[2] for i in range(10, len(dataset))] == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert [dataset.where(i)[2] for i in range(10, len(dataset))] == [5, 6, 7, 8, 9]
     sample = dataset.sample(10)
-    assert sample["action_mask"].tolist() == [False, False, False, True] and sample["prompt"] == "close"
-    assert sample["images"][0, 8, 8, 0] == 114
+    assert sample["action_mask"].tolist() == [True] * 4 and sample["prompt"] == "close"
+    np.testing.assert_allclose(sample["actions"][:, 0], [0.6, 0.6, 0.7, 0.8])  # commanded 0.1 s ahead from 0.5 s on
+    assert sample["images"][0, 8, 8, 0] == 120
 
 
 def test_cameras_come_in_the_order_asked_for(units):
@@ -98,9 +99,9 @@ def test_the_first_ticks_of_each_episode_can_be_taken_alone(units):
         (0, 0, 0),
         (0, 0, 1),
         (0, 0, 2),
-        (1, 0, 2),
-        (1, 0, 3),
-        (1, 0, 4),
+        (1, 0, 5),
+        (1, 0, 6),
+        (1, 0, 7),
     ]
 
 

@@ -149,7 +149,24 @@ def test_the_page_holds_all_it_shows(inspect, bags, tmp_path):
     assert "Refused: actions: topic /command is not in the recording" in page and "longest, s" in page
 
 
+def test_ticks_before_the_first_command_of_some_joint_are_warned_of(inspect, tmp_path):
+    late = [i for i in kit.episode(seconds=2.0) if i.topic != "/command" or i.time >= kit.START + kit.SECOND]
+    _, _, _, data = inspect(kit.write_bag(tmp_path / "bag", late))
+    assert "at 10 of 20 ticks kept some joint has no command yet: no sample begins there" in data["summary"]["warnings"]
+
+
 REFUSALS = {
+    "no command in its episode": (
+        lambda p: kit.write_bag(
+            p / "bag",
+            [
+                *(i for i in kit.episode(seconds=3.0) if i.topic != "/command" or i.time < kit.START + kit.SECOND),
+                kit.text(kit.START + 2 * kit.SECOND, "begin", "/episode"),
+            ],
+        ),
+        kit.ROBOT + "episode_topic: /episode\n",
+        "no tick with an observation has a command",
+    ),
     "nothing there": (lambda p: p / "nowhere", None, "nowhere: no such file or folder"),
     "empty bag": (
         lambda p: kit.write_bag(p / "empty", [kit.text(kit.START, "x", "/other")]),

@@ -36,7 +36,7 @@ from pi0_ros.training.bags import Bag, BagError, BagFiles, decode
 from pi0_ros.training.episodes import Episode, Selection, cut_episodes
 from pi0_ros.training.recording import Recording, read_recording
 
-FORMAT = 1  # raised when the same inputs would give other content
+FORMAT = 2  # raised when the same inputs would give other content
 FOLDER = ".pi0_cache"
 ARRAYS = ("rows", "state", "actions", "known", "usable", "prompt")
 
@@ -214,6 +214,8 @@ def require_usable(recording: Recording, episodes: list[Episode]) -> None:
     if not any(episode.usable.any() for episode in episodes):
         dropped = sum((episode.dropped for episode in episodes), Counter())
         raise BagError(f"{recording.source}: no usable tick ({_reasons(dropped)})")
+    if not any((episode.usable & episode.known).any() for episode in episodes):
+        raise BagError(f"{recording.source}: no tick with an observation has a command")
 
 
 def _reasons(dropped: Counter[str]) -> str:

@@ -22,9 +22,8 @@ MOST_ROWS = 4_000_000  # actions that quantiles are taken of; of a larger set, e
 class Dataset:
     """Samples (observation at a tick, action chunk from that tick) of the episodes of cached bags.
 
-    A sample begins at every usable tick whose chunk holds a known action. Action k of the chunk is what was commanded
-    for k ticks later; past the end of the episode the last action is repeated (as openpi and lerobot do), before the
-    first command the first one stands, and `action_mask` is False for both.
+    A sample begins at every usable tick whose action is known. Action k of the chunk is what was commanded for k ticks
+    later; past the end of the episode the last action is repeated (as openpi and lerobot do) and `action_mask` False.
     """
 
     def __init__(
@@ -38,22 +37,13 @@ class Dataset:
     ) -> None:
         """`episodes`: (unit, episode) pairs to take, as `split` gives them; None for all. `first`: only as
         many samples of each episode, from its beginning; None for all."""
-        self.first = first
         self.units, self.horizon, self.cameras = list(units), horizon, tuple(cameras)
         self.episodes = list(all_episodes(units) if episodes is None else episodes)
-        begins = [self._begins(unit, episode) for unit, episode in self.episodes]
+        begins = [_begins(self.units[unit], episode) for unit, episode in self.episodes]
+        if first is not None:
+            begins = [ticks[ticks < ticks[:1] + first] for ticks in begins]
         self._offsets = np.concatenate([[0], np.cumsum([len(ticks) for ticks in begins], dtype=np.int64)])
         self._tick = np.concatenate(begins) if begins else np.empty(0, np.int64)
-
-    def _begins(self, unit: int, episode: int) -> np.ndarray:
-        span, arrays = self.units[unit].episodes[episode], self.units[unit].arrays
-        window = slice(span["begin"], span["end"])
-        usable, known = arrays["usable"][window], arrays["known"][window]
-        ends = np.minimum(np.arange(len(known)) + self.horizon, len(known)) - 1
-        begins = np.flatnonzero(usable & known[ends])  # known from the first command on
-        if self.first is not None and len(begins):
-            begins = begins[begins < begins[0] + self.first]
-        return span["begin"] + begins
 
     def __len__(self) -> int:
         return len(self._tick)
@@ -112,6 +102,12 @@ class Dataset:
                 yield arrays["state"][at], arrays["actions"][rows], inside & arrays["known"][rows]
 
 
+def _begins(unit: Unit, episode: int) -> np.ndarray:
+    """int64, the ticks of an episode at which a sample may begin."""
+    begin, end = unit.episodes[episode]["begin"], unit.episodes[episode]["end"]
+    return begin + np.flatnonzero(unit.arrays["usable"][begin:end] & unit.arrays["known"][begin:end])
+
+
 def all_episodes(units: Sequence[Unit]) -> list[tuple[int, int]]:
     """(unit, episode) of every episode."""
     return [(i, k) for i, unit in enumerate(units) for k in range(len(unit.episodes))]
@@ -121,11 +117,11 @@ def split(units: Sequence[Unit], held_out: float, seed: int = 0) -> tuple[list[t
     """Episodes to train on and episodes to hold out, both as (unit, episode), by a hash of bag, episode and seed.
 
     Copies of a recording stay on one side. At least one episode is held out when `held_out` > 0 and two differ; the
-    same bags and seed give the same split, whatever folder they lie in. Episodes without a usable tick are in neither.
+    same bags and seed give the same split, whatever folder they lie in. Episodes without a sample are in neither.
     """
     same: dict[str, list[tuple[int, int]]] = {}  # by content
     for i, k in all_episodes(units):
-        if units[i].arrays["usable"][units[i].episodes[k]["begin"] : units[i].episodes[k]["end"]].any():
+        if len(_begins(units[i], k)):
             same.setdefault(_hash(seed, units[i].index["digest"], k), []).append((i, k))
     count = 0 if held_out <= 0 or len(same) < 2 else min(max(round(held_out * len(same)), 1), len(same) - 1)
     keys = sorted(same)

@@ -184,8 +184,6 @@ def summarise(reports: list[BagReport], robot: Robot, horizon: int, selection: S
         refused = f"none of {len(reports)} recordings can be trained on; {count} of them: {reason}"
         if len(reports) == 1:
             refused = f"the recording cannot be trained on: {reason}"
-    elif not len(actions):
-        refused = "no tick with an observation has a command"
     return {
         "robot": robot.name,
         "refused": refused,
@@ -287,6 +285,9 @@ def _warnings(
     found += [f"{text} ({count} recordings)" for text, count in slow.most_common(6)]
     if any(not prompt for episode in episodes for prompt in episode["prompts"]):
         found.append("some episodes have no prompt: give one with --prompt or as prompt.default of the robot file")
+    if without := sum(e["without_action"] for e in episodes):
+        kept = sum(e["kept"] for e in episodes)
+        found.append(f"at {without} of {kept} ticks kept some joint has no command yet: no sample begins there")
     if waits := [e["waited"] for e in episodes if e["waited"] > 1.0]:
         found.append(f"{len(waits)} episodes lose up to {max(waits):.1f} s until every stream has begun")
     return found
