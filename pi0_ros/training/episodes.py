@@ -19,6 +19,7 @@ from pi0_ros.training.commands import Command, commanded
 from pi0_ros.training.recording import Recording
 
 LONGEST_NS = 48 * 3600 * 1_000_000_000
+PROMPT_DELAY_NS = 1_000_000_000  # by which an episode's prompt may come after its mark
 IDLE_MARGIN = 0.25  # seconds kept before the first and after the last movement
 
 
@@ -142,7 +143,7 @@ def _episode(
         known=known.all(axis=1),
         frames=frames,
         usable=usable,
-        prompts=_prompts(recording, robot, selection, ticks),
+        prompts=_prompts(recording, robot, selection, ticks, begin if recording.marks else None),
         skew_ns=aligned.skew_ns,
         dropped=+dropped,
         idle_start=head / robot.control_rate,
@@ -213,11 +214,19 @@ def _active(state: np.ndarray, actions: np.ndarray, robot: Robot, idle: float) -
     return max(moved[0] - margin, 0), min((resting[-1] if len(resting) else moved[-1]) + 1 + margin, len(state))
 
 
-def _prompts(recording: Recording, robot: Robot, selection: Selection, ticks: np.ndarray) -> list[str]:
-    """Command line, else the newest on the topic at or before the tick, else the bag's metadata, else the default."""
+def _prompts(
+    recording: Recording, robot: Robot, selection: Selection, ticks: np.ndarray, mark: int | None = None
+) -> list[str]:
+    """Command line, else the newest on the topic at or before the tick, else the bag's metadata, else the default.
+
+    One spoken a moment after the mark that begins an episode counts from the mark on.
+    """
     fixed = selection.prompt or recording.custom_data.get("prompt") or robot.prompt.default
     spoken = [(time, text) for time, text in recording.prompts if text]
     if selection.prompt or not spoken:
         return [fixed] * len(ticks)
-    at = np.searchsorted(np.array([time for time, _ in spoken]), ticks, side="right") - 1
+    times = np.array([time for time, _ in spoken])
+    at = np.searchsorted(times, ticks, side="right") - 1
+    if mark is not None and (late := np.flatnonzero((times > mark) & (times <= mark + PROMPT_DELAY_NS))).size:
+        at = np.maximum(at, late[0])
     return [spoken[max(i, 0)][1] for i in at]  # a latched prompt is recorded a little after the start
