@@ -55,8 +55,8 @@ SPECS = (
     _set(
         "policy_timeout",
         1.0,
-        "hold when no chunk came for so long, s; 0: not before the chunk ends, as a policy that makes chunks on demand or "
-        "less than once a second needs it",
+        "hold when no chunk came for so long, s; 0: not before the chunk ends, for policies that make chunks on demand "
+        "or less than once a second",
         0,
         3600,
     ),

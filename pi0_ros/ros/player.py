@@ -287,9 +287,7 @@ class Player:
         if fault:
             self._halt(HOLDING, fault)
             return
-        if self.commanded is None:
-            self._seed()
-        elif self._afresh and self._rest.moved:
+        if self.commanded is None or (self._afresh and self._rest.moved):
             self._seed()
         self._afresh = False
         if self._following and (lost := self._not_followed()):
@@ -323,10 +321,8 @@ class Player:
         worst = int(np.argmax(gaps / self._unit))
         if not self.settings.following_error or self.settings.dry_run or gaps[worst] <= most[worst]:
             return ""
-        return (
-            f"the arm does not follow: joint '{self.joint_names[worst]}' is more than {most[worst]:g} from its command; "
-            "~/start goes on"
-        )
+        name = self.joint_names[worst]
+        return f"the arm does not follow: joint '{name}' is more than {most[worst]:g} from its command; ~/start goes on"
 
     def _ended(self, now: int) -> str:
         """Why there is nothing to play, or ""."""
