@@ -170,22 +170,32 @@ def test_a_model_of_words_without_its_tokenizer_is_refused(data, tmp_path, capsy
     assert "a model of 300 tokens needs the tokenizer it was made for: give --tokenizer" in line
 
 
-def held(folder: Path, rate: int) -> tuple[Path, Path]:
-    """Commands as Float64MultiArray, `rate` a second, and a robot file of 10 Hz that reads them."""
+def held(folder: Path, rate: int, kind: str = "Float64MultiArray", lead: float = 0.0) -> tuple[Path, Path]:
+    """Commands, `rate` a second, each due after `lead` s, and a robot file of 10 Hz that reads them."""
     items = [item for item in bag_kit.episode(seconds=4.0) if item.topic != "/command"]
     for i in range(rate * 4):
-        items.append(bag_kit.floats(bag_kit.START + i * bag_kit.SECOND // rate, [i / rate / 4, 0.5, 1.0]))
+        ns, target = bag_kit.START + i * bag_kit.SECOND // rate, [i / rate / 4, 0.5, 1.0]
+        items.append(bag_kit.floats(ns, target) if kind[0] == "F" else bag_kit.trajectory(ns, [(lead, target)]))
     bag_kit.write_bag(folder / "bags" / "episode", items)
-    robot = yaml.safe_load(bag_kit.ROBOT) | {"actions": {"topic": "/command", "type": "Float64MultiArray"}}
+    robot = yaml.safe_load(bag_kit.ROBOT) | {"actions": {"topic": "/command", "type": kind}}
     (folder / "robot.yaml").write_text(yaml.safe_dump(robot))
     return folder / "bags", folder / "robot.yaml"
 
 
-@pytest.mark.parametrize("rate", [4, 10, 30])
-def test_actions_recorded_at_half_the_control_rate_are_refused(data, tmp_path, capsys, rate):
-    bags, robot = held(tmp_path, rate)
+@pytest.mark.parametrize(
+    ("rate", "kind", "lead", "fine"),
+    [
+        (4, "Float64MultiArray", 0.0, False),
+        (10, "Float64MultiArray", 0.0, True),
+        (30, "Float64MultiArray", 0.0, True),
+        (3, "JointTrajectory", 0.0, False),  # each is due at once, and held
+        (3, "JointTrajectory", 0.33, True),  # each leads to the next in a straight line
+    ],
+)
+def test_actions_recorded_at_half_the_control_rate_are_refused(data, tmp_path, capsys, rate, kind, lead, fine):
+    bags, robot = held(tmp_path, rate, kind, lead)
     words = kit.arguments(data, tmp_path / "out", bags=bags, robot=robot, steps=1)
-    if rate >= 10:
+    if fine:
         assert main(words) == 0
         return
     line = refusal(capsys, words)

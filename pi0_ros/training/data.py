@@ -59,24 +59,32 @@ def _without(reason: str, bag: str) -> str:
 
 
 def check_rate(units: Sequence[Unit], robot: Robot) -> None:
-    """BagError if commands that hold until the next one came at half the control rate or less: every other action of a
-    chunk would repeat the one before, and the policy would learn to move in jerks. Trajectories have times of their
-    own, between which they are interpolated."""
-    if robot.actions is None or robot.actions.type == "JointTrajectory":
-        return
-    gaps = []
-    for unit in units:
-        for episode in unit.episodes:
-            window = slice(episode["begin"], episode["end"])
-            actions = unit.arrays["actions"][window][unit.arrays["known"][window]]
-            gaps.append(np.diff(np.flatnonzero((np.diff(actions, axis=0) != 0).any(axis=1))))
-    gaps = np.concatenate(gaps) if gaps else np.empty(0)
-    if len(gaps) >= FEWEST_CHANGES and (median := float(np.median(gaps))) >= 2:
-        rate = robot.control_rate / median
-        raise BagError(
-            f"actions on {robot.actions.topic} change {rate:.3g} times a second, but the robot file's control_rate is "
-            f"{robot.control_rate:g} Hz; set control_rate to the rate that commands were recorded at"
-        )
+    """BagError if commands came too slowly for the robot file's control rate, as `rate_fault` says."""
+    gaps = [
+        change_gaps(unit.arrays["actions"][window][unit.arrays["known"][window]])
+        for unit in units
+        for window in (slice(episode["begin"], episode["end"]) for episode in unit.episodes)
+    ]
+    if fault := rate_fault(gaps, robot):
+        raise BagError(fault)
+
+
+def change_gaps(actions: np.ndarray) -> np.ndarray:
+    """Ticks from one change of any joint's action to the next, int64: of float64 [T, J] of an episode."""
+    return np.diff(np.flatnonzero((np.diff(actions, axis=0) != 0).any(axis=1)))
+
+
+def rate_fault(gaps: Sequence[np.ndarray], robot: Robot) -> str | None:
+    """What is wrong if commands came at half the control rate or less: every other action of a chunk would repeat the
+    one before, and the policy would learn to move in jerks. `gaps`: `change_gaps` of all episodes. Trajectories that
+    lead from one to the next change at every tick, however seldom they come."""
+    joined = np.concatenate([*gaps, np.empty(0)])
+    if len(joined) < FEWEST_CHANGES or (median := float(np.median(joined))) < 2:
+        return None
+    return (
+        f"actions on {robot.actions.topic} change {robot.control_rate / median:.3g} times a second, but the robot "
+        f"file's control_rate is {robot.control_rate:g} Hz; set control_rate to the rate that commands were recorded at"
+    )
 
 
 def names(units: Sequence[Unit], episodes: Episodes) -> list[list[Any]]:
