@@ -18,7 +18,7 @@ from rosbags.image import message_to_cvimage
 from rosbags.typesys import Stores, get_typestore
 from safetensors.numpy import load_file
 
-from pi0_ros.policy.images import ImageError, decode_image, orient, resize_with_pad
+from pi0_ros.policy.images import ImageError, decode_image, orient, resize_on_device, resize_with_pad
 from pi0_ros.robot import Camera
 
 DATA = Path(__file__).parent / "data"
@@ -204,6 +204,15 @@ def test_resizing_equals_pillow_at_every_size(height, width, size, seed):
     resized = PillowImage.fromarray(image).resize(inner, PillowImage.Resampling.BILINEAR)
     expected.paste(resized, ((size - inner[0]) // 2, (size - inner[1]) // 2))
     assert np.abs(resize_with_pad(image, size).astype(int) - np.asarray(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(480, 640), (640, 480), (100, 333), (30, 40), (224, 224)])
+def test_a_gpus_resize_is_that_of_the_cpu_but_for_its_rounding(shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    pixels = torch.full((224, 224, 3), 77, dtype=torch.uint8)  # of the frame before
+    resize_on_device(pixels, torch.from_numpy(image))
+    difference = np.abs(pixels.numpy().astype(int) - resize_with_pad(image, 224))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.2
 
 
 def test_a_read_only_image_is_resized_without_complaint(recwarn):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from pi0_ros.model.config import GemmaConfig, Pi0Config, VisionConfig
 from pi0_ros.model.pi0 import Observation, Pi0
+from pi0_ros.policy.images import resize_with_pad
 from pi0_ros.policy.sampler import Guidance, Sampler
 
 TINY = Pi0Config(
@@ -227,6 +229,20 @@ def test_without_onednn_the_numbers_are_the_same(model, monkeypatch):
     assert (actions - expected(model, images, state, noise)).abs().max() < 2e-5
 
 
+def test_frames_of_another_size_are_resized_on_the_device(model):
+    images, state, noise = draw()
+    size = TINY.vision.image_size
+    generator = torch.Generator().manual_seed(1)
+    large = {s: torch.randint(0, 256, (2 * size, 3 * size, 3), dtype=torch.uint8, generator=generator) for s in images}
+    sampler = Sampler(model)
+    sampler.sample(images, TOKENS, state, noise)
+    actions = sampler.sample(large, TOKENS, state, noise).actions
+    for pixels, image in zip(sampler.pixels, large.values(), strict=True):
+        assert np.abs(pixels.numpy().astype(int) - resize_with_pad(image.numpy(), size)).max() <= 1
+    seen = dict(zip(TINY.cameras, sampler.pixels, strict=True))
+    assert (actions - expected(model, seen, state, noise)).abs().max() < 2e-5
+
+
 def test_a_gpu_other_than_the_first_is_made_the_current_one(model, monkeypatch):
     """Otherwise a graph would be captured on the first one, where nothing happens, and replay nothing."""
 
@@ -253,7 +269,7 @@ def test_cuda_graphs_give_what_the_cpu_gives(model):
         images, state, noise = draw(seed)
         frames["base_0_rgb"] = seed
         frames["left_wrist_0_rgb"] = frames["right_wrist_0_rgb"] = seed
-        got = sampler.sample(images, TOKENS[: 3 + seed % 2], state, noise, frames=frames)
+        got = sampler.sample(images, TOKENS[: 3 + seed % 2], state, noise, frames=frames)  # through pinned memory
         want = expected(model, images, state, noise, tokens=TOKENS[: 3 + seed % 2])
         assert (got.actions - want).abs().max() < 1e-4
         reused = sampler.sample(images, TOKENS[: 3 + seed % 2], -state, noise, frames=frames)

@@ -20,7 +20,7 @@ from pi0_ros.model.config import PRESETS, Pi0Config
 from pi0_ros.model.flow import Cold, NoiseSource, noise_source_from_dict, require_same_source
 from pi0_ros.model.pi0 import Pi0
 from pi0_ros.policy.bundle import BundleSettings, load_bundle
-from pi0_ros.policy.images import ImageError, resize_with_pad
+from pi0_ros.policy.images import ImageError, check_image, resize_with_pad
 from pi0_ros.policy.processor import has_bfloat16
 from pi0_ros.policy.prompt import PromptEncoder
 from pi0_ros.policy.realtime import GuidanceSettings, guidance_weights
@@ -291,7 +291,7 @@ class Policy:
 
     def reset(self) -> None:
         """Forget frames, prefix and the last chunk, as after a clock reset or at a new episode."""
-        self._resized: dict[str, tuple[int, np.ndarray]] = {}
+        self._prepared: dict[str, tuple[int, np.ndarray]] = {}
         self._last: tuple[int, str, np.ndarray] | None = None  # stamp, prompt, actions in robot units
         if self._sampler is not None:
             self._sampler.reset()
@@ -326,17 +326,24 @@ class Policy:
         return actions
 
     def _image(self, observation: RobotObservation, slot: str) -> np.ndarray:
-        """uint8 [S, S, 3] of a camera, resized once a frame."""
+        """uint8 of a camera as the sampler takes it, prepared once a frame."""
         if slot not in observation.images or slot not in observation.frames:
             raise ObservationError(f"camera {slot!r} is missing, found {sorted(observation.images)}")
-        frame, (known, image) = observation.frames[slot], self._resized.get(slot, (None, None))
+        frame, (known, image) = observation.frames[slot], self._prepared.get(slot, (None, None))
         if image is None or known != frame:
             try:
-                image = resize_with_pad(observation.images[slot], self.config.vision.image_size)
+                image = self._prepare(observation.images[slot])
             except ImageError as error:
                 raise ObservationError(f"camera {slot!r}: {error}") from None
-            self._resized[slot] = (frame, image)
+            self._prepared[slot] = (frame, image)
         return image
+
+    def _prepare(self, image: np.ndarray) -> np.ndarray:
+        """[S, S, 3]; for a GPU, which resizes by itself, [H, W, 3]."""
+        if self._sampler.device.type == "cpu":
+            return resize_with_pad(image, self.config.vision.image_size)
+        check_image(image)
+        return np.require(image, requirements=("C", "W"))  # what torch can take
 
     # --- the start of the flow, and the chunk before ------------------------------------------------------------------
 

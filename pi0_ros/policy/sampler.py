@@ -29,6 +29,7 @@ from pi0_ros.model.siglip import LAYER_NORM_EPS
 from pi0_ros.policy.attention import attend
 from pi0_ros.policy.fused import Fused, GemmaLayer, fuse
 from pi0_ros.policy.graphs import Graphs
+from pi0_ros.policy.images import resize_on_device
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Sampler:
         size, suffix = config.vision.image_size, config.suffix_len
         vlm = config.vlm
         self.pixels = buffer(len(self.cameras), size, size, 3, dtype=torch.uint8)
+        self._pinned: dict[int, Tensor] = {}  # camera -> frames on their way to a GPU
         self.prefix = buffer(max_prefix, vlm.width, dtype=dtype)  # [features of each camera | prompt]
         self.keys = buffer(vlm.depth, vlm.num_kv_heads, max_prefix + suffix, vlm.head_dim, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
@@ -133,7 +135,8 @@ class Sampler:
         """One action chunk.
 
         Args:
-            images: slot -> uint8 [S, S, 3] RGB at the model's size, for each of `cameras`.
+            images: slot -> uint8 RGB for each of `cameras`, [S, S, 3] at the model's size; of another size, [H, W, 3],
+                they are resized with padding on the device.
             tokens: the prompt's token ids without padding, int [L].
             state: [action_dim] in model space (normalised, padded); not used by pi0.5.
             noise: f32 [horizon, action_dim], the start of the flow at t = 1.
@@ -173,10 +176,20 @@ class Sampler:
         for i, slot in enumerate(self.cameras):
             if frames is not None and slot in self._frames and self._frames[slot] == frames[slot]:
                 continue
-            self.pixels[i].copy_(torch.as_tensor(images[slot]), non_blocking=True)
+            self._upload(i, torch.as_tensor(images[slot]))
             new.append(i)
         self._frames = dict(frames or {})
         return tuple(new)
+
+    def _upload(self, i: int, image: Tensor) -> None:
+        if self.device.type == "cuda":  # from pinned memory the copy is asynchronous; the last one ended with its chunk
+            if i not in self._pinned or self._pinned[i].shape != image.shape:
+                self._pinned[i] = torch.empty(image.shape, dtype=torch.uint8, pin_memory=True)
+            image = self._pinned[i].copy_(image).to(self.device, non_blocking=True)
+        if image.shape == self.pixels[i].shape:
+            self.pixels[i].copy_(image)
+        else:
+            resize_on_device(self.pixels[i], image)
 
     def _load_prompt(self, tokens) -> bool:
         ids = np.ascontiguousarray(tokens, dtype=np.int64)
