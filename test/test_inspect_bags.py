@@ -12,6 +12,10 @@ import cv2
 import numpy as np
 import pytest
 
+from pi0_ros.training import report
+from pi0_ros.training.bags import BagError
+from pi0_ros.training.cache import model_frame
+from pi0_ros.training.data import load_units
 from pi0_ros.training.inspect_bags import main
 
 BAGS = Path(__file__).parent / "data" / "bags"
@@ -187,6 +191,59 @@ REFUSALS = {
         "no usable tick (10 x idle)",
     ),
 }
+
+
+def with_frames(frame):
+    """A second of everything, with the message `frame(ns)` for each camera frame."""
+    items = [i for i in kit.episode(seconds=1.0) if not i.topic.startswith("/cam")]
+    return [*items, *(frame(kit.START + k * kit.SECOND // 10) for k in range(10))]
+
+
+def no_picture(ns, form="jpeg"):
+    item = kit.compressed(ns, kit.picture(0))
+    item.message.format, item.message.data = form, np.frombuffer(b"\x00\x00\x00\x01 some video", np.uint8)
+    return item
+
+
+UNREADABLE = {
+    "depth": (lambda ns: kit.raw(ns, kit.picture(0), encoding="16UC1"), "10 x image encoding '16UC1' is no colour"),
+    "compressed depth": (lambda ns: no_picture(ns, "16UC1; compressedDepth png"), "10 x depth, not colour"),
+    "video": (no_picture, "no frame of base_0_rgb can be decoded: compressed image of 15 bytes"),
+    "short rows": (lambda ns: kit.raw(ns, kit.picture(0), step=16, encoding="rgb8"), "no frame of base_0_rgb can be"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_images_that_cannot_be_decoded_are_refused_as_training_refuses_them(inspect, tmp_path, name):
+    frame, expected = UNREADABLE[name]
+    bag = kit.write_bag(tmp_path / "bag", with_frames(frame))
+    code, _, err, _ = inspect(bag)
+    assert code == 1 and expected in err
+    with pytest.raises(BagError):
+        load_units(bag, kit.robot(), 28, cache=tmp_path / "cache", jobs=1, quiet=True)
+
+
+def test_a_single_frame_that_cannot_be_decoded_refuses_nothing(inspect, tmp_path):
+    bag = with_frames(lambda ns: no_picture(ns) if ns == kit.START else kit.compressed(ns, kit.picture(1)))
+    code, _, _, data = inspect(kit.write_bag(tmp_path / "bag", bag))
+    assert code == 0 and data["bags"][0]["refused"] is None
+
+
+def test_one_frame_of_each_camera_is_decoded_to_see_that_it_can_be(inspect, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(report, "model_frame", lambda raw, *rest: seen.append(raw) or model_frame(raw, *rest))
+    assert inspect(kit.write_bag(tmp_path / "bag", kit.episode(seconds=2.0)))[0] == 0
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(("rate", "fine"), [(4, False), (10, True)])
+def test_commands_too_slow_for_the_control_rate_are_refused_as_training_refuses_them(inspect, tmp_path, rate, fine):
+    items = [i for i in kit.episode(seconds=4.0) if i.topic != "/command"]
+    items += [kit.floats(kit.START + i * kit.SECOND // rate, [i / rate / 4, 0.5, 1]) for i in range(4 * rate)]
+    text = kit.ROBOT.replace("JointTrajectory}\ncommands", "Float64MultiArray}\ncommands")
+    code, _, err, _ = inspect(kit.write_bag(tmp_path / "bag", items), text)
+    assert code == (0 if fine else 1)
+    assert fine or "change 4 times a second, but the robot file's control_rate is 10 Hz" in err
 
 
 @pytest.mark.parametrize("name", REFUSALS)

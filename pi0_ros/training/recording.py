@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pi0_ros.policy.alignment import CLOCK_RESET_NS
+from pi0_ros.policy.images import ENCODINGS
 from pi0_ros.robot import Robot
 from pi0_ros.training.bags import CDR, Bag, BagError, decode, header_stamp
 from pi0_ros.training.clocks import ClockOffset
@@ -386,6 +387,8 @@ def image_fault(message: Any) -> str | None:
     """What makes an image message useless, seen without decoding it."""
     data = message.data
     if hasattr(message, "format"):
+        if "compressedDepth" in message.format:
+            return "depth, not colour"
         head = bytes(data[:4])
         if head[:2] == b"\xff\xd8" and bytes(data[-65536:]).rfind(b"\xff\xd9") < 0:
             return "JPEG data end too early"
@@ -396,6 +399,8 @@ def image_fault(message: Any) -> str | None:
         return "empty image"
     if len(data) < message.height * message.step:
         return "image data shorter than height x step"
+    if message.encoding not in ENCODINGS:
+        return f"image encoding {message.encoding!r} is no colour or grey image that can be decoded"
     return None
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from pi0_ros.robot import Robot
 from pi0_ros.training.bags import Bag, BagError, BagFiles
 from pi0_ros.training.cache import image_messages, model_frame, require_usable
+from pi0_ros.training.data import change_gaps, rate_fault
 from pi0_ros.training.episodes import Episode, Selection, cut_episodes
 from pi0_ros.training.recording import Recording, Stream, read_recording
 
@@ -26,6 +27,7 @@ class BagReport:
     numbers: dict[str, Any]
     state: np.ndarray  # float64 [T, J] at usable ticks
     actions: np.ndarray
+    gaps: list[np.ndarray] = field(default_factory=list)  # of each episode, ticks between changes of its actions
     episode: dict[str, np.ndarray] | None = None  # seconds, state, actions, usable of the first episode
     skew_ms: np.ndarray = field(default_factory=lambda: np.empty(0))
     samples: list[tuple[str, float, np.ndarray]] = field(default_factory=list)  # slot, seconds, uint8 [S, S, 3]
@@ -43,8 +45,10 @@ def inspect_bag(files: BagFiles, robot: Robot, selection: Selection, image_size:
             numbers |= _numbers(bag, recording, episodes, robot)
             numbers["notes"] = recording.notes + _still(recording, robot)
             require_usable(recording, episodes)
+            _require_pictures(bag, recording, episodes, robot, image_size)
             report.state = np.concatenate([e.state[e.usable] for e in episodes])
             report.actions = np.concatenate([e.actions[e.usable & e.known] for e in episodes])
+            report.gaps = [change_gaps(e.actions[e.known]) for e in episodes]
             report.skew_ms = np.concatenate([e.skew_ns[e.usable] for e in episodes]) / 1e6
             report.episode = _curve(next(e for e in episodes if e.usable.any()))
             if samples:
@@ -168,6 +172,25 @@ def _samples(
     return sorted(found, key=lambda item: item[:2])
 
 
+def _require_pictures(bag: Bag, recording: Recording, episodes: list[Episode], robot: Robot, image_size: int) -> None:
+    """BagError unless some frame of each camera can be decoded: of each the first that can is enough."""
+    needed = {
+        slot: set(np.concatenate([e.frames[slot][e.usable] for e in episodes]).tolist()) for slot in recording.cameras
+    }
+    faults: dict[str, str] = {}
+    missing = set(needed)
+    for slot, _, kind, raw in image_messages(bag, recording, needed):
+        frame = model_frame(raw, kind, robot.present_cameras[slot], image_size)
+        if isinstance(frame, str):
+            faults.setdefault(slot, frame)
+            continue
+        needed[slot] = set()
+        missing.discard(slot)
+        if not missing:
+            return
+    raise BagError("; ".join(f"no frame of {slot} can be decoded: {faults[slot]}" for slot in sorted(missing)))
+
+
 def summarise(reports: list[BagReport], robot: Robot, horizon: int, selection: Selection) -> dict[str, Any]:
     """Totals, statistics of every joint, warnings, and `refused`: why this data cannot be trained on, or None."""
     good = [r for r in reports if r.numbers["refused"] is None]
@@ -184,6 +207,8 @@ def summarise(reports: list[BagReport], robot: Robot, horizon: int, selection: S
         refused = f"none of {len(reports)} recordings can be trained on; {count} of them: {reason}"
         if len(reports) == 1:
             refused = f"the recording cannot be trained on: {reason}"
+    else:
+        refused = rate_fault([gaps for r in good for gaps in r.gaps], robot)
     return {
         "robot": robot.name,
         "refused": refused,
