@@ -264,6 +264,18 @@ def test_nan_joints_are_refused_by_name(inspect, tmp_path):
     assert code == 1 and "/joint_states joint 'grip': NaN or infinite in 100.0% of messages" in err
 
 
+def test_few_nan_positions_are_counted_for_their_joint_and_stream(inspect, tmp_path):
+    items = kit.episode(seconds=4.0)
+    for item in [i for i in items if i.topic == "/joint_states"][20:22]:
+        item.message.position[1] = np.nan
+    items += [kit.trajectory(items[0].time + k * 10**7, [(0.1, [k / 400, 0.5, 1.0])]) for k in range(400)]
+    items[-2].message.points[0].positions[2] = np.nan
+    _, out, _, data = inspect(kit.write_bag(tmp_path / "bag", items))
+    counts = {joint["name"]: (joint["state"]["nan"], joint["actions"]["nan"]) for joint in data["summary"]["joints"]}
+    assert counts == {"shoulder": (0, 0), "elbow": (2, 0), "grip": (0, 1)}
+    assert re.search(r"elbow +state .* 2 NaN", out)
+
+
 def test_found_recordings_are_all_read_and_each_is_refused_for_its_own_reason(inspect):
     code, out, err, data = inspect(BAGS)
     assert code == 1 and len(data["bags"]) == 5

@@ -156,7 +156,7 @@ def _joint_lines(joints: list[dict[str, Any]]) -> list[str]:
     for joint in joints:
         for what in ("state", "actions"):
             c = joint[what]
-            if c is None or "mean" not in c:
+            if c is None:
                 continue
             remarks = ["near-constant"] if c["near_constant"] else []
             remarks += [f"{c['nan']} NaN"] if c["nan"] else []

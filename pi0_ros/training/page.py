@@ -62,7 +62,7 @@ def _joints(joints: list[dict[str, Any]]) -> str:
     for joint in joints:
         for what in ("state", "actions"):
             column = joint[what]
-            if column and "mean" in column:
+            if column:
                 remarks = "near-constant" if column["near_constant"] else ""
                 if what == "state" and "gripper" in joint:
                     remarks += f" polarity {joint['gripper']['polarity']}"

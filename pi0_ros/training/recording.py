@@ -70,6 +70,7 @@ class Recording:
     custom_data: dict[str, str] = field(default_factory=dict)
     topics: dict[str, str | None] = field(default_factory=dict)  # as the robot file names it -> as recorded
     faults: Counter[tuple[str, str]] = field(default_factory=Counter)  # (stream, reason) -> messages
+    nan: Counter[tuple[str, str]] = field(default_factory=Counter)  # ("state" or "actions", joint) -> messages
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -111,8 +112,8 @@ class _Reader:
         self.handlers: dict[str, list[Any]] = {}
         self.index = {name: i for i, name in enumerate(robot.joint_names)}
         self.columns: dict[tuple[str, ...], tuple[tuple[int, ...], list[int]]] = {}
-        self.seen_names: dict[str, set[str]] = {}
-        self.nan: Counter[str] = Counter()
+        self.seen_names: dict[tuple[str, str], set[str]] = {}
+        self.nan: Counter[tuple[str, str, str]] = Counter()  # (state or actions, topic, joint) -> messages
 
     def read(self) -> Recording:
         robot, recording = self.robot, self.recording
@@ -209,14 +210,14 @@ class _Reader:
 
     def _on_state(self, topic: str, stamp: int, ordinal: int, raw: bytes) -> None:
         message = decode(raw, JOINT_STATE)
-        if found := self._joints(topic, message.name, message.position):
+        if found := self._joints("state", topic, message.name, message.position):
             self.states.setdefault((topic, found[0]), _Rows()).add(stamp, _stamp(message), ordinal, found[1])
 
     def _on_action(self, topic: str, stamp: int, ordinal: int, raw: bytes) -> None:
         message = decode(raw, self.bag.topics[topic].type)
         kind = self.robot.actions.type
         if kind == "JointState":
-            if found := self._joints(topic, message.name, message.position):
+            if found := self._joints("actions", topic, message.name, message.position):
                 self.actions.append((stamp, _stamp(message), found))
         elif kind == "JointTrajectory":
             self._on_trajectory(topic, stamp, message)
@@ -224,14 +225,14 @@ class _Reader:
             names = self.robot.actions.joints or self.robot.joint_names
             if len(message.data) != len(names):
                 raise BagError(f"{len(message.data)} numbers for {len(names)} joints")
-            self.actions.append((stamp, 0, self._joints(topic, names, message.data)))
+            self.actions.append((stamp, 0, self._joints("actions", topic, names, message.data)))
 
     def _on_trajectory(self, topic: str, stamp: int, message: Any) -> None:
         if not message.points:
             return  # an empty trajectory stops the arm where it is; there is no target to learn
         if any(len(point.positions) != len(message.joint_names) for point in message.points):
             raise BagError("a trajectory point without a position for every joint")
-        found = [self._joints(topic, message.joint_names, point.positions) for point in message.points]
+        found = [self._joints("actions", topic, message.joint_names, point.positions) for point in message.points]
         if found[0] is None:
             return
         due = [point.time_from_start.sec * 1_000_000_000 + point.time_from_start.nanosec for point in message.points]
@@ -243,7 +244,9 @@ class _Reader:
     def _on_text(self, topic: str, stamp: int, ordinal: int, raw: bytes) -> None:
         self.texts.setdefault(topic, []).append((stamp, decode(raw, STRING).data.strip()))
 
-    def _joints(self, topic: str, names: Iterable[str], positions: Any) -> tuple[tuple[int, ...], np.ndarray] | None:
+    def _joints(
+        self, what: str, topic: str, names: Iterable[str], positions: Any
+    ) -> tuple[tuple[int, ...], np.ndarray] | None:
         """(model indices, positions) of the robot's joints in a message, None when it has none of them."""
         key = tuple(names)
         if key not in self.columns:
@@ -251,7 +254,7 @@ class _Reader:
             self.columns[key] = tuple(self.index[key[i]] for i in at), at
             if at != sorted(at):
                 self.recording.notes.append(f"{topic}: joints are not in the robot file's order; read by name")
-        self.seen_names.setdefault(topic, set()).update(key)
+        self.seen_names.setdefault((what, topic), set()).update(key)
         joints, at = self.columns[key]
         if not joints:
             return None
@@ -260,7 +263,7 @@ class _Reader:
         row = np.asarray(positions, np.float64)[at]
         if not np.isfinite(row).all():
             bad = [self.robot.joint_names[j] for j, value in zip(joints, row, strict=True) if not np.isfinite(value)]
-            self.nan.update(f"{topic} joint {name!r}" for name in bad)
+            self.nan.update((what, topic, name) for name in bad)
             raise BagError("NaN or infinite position")
         return joints, row
 
@@ -285,14 +288,14 @@ class _Reader:
     def _check_joints(self, states: list[str | None], actions: str | None) -> None:
         recording, names = self.recording, self.robot.joint_names
         for what, topics in (("state", [t for t in states if t]), ("actions", [actions] if actions else [])):
-            seen = set().union(*(self.seen_names.get(topic, set()) for topic in topics))
+            seen = set().union(*(self.seen_names.get((what, topic), set()) for topic in topics))
             if topics and (missing := [name for name in names if name not in seen]):
                 found = ", ".join(sorted(seen)[:12]) or "none"
                 recording.problems.append(f"{what}: no message names joint {', '.join(missing)}; names found: {found}")
-        for where, count in self.nan.items():
-            topic = where.split(" joint ")[0]
+        for (what, topic, name), count in self.nan.items():
+            recording.nan[what, name] += count
             share = count / max(self.bag.topics[topic].count, 1)
-            text = f"{where}: NaN or infinite in {share:.1%} of messages"
+            text = f"{topic} joint {name!r}: NaN or infinite in {share:.1%} of messages"
             (recording.problems if share > NAN_SHARE else recording.notes).append(text)
 
     def _set_times(self, offset: ClockOffset) -> None:

@@ -72,6 +72,7 @@ def _numbers(bag: Bag, recording: Recording, episodes: list[Episode], robot: Rob
         "streams": streams,
         "notes": recording.notes,
         "problems": recording.problems,
+        "nan": {f"{what} of {joint}": n for (what, joint), n in recording.nan.items()},
         "bad_messages": {f"{where}: {reason}": n for (where, reason), n in recording.faults.items()},
         "ticks": sum(len(e.ticks_ns) for e in episodes),
         "kept": usable,
@@ -233,29 +234,25 @@ def _joint(robot: Robot, i: int, state: np.ndarray, actions: np.ndarray, good: l
     joint = robot.joints[i]
     numbers: dict[str, Any] = {"name": joint.name, "kind": joint.kind, "limits": list(joint.position)}
     for name, rows in (("state", state), ("actions", actions)):
-        numbers[name] = _column(rows[:, i], joint.position) if len(rows) else None
+        nan = sum(r.numbers["nan"].get(f"{name} of {joint.name}", 0) for r in good)
+        numbers[name] = _column(rows[:, i], joint.position) | {"nan": nan} if len(rows) else None
     if joint.kind == "gripper":
         numbers["gripper"] = _polarity(robot, i, good)
     return numbers
 
 
 def _column(values: np.ndarray, limits: tuple[float, float]) -> dict[str, Any]:
-    bad = ~np.isfinite(values)
-    sound = values[~bad]
-    if not len(sound):
-        return {"nan": int(bad.sum())}
-    q01, q99 = np.quantile(sound, [0.01, 0.99])
+    q01, q99 = np.quantile(values, [0.01, 0.99])
     slack = 1e-3 * (limits[1] - limits[0])
     return {
-        "mean": float(sound.mean()),
-        "std": float(sound.std()),
+        "mean": float(values.mean()),
+        "std": float(values.std()),
         "q01": float(q01),
         "q99": float(q99),
-        "min": float(sound.min()),
-        "max": float(sound.max()),
-        "outside_limits": float(((sound < limits[0] - slack) | (sound > limits[1] + slack)).mean()),
-        "near_constant": bool(sound.std() < NEAR_CONSTANT * (limits[1] - limits[0])),
-        "nan": int(bad.sum()),
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "outside_limits": float(((values < limits[0] - slack) | (values > limits[1] + slack)).mean()),
+        "near_constant": bool(values.std() < NEAR_CONSTANT * (limits[1] - limits[0])),
     }
 
 
