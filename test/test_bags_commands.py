@@ -1,16 +1,24 @@
-"""What was commanded at an instant: numbers by hand."""
+"""What was commanded at an instant: numbers by hand. And how much room hours of commands take."""
 
 from __future__ import annotations
 
+import tracemalloc
+
+import bag_kit as kit
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pi0_ros.training.commands import Command, commanded
+from pi0_ros.training.bags import Bag, find_bags
+from pi0_ros.training.commands import CommandRows, commanded
+from pi0_ros.training.recording import read_recording
 
 
 def command(begin, due, positions, joints=(0,)):
-    return Command(begin, joints, np.array(due, np.int64), np.array(positions, float).reshape(len(due), len(joints)))
+    rows = CommandRows()
+    rows.add(0, 0, 0, np.array(positions, float), due)
+    return rows.commands(joints, np.array([begin]), np.array([0]))
 
 
 def column(commands, ticks, joints=1):
@@ -68,3 +76,27 @@ def test_held_positions_equal_a_plain_search(commands, ticks):
         before = [v for begin, v in ordered if begin <= tick]
         assert sure == bool(before)
         assert value == (before[-1] if before else ordered[0][1])
+
+
+def most_bytes(folder, count, kind):
+    """What reading a recording of `count` commands takes at most, beyond the recording itself."""
+    items = [kit.joint_state(kit.START, [0, 0, 0]), kit.compressed(kit.START, kit.picture(0))]
+    for i in range(count):
+        ns = kit.START + i * 10**6
+        items.append(kit.floats(ns, [i, 0, 0]) if kind[0] == "F" else kit.trajectory(ns, [(0.001, [i, 0, 0])]))
+    robot = kit.robot(actions={"topic": "/command", "type": kind})
+    (files,) = find_bags(kit.write_bag(folder / f"{count}", items))
+    del items
+    with Bag(files) as bag:
+        tracemalloc.start()
+        recording = read_recording(bag, robot)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert sum(len(commands.begin_ns) for commands in recording.commands) == count
+    return most
+
+
+@pytest.mark.parametrize("kind", ["Float64MultiArray", "JointTrajectory"])
+def test_a_million_commands_fit(tmp_path, kind):
+    few, many = (most_bytes(tmp_path, count, kind) for count in (500, 2500))
+    assert (many - few) / 2000 < 500  # bytes a command

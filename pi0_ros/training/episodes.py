@@ -15,7 +15,7 @@ import numpy as np
 from pi0_ros.policy.alignment import AlignedTicks, StreamTimes, align_ticks
 from pi0_ros.robot import Robot
 from pi0_ros.training.bags import BagError
-from pi0_ros.training.commands import Command, commanded
+from pi0_ros.training.commands import Commands, commanded
 from pi0_ros.training.recording import Recording
 
 LONGEST_NS = 48 * 3600 * 1_000_000_000
@@ -86,8 +86,6 @@ def cut_episodes(recording: Recording, robot: Robot, selection: Selection = Sele
     if recording.problems or any(not len(stream.time_ns) for stream in recording.observed):
         return []
     streams = _sorted_streams(recording, robot)
-    commands = sorted(recording.commands, key=lambda command: command.begin_ns)
-    begins = np.array([command.begin_ns for command in commands], np.int64)
     first, last = min(int(s.times[0]) for s in streams), max(int(s.times[-1]) for s in streams)
     episodes = []
     for begin, end, label in _spans(recording.marks, first, last):
@@ -95,8 +93,9 @@ def cut_episodes(recording: Recording, robot: Robot, selection: Selection = Sele
         if silent := [stream.name for stream in here if not len(stream.times)]:
             recording.notes.append(f"episode {label!r}: left out, no message of {', '.join(silent)} in it")
             continue
-        low, high = np.searchsorted(begins, [begin, end + 1]) if recording.marks else (0, len(commands))
-        episodes.append(_episode(recording, robot, selection, here, commands[low:high], begin, label))
+        since = begin if recording.marks else -np.inf
+        commands = [commands.within(since, end) for commands in recording.commands]
+        episodes.append(_episode(recording, robot, selection, here, commands, begin, label))
     return episodes
 
 
@@ -117,7 +116,7 @@ def _episode(
     robot: Robot,
     selection: Selection,
     streams: list[_Sorted],
-    commands: list[Command],
+    commands: list[Commands],
     begin: int,
     label: str,
 ) -> Episode:

@@ -18,7 +18,7 @@ from pi0_ros.policy.images import ENCODINGS
 from pi0_ros.robot import Robot
 from pi0_ros.training.bags import CDR, Bag, BagError, decode, header_stamp
 from pi0_ros.training.clocks import ClockOffset
-from pi0_ros.training.commands import Command
+from pi0_ros.training.commands import CommandRows, Commands
 
 IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
 JOINT_STATE, STRING = "sensor_msgs/msg/JointState", "std_msgs/msg/String"
@@ -63,7 +63,7 @@ class Recording:
     source: str
     cameras: dict[str, Stream] = field(default_factory=dict)
     states: list[Stream] = field(default_factory=list)
-    commands: list[Command] = field(default_factory=list)
+    commands: list[Commands] = field(default_factory=list)
     commands_ns: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # bag time of each command
     prompts: list[tuple[int, str]] = field(default_factory=list)
     marks: list[tuple[int, str]] = field(default_factory=list)  # episode begins (text) and ends ("")
@@ -107,7 +107,7 @@ class _Reader:
         self.recording = Recording(str(bag.files.path), custom_data=bag.files.custom_data)
         self.images: dict[str, _Rows] = {}
         self.states: dict[tuple[str, tuple[int, ...]], _Rows] = {}
-        self.actions: list[tuple[int, int, Any]] = []  # bag, header, payload
+        self.commands: dict[tuple[int, ...], CommandRows] = {}  # by the joints commanded together
         self.texts: dict[str, list[tuple[int, str]]] = {}
         self.handlers: dict[str, list[Any]] = {}
         self.index = {name: i for i, name in enumerate(robot.joint_names)}
@@ -216,18 +216,20 @@ class _Reader:
     def _on_action(self, topic: str, stamp: int, ordinal: int, raw: bytes) -> None:
         message = decode(raw, self.bag.topics[topic].type)
         kind = self.robot.actions.type
+        if kind == "JointTrajectory":
+            self._on_trajectory(topic, stamp, ordinal, message)
+            return
         if kind == "JointState":
-            if found := self._joints("actions", topic, message.name, message.position):
-                self.actions.append((stamp, _stamp(message), found))
-        elif kind == "JointTrajectory":
-            self._on_trajectory(topic, stamp, message)
+            found, header = self._joints("actions", topic, message.name, message.position), _stamp(message)
         else:
             names = self.robot.actions.joints or self.robot.joint_names
             if len(message.data) != len(names):
                 raise BagError(f"{len(message.data)} numbers for {len(names)} joints")
-            self.actions.append((stamp, 0, self._joints("actions", topic, names, message.data)))
+            found, header = self._joints("actions", topic, names, message.data), 0
+        if found:
+            self.commands.setdefault(found[0], CommandRows()).add(stamp, header, ordinal, found[1])
 
-    def _on_trajectory(self, topic: str, stamp: int, message: Any) -> None:
+    def _on_trajectory(self, topic: str, stamp: int, ordinal: int, message: Any) -> None:
         if not message.points:
             return  # an empty trajectory stops the arm where it is; there is no target to learn
         if any(len(point.positions) != len(message.joint_names) for point in message.points):
@@ -238,8 +240,8 @@ class _Reader:
         due = [point.time_from_start.sec * 1_000_000_000 + point.time_from_start.nanosec for point in message.points]
         if any(b <= a for a, b in zip(due, due[1:], strict=False)):
             raise BagError("time_from_start does not increase")
-        payload = found[0][0], np.stack([row for _, row in found]), np.array(due, np.int64)
-        self.actions.append((stamp, _stamp(message), payload))
+        positions = np.stack([row for _, row in found])
+        self.commands.setdefault(found[0][0], CommandRows()).add(stamp, _stamp(message), ordinal, positions, due)
 
     def _on_text(self, topic: str, stamp: int, ordinal: int, raw: bytes) -> None:
         self.texts.setdefault(topic, []).append((stamp, decode(raw, STRING).data.strip()))
@@ -356,27 +358,19 @@ class _Reader:
         return f" ({'; '.join(reasons[:3])})" if reasons else ""
 
     def _set_commands(self, topic: str | None, offset: ClockOffset) -> None:
-        rows = self.actions
-        if topic and not rows and not any(problem.startswith("actions:") for problem in self.recording.problems):
-            reasons = self._reasons(topic)
-            self.recording.problems.append(f"actions: no command on {topic} can be used{reasons}")
-        if not rows:
-            return
-        latency = round(self.robot.actions.latency * 1e9)
-        arrivals = np.array([row[0] for row in rows], np.int64)
-        stamps = np.array([row[1] for row in rows], np.int64)
-        now = arrivals - offset.at(arrivals)  # arrival by the header clock
-        stamps = np.where(stamps == 0, now, stamps)
-        by_header = self.robot.clock == "header"
-        bases = (stamps if by_header else stamps + (arrivals - now)) - latency
-        begins = np.minimum(bases, (now if by_header else arrivals) - latency)
-        for row, base, begin in zip(rows, bases, begins, strict=True):
-            joints, positions = row[2][0], np.atleast_2d(row[2][1])
-            if len(row[2]) == 3:  # a trajectory: due at stamp + time_from_start
-                self.recording.commands.append(Command(int(begin), joints, base + row[2][2], positions))
-            else:
-                self.recording.commands.append(Command(int(base), joints, np.array([base], np.int64), positions))
-        self.recording.commands_ns = arrivals
+        recording = self.recording
+        if topic and not self.commands and not any(problem.startswith("actions:") for problem in recording.problems):
+            recording.problems.append(f"actions: no command on {topic} can be used{self._reasons(topic)}")
+        for joints, rows in self.commands.items():
+            arrivals, stamps, _, _ = rows.columns()
+            now = arrivals - offset.at(arrivals)  # arrival by the header clock
+            stamps = np.where(stamps == 0, now, stamps)
+            if self.robot.clock == "bag":
+                stamps, now = stamps + (arrivals - now), arrivals
+            latency = round(self.robot.actions.latency * 1e9)
+            begins = np.minimum(stamps, now) if self.robot.actions.type == "JointTrajectory" else stamps
+            recording.commands.append(rows.commands(joints, begins - latency, stamps - latency))
+            recording.commands_ns = np.concatenate([recording.commands_ns, arrivals])
 
     def _texts(self, topic: str | None, offset: ClockOffset) -> list[tuple[int, str]]:
         rows = self.texts.get(topic, []) if topic else []
