@@ -39,6 +39,18 @@ def test_holds_when_the_chunk_runs_out_and_says_so():
     check_limits(bench.trail)
 
 
+def test_a_policy_that_says_that_it_lives_may_let_a_chunk_be_played_to_its_end():
+    bench = Bench(policy_timeout=0.5)
+    bench.tick(2)
+    bench.lively()
+    for _ in range(19):
+        bench.tick(10)
+        assert bench.seen == (PLAYING, "")
+        assert bench.offer(np.empty((0, 3)), sequence=0) == ""
+    bench.tick(20)
+    assert bench.seen == (HOLDING, "the chunk ended and no new one came")
+
+
 def test_holds_when_the_policy_is_silent_for_too_long():
     bench = Bench(policy_timeout=0.5)
     bench.tick(2)

@@ -55,8 +55,8 @@ SPECS = (
     _set(
         "policy_timeout",
         1.0,
-        "hold when no chunk came for so long, s; 0: not before the chunk ends, for policies that make chunks on demand "
-        "or less than once a second",
+        "hold when nothing came from the policy for so long, s; 0: not before the chunk ends, for policies that take "
+        "longer than that for one",
         0,
         3600,
     ),

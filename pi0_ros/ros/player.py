@@ -156,9 +156,11 @@ class Player:
     def offer(self, offer: Offer, now: int) -> str:
         """Judge a chunk; it takes over at the next tick. Returns why it was refused, or ""."""
         self._watch_clock(now)
-        if offer.horizon == 0 and offer.actions.size == 0:  # only tells that older epochs are void
+        if offer.horizon == 0 and offer.actions.size == 0:  # older epochs are void; the policy lives
             if offer.epoch > self._epoch:
                 self.announce_epoch(offer.epoch)
+            elif offer.epoch == self._epoch and self.playback.chunk is not None:
+                self._heard = now
             return ""
         fault = self._out_of_order(offer, now) or fault_of(offer, self._rules, now)
         if fault is None and offer.stamp + (offer.horizon - 1) * offer.dt * SECOND < now - self._hold_after:

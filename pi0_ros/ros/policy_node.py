@@ -47,13 +47,7 @@ SPECS = (
     Spec("threads", 0, "of torch; 0: one, but every core for a large model on a CPU", 0, 1024, configured=True),
     Spec("num_steps", 10, "denoising (Euler) steps", 1, 100, configured=True),
     Spec("rate", 10.0, "chunks per second, Hz; 0: as fast as new messages and the model allow", 0, 1000),
-    Spec(
-        "on_demand_seconds",
-        0.0,
-        "above 0: a chunk only when the player has less than this left, s (its policy_timeout must allow the silence)",
-        0,
-        60,
-    ),
+    Spec("on_demand_seconds", 0.0, "above 0: a chunk only when the player has less than this left, s", 0, 60),
     Spec("prompt", "", "the instruction; empty: the robot file's default; topic and service change it"),
     Spec(
         "seed",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pi0_ros.policy.policy import Chunk, Policy
 
 NO_CLOCK = Rejected("clock", "use_sim_time is set and nothing came on /clock yet", "missing")
+SIGN_OF_LIFE = 0.1  # seconds between words to a player that wants no chunk yet
 DISCOVERY = 2.0  # seconds after activation in which a stream that has not come yet is no news for the log
 
 
@@ -68,6 +69,7 @@ class Worker:
         self._activated = 0.0  # monotonic
         self._fresh = True  # forget caches before the next tick
         self._used = False  # a chunk of the present epoch went out
+        self._spoken = 0.0  # monotonic, when the player was last told something
         self._epoch, self._sequence, self._prompt = epoch, 0, ""
         self._frames: Frames | None = None
         self._thread = threading.Thread(target=self._run, name="policy_worker", daemon=True)
@@ -135,17 +137,28 @@ class Worker:
         self._fresh, self._used = True, False
         self.handover.forget()
         if self._active:
-            self._publish(
-                void_message(
-                    self.policy.robot,
-                    now=self._now(),
-                    sequence=self._sequence,
-                    epoch=self._epoch,
-                    prompt=self._prompt,
-                    checkpoint=self.policy.digest,
-                )
-            )
+            self._tell(self._sequence)
             self._sequence += 1
+
+    def _sign_of_life(self) -> None:
+        """No chunk is wanted yet: let the player know that one would come."""
+        with self._lock:
+            if self._active and self._running and time.monotonic() - self._spoken > SIGN_OF_LIFE:
+                self._tell(max(0, self._sequence - 1))
+
+    def _tell(self, sequence: int) -> None:
+        self._spoken = time.monotonic()
+        policy, now = self.policy, self._now()
+        self._publish(
+            void_message(
+                policy.robot,
+                now=now,
+                sequence=sequence,
+                epoch=self._epoch,
+                prompt=self._prompt,
+                checkpoint=policy.digest,
+            )
+        )
 
     @property
     def prompt(self) -> str:
@@ -163,7 +176,9 @@ class Worker:
 
     def tick_due(self) -> None:
         """A tick of the rate timer; it is missed when the one before is still at work."""
-        if self.ticking and self._due():
+        if self.ticking and not self._due():
+            self._sign_of_life()
+        elif self.ticking:
             missed = self._busy or self._wake.is_set()
             self.health.misses += missed
             self.health.missed.add(self._now() / SECOND, float(missed))
@@ -192,7 +207,9 @@ class Worker:
             self._wake.clear()
             if self._ended.is_set():
                 break
-            if self.ticking and self._due():
+            if self.ticking and not self._due():
+                self._sign_of_life()
+            elif self.ticking:
                 try:
                     self._tick()
                 except Exception as error:  # noqa: BLE001 - whatever it is, the node stays controllable and says so
