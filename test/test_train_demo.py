@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import tyro
@@ -59,3 +60,12 @@ def test_a_stage_that_fails_ends_it_with_its_exit_code(calls):
     codes["train"] = 130
     assert train_demo.run(train_demo.Options()) == 130
     assert [name for name, _ in said] == ["record"] * 3 + ["train"]
+
+
+def test_recordings_of_an_earlier_run_serve_another(calls):
+    train_demo.run(train_demo.Options(output=Path("pink"), bags=Path("out/bags")), ["--noise", "pink"])
+    recorded = [tyro.cli(recording.Options, args=words) for name, words in calls[0] if name == "record"]
+    trained = [parse(words) for name, words in calls[0] if name == "train"]
+    assert [str(o.output) for o in recorded] == ["out/bags/one", "out/bags/two", "out/bags/three"]
+    assert {str(o.cache) for o in trained} == {"out/bags/.pi0_cache"}
+    assert [str(o.output) for o in trained] == ["pink/seeing", "pink/choosing", "pink/acting", "pink/joining"]

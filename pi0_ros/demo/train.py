@@ -57,6 +57,8 @@ class Options:
 
     output: Path = Path("train_demo_output")
     """Folder for bags, runs and evaluation; the same command goes on where it was interrupted."""
+    bags: Path | None = None
+    """Where the recordings are or go; None: bags/ in the output folder."""
     episodes: int = EPISODES
     """How many episodes the teacher records, with one, two and three cubes on the table together."""
     steps: int = STEPS
@@ -66,7 +68,7 @@ class Options:
 def run(options: Options, train_options: Sequence[str] = ()) -> int:
     """All of it, one after the other; the exit code of the first part that failed, or 0."""
     robot, output = config_folder() / "so101_demo.yaml", options.output
-    bags, trained = output / "bags", output / STAGES[-1].name
+    bags, trained = options.bags or output / "bags", output / STAGES[-1].name
     cache = ("--cache", str(bags / ".pi0_cache"))
     parts: dict[str, Callable[[], int]] = {}
     for name, (cubes, seed, episodes) in SCENES.items():
