@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 # The order is the model's: image tokens stand in the prefix in this order, and RoPE makes it matter.
 CAMERA_SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -112,12 +121,12 @@ MessageType = Literal["JointState", "JointTrajectory", "Float64MultiArray"]
 
 
 class RecordedActions(_Section):
-    """Where the actions of a recording come from: what was commanded, never what was measured."""
+    """Where actions of a recording come from: what was commanded, never what was measured."""
 
     topic: Topic
     type: MessageType
     latency: Finite = 0.0  # subtracted from the stamp; may be negative
-    joints: tuple[str, ...] | None = None  # order inside a Float64MultiArray; None: model order
+    joints: tuple[str, ...] | None = None  # those to take, in a Float64MultiArray's order; None: all, in model order
 
 
 class Command(_Section):
@@ -143,7 +152,7 @@ class Robot(_Section):
     cameras: dict[str, Camera | None]  # slot -> camera; a slot that is null or missing is masked in the model
     joints: tuple[Joint, ...]  # in model order
     state: State = State()
-    actions: RecordedActions | None = None  # needed for training only
+    actions: tuple[RecordedActions, ...] = ()  # in a file one source or a list of them; needed for training only
     commands: tuple[Command, ...]
     max_skew: Positive = 0.1  # largest time between the oldest and newest stream of one observation
     clock: Literal["header", "bag"] = "header"  # which stamp of a recorded message counts
@@ -166,6 +175,17 @@ class Robot(_Section):
             raise ValueError(f"two camera slots share a topic: {', '.join(topics)}")
         return {slot: cameras.get(slot) for slot in CAMERA_SLOTS}
 
+    @field_validator("actions", mode="before")
+    @classmethod
+    def _one_or_several(cls, actions: Any) -> Any:
+        if isinstance(actions, (dict, RecordedActions)):
+            return (RecordedActions.model_validate(actions),)
+        return () if actions is None else actions
+
+    @field_serializer("actions")
+    def _as_in_a_file(self, actions: tuple[RecordedActions, ...]) -> Any:
+        return actions[0] if len(actions) == 1 else actions or None
+
     @model_validator(mode="after")
     def _joints_agree(self) -> Robot:
         names = list(self.joint_names)
@@ -178,7 +198,7 @@ class Robot(_Section):
         groups = {f"commands[{i}]": command.joints or self.joint_names for i, command in enumerate(self.commands)}
         if not groups:
             raise ValueError("commands: at least one controller is needed, found none")
-        recorded = {"actions.joints": self.actions.joints} if self.actions and self.actions.joints else {}
+        recorded = {f"{where}.joints": source.joints or () for where, source in self.action_sources.items()}
         for where, group in {**groups, **recorded}.items():
             unknown = [name for name in group if name not in names]
             if unknown:
@@ -186,14 +206,30 @@ class Robot(_Section):
         commanded = [name for group in groups.values() for name in group]
         if sorted(commanded) != sorted(names):
             raise ValueError(f"commands: every joint must be commanded exactly once, found {commanded}")
-        if self.actions and self.actions.joints and sorted(self.actions.joints) != sorted(names):
-            raise ValueError(
-                f"actions.joints: every joint must be there exactly once, found {list(self.actions.joints)}"
-            )
         topics = [command.topic for command in self.commands]
         if len(set(topics)) < len(topics):
             raise ValueError(f"commands: two controllers share a topic: {', '.join(topics)}")
         return self
+
+    @model_validator(mode="after")
+    def _sources_agree(self) -> Robot:
+        groups = [s.joints or (self.joint_names if s.type == "Float64MultiArray" else ()) for s in self.actions]
+        recorded = [name for group in groups for name in group]
+        missing = self.actions and all(groups) and set(recorded) < set(self.joint_names)
+        if missing or len(set(recorded)) < len(recorded):
+            where = "actions.joints" if len(groups) == 1 else "actions"
+            raise ValueError(f"{where}: every joint must be there exactly once, found {recorded}")
+        topics = [source.topic for source in self.actions]
+        if len(set(topics)) < len(topics):
+            raise ValueError(f"actions: two sources share a topic: {', '.join(topics)}")
+        return self
+
+    @property
+    def action_sources(self) -> dict[str, RecordedActions]:
+        """Where recorded actions come from, by the place in the robot file: actions, or actions[0], actions[1], ..."""
+        if len(self.actions) == 1:
+            return {"actions": self.actions[0]}
+        return {f"actions[{i}]": source for i, source in enumerate(self.actions)}
 
     @property
     def joint_names(self) -> tuple[str, ...]:

@@ -397,7 +397,10 @@ def test_ticks_of_a_bag_see_what_the_live_buffers_would_have_given(tmp_path_fact
     (files,) = find_bags(kit.write_bag(tmp_path_factory.mktemp("live") / "bag", items))
     with Bag(files) as bag:
         (episode,) = cut_episodes(read_recording(bag, robot), robot, WHOLE)
-    live = [StreamBuffer("state", 80 * MS, 10 * MS, span_ns=10**10), StreamBuffer("frame", 150 * MS, 30 * MS, span_ns=10**10)]
+    live = [
+        StreamBuffer("state", 80 * MS, 10 * MS, span_ns=10**10),
+        StreamBuffer("frame", 150 * MS, 30 * MS, span_ns=10**10),
+    ]
     for buffer, stamps in zip(live, (states, frames), strict=True):
         for i, ns in enumerate(stamps):
             buffer.push(int(ns), i)

@@ -69,6 +69,21 @@ def test_small_robot_loads_with_the_defaults_that_the_schema_promises():
     assert robot.clock == "header"
 
 
+def test_recorded_actions_are_one_source_or_a_list_and_are_written_as_they_were_read():
+    one, none = parse_robot(yaml.safe_dump(SMALL)), parse_robot(yaml.safe_dump(SMALL | {"actions": None}))
+    assert [source.topic for source in one.actions] == ["/recorded"] and none.actions == ()
+    assert yaml.safe_load(one.to_yaml())["actions"]["topic"] == "/recorded"
+    sources = [
+        {"topic": "/r", "type": "JointTrajectory"},
+        {"topic": "/s", "type": "Float64MultiArray", "joints": ["g"], "latency": 0.1},
+    ]
+    two = parse_robot(yaml.safe_dump(SMALL | {"actions": sources}))
+    assert two.action_sources == {"actions[0]": two.actions[0], "actions[1]": two.actions[1]}
+    assert one.action_sources == {"actions": one.actions[0]}
+    for robot in (one, none, two):
+        assert parse_robot(robot.to_yaml()) == robot
+
+
 def test_camera_slots_come_out_in_model_order_whatever_the_file_says():
     cameras = {slot: {"topic": f"/{slot}"} for slot in reversed(CAMERA_SLOTS)}
     robot = parse_robot(yaml.safe_dump(SMALL | {"cameras": cameras}))
@@ -137,6 +152,28 @@ def test_camera_slots_come_out_in_model_order_whatever_the_file_says():
         ("actions.type", "Twist", "actions.type: found 'Twist'; input should be 'JointState', 'JointTrajectory' or"),
         ("actions.joints", ["a", "b"], "actions.joints: unknown joints ['b'], allowed: ['a', 'g']"),
         ("actions.joints", ["a", "a"], "actions.joints: every joint must be there exactly once, found ['a', 'a']"),
+        ("actions", [{"topic": "/r", "type": "Twist"}], "actions.0.type: found 'Twist'; input should be"),
+        ("actions", "/recorded", "actions: found '/recorded'; input should be a valid tuple"),
+        (
+            "actions",
+            [{"topic": "/r", "type": "JointState"}, {"topic": "/r", "type": "JointState"}],
+            "actions: two sources share a topic: /r, /r",
+        ),
+        (
+            "actions",
+            [{"topic": "/r", "type": "JointState"}, {"topic": "/s", "type": "JointState", "joints": ["b"]}],
+            "actions[1].joints: unknown joints ['b'], allowed: ['a', 'g']",
+        ),
+        (
+            "actions",
+            [{"topic": t, "type": "Float64MultiArray", "joints": [j]} for t, j in (("/r", "a"), ("/s", "a"))],
+            "actions: every joint must be there exactly once, found ['a', 'a']",
+        ),
+        (
+            "actions",
+            [{"topic": "/r", "type": "Float64MultiArray"}, {"topic": "/s", "type": "JointState", "joints": ["g"]}],
+            "actions: every joint must be there exactly once, found ['a', 'g', 'g']",
+        ),
         ("commands", [], "commands: at least one controller is needed, found none"),
         (
             "commands.0.type",

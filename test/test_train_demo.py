@@ -30,7 +30,22 @@ def calls(monkeypatch):
 
 
 def test_each_stage_goes_on_from_the_one_before_with_recordings_of_its_own(calls, monkeypatch, capsys):
-    words = ["train_demo", "--output", "out", "--episodes", "48", "--steps", "138", "--noise", "pink", "--batch", "16"]
+    words = [
+        "train_demo",
+        "--output",
+        "out",
+        "--episodes",
+        "48",
+        "--steps",
+        "12",
+        "50",
+        "60",
+        "16",
+        "--noise",
+        "pink",
+        "--batch",
+        "16",
+    ]
     monkeypatch.setattr("sys.argv", words)
     assert train_demo.main() == 0
     assert [name for name, _ in calls[0]] == ["record"] * 3 + ["train"] * 4 + ["evaluate"]
@@ -63,9 +78,10 @@ def test_a_stage_that_fails_ends_it_with_its_exit_code(calls):
 
 
 def test_recordings_of_an_earlier_run_serve_another(calls):
-    train_demo.run(train_demo.Options(output=Path("pink"), bags=Path("out/bags")), ["--noise", "pink"])
+    train_demo.run(train_demo.Options(Path("pink"), Path("out/bags"), steps=(1, 2, 3, 0)), ["--noise", "pink"])
     recorded = [tyro.cli(recording.Options, args=words) for name, words in calls[0] if name == "record"]
     trained = [parse(words) for name, words in calls[0] if name == "train"]
     assert [str(o.output) for o in recorded] == ["out/bags/one", "out/bags/two", "out/bags/three"]
     assert {str(o.cache) for o in trained} == {"out/bags/.pi0_cache"}
-    assert [str(o.output) for o in trained] == ["pink/seeing", "pink/choosing", "pink/acting", "pink/joining"]
+    assert [str(o.output) for o in trained] == ["pink/seeing", "pink/choosing", "pink/acting"]  # joining is left out
+    assert calls[0][-1][1][3] == "pink/acting/checkpoint"

@@ -43,7 +43,6 @@ STAGES = (
     Stage("acting", "", 6000, ("--batch", "64", "--accumulate", "2")),
     Stage("joining", "", 1600, ("--learning-rate", "4e-4", "--warmup", "50", "--rtc-max-delay", "10")),
 )
-STEPS = sum(stage.steps for stage in STAGES)
 TRAINING = ("--horizon", "20", "--draws", "2", "--learning-rate", "1e-3", "--warmup", "100", "--ema", "0.998")
 TRAINING += ("--no-augment", "--evaluate-every", "500", "--save-every", "500")
 
@@ -61,14 +60,17 @@ class Options:
     """Where the recordings are or go; None: bags/ in the output folder."""
     episodes: int = EPISODES
     """How many episodes the teacher records, with one, two and three cubes on the table together."""
-    steps: int = STEPS
-    """Optimizer steps, of all stages together."""
+    steps: tuple[int, int, int, int] = tuple(stage.steps for stage in STAGES)
+    """Optimizer steps of each stage; a stage of 0 is left out."""
 
 
 def run(options: Options, train_options: Sequence[str] = ()) -> int:
     """All of it, one after the other; the exit code of the first part that failed, or 0."""
+    if min(options.steps) < 0 or not any(options.steps):
+        print(f"error: --steps: none below 0 and one above it, found {options.steps}", file=sys.stderr)
+        return 1
     robot, output = config_folder() / "so101_demo.yaml", options.output
-    bags, trained = options.bags or output / "bags", output / STAGES[-1].name
+    bags = options.bags or output / "bags"
     cache = ("--cache", str(bags / ".pi0_cache"))
     parts: dict[str, Callable[[], int]] = {}
     for name, (cubes, seed, episodes) in SCENES.items():
@@ -76,15 +78,16 @@ def run(options: Options, train_options: Sequence[str] = ()) -> int:
         words += ["--episodes", str(max(1, round(episodes * options.episodes / EPISODES)))]
         parts[f"recording {name}"] = lambda words=words: _record(words)
     before: tuple[str, ...] = ("--preset", "nano")
-    for stage in STAGES:
+    for stage, steps in zip(STAGES, options.steps, strict=True):
+        if not steps:
+            continue
         words = ["--bags", str(bags / stage.bags), "--robot", str(robot), "--output", str(output / stage.name)]
-        steps = max(1, round(stage.steps * options.steps / STEPS))
         words += [*before, "--steps", str(steps), *cache, *TRAINING]
         parts[stage.name] = lambda words=(*words, *stage.options, *train_options): train.main(list(words))
-        before = ("--init", str(output / stage.name / "checkpoint"))
-    checkpoint = ["--checkpoint", str(trained / "checkpoint")]
+        trained = output / stage.name / "checkpoint"
+        before = ("--init", str(trained))
     parts["evaluation"] = lambda: evaluate.main(
-        ["--bags", str(bags), *checkpoint, *cache, "--output", str(output / "evaluation")]
+        ["--bags", str(bags), "--checkpoint", str(trained), *cache, "--output", str(output / "evaluation")]
     )
     took = {}
     for name, part in parts.items():
@@ -95,7 +98,7 @@ def run(options: Options, train_options: Sequence[str] = ()) -> int:
         took[name] = time.monotonic() - began
     told = ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in took.items())
     print(f"took on {cores()} cores: {told}; together {sum(took.values()) / 60:.1f} min")
-    print(f'see it act: make demo DEMO="--checkpoint {trained / "checkpoint"}"')
+    print(f'see it act: make demo DEMO="--checkpoint {trained}"')
     return 0
 
 

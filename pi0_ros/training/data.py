@@ -82,7 +82,7 @@ def rate_fault(gaps: Sequence[np.ndarray], robot: Robot) -> str | None:
     if len(joined) < FEWEST_CHANGES or (median := float(np.median(joined))) < 2:
         return None
     return (
-        f"actions on {robot.actions.topic} change {robot.control_rate / median:.3g} times a second, but the robot "
+        f"actions on {', '.join(source.topic for source in robot.actions)} change {robot.control_rate / median:.3g} times a second, but the robot "
         f"file's control_rate is {robot.control_rate:g} Hz; set control_rate to the rate that commands were recorded at"
     )
 

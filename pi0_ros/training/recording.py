@@ -9,6 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ import numpy as np
 from pi0_ros.policy.alignment import CLOCK_RESET_NS
 from pi0_ros.policy.images import ENCODINGS
 from pi0_ros.robot import Robot
-from pi0_ros.training.bags import CDR, Bag, BagError, decode, header_stamp
+from pi0_ros.training.bags import Bag, BagError, decode, header_stamp
 from pi0_ros.training.clocks import ClockOffset
 from pi0_ros.training.commands import CommandRows, Commands
+from pi0_ros.training.topics import absence, find_topic, image_names
 
 IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
 JOINT_STATE, STRING = "sensor_msgs/msg/JointState", "std_msgs/msg/String"
@@ -64,7 +66,7 @@ class Recording:
     cameras: dict[str, Stream] = field(default_factory=dict)
     states: list[Stream] = field(default_factory=list)
     commands: list[Commands] = field(default_factory=list)
-    commands_ns: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # bag time of each command
+    commands_ns: dict[str, np.ndarray] = field(default_factory=dict)  # source -> bag time of each command
     prompts: list[tuple[int, str]] = field(default_factory=list)
     marks: list[tuple[int, str]] = field(default_factory=list)  # episode begins (text) and ends ("")
     custom_data: dict[str, str] = field(default_factory=dict)
@@ -107,28 +109,33 @@ class _Reader:
         self.recording = Recording(str(bag.files.path), custom_data=bag.files.custom_data)
         self.images: dict[str, _Rows] = {}
         self.states: dict[tuple[str, tuple[int, ...]], _Rows] = {}
-        self.commands: dict[tuple[int, ...], CommandRows] = {}  # by the joints commanded together
+        self.commands: dict[tuple[str, tuple[int, ...]], CommandRows] = {}  # by source and joints commanded together
         self.texts: dict[str, list[tuple[int, str]]] = {}
         self.handlers: dict[str, list[Any]] = {}
         self.index = {name: i for i, name in enumerate(robot.joint_names)}
-        self.columns: dict[tuple[str, ...], tuple[tuple[int, ...], list[int]]] = {}
+        self.columns: dict[tuple[Any, ...], tuple[tuple[int, ...], list[int]]] = {}  # by names in a message, and wanted
         self.seen_names: dict[tuple[str, str], set[str]] = {}
         self.nan: Counter[tuple[str, str, str]] = Counter()  # (state or actions, topic, joint) -> messages
 
     def read(self) -> Recording:
         robot, recording = self.robot, self.recording
         cameras = {
-            slot: self._find(f"camera {slot}", _image_names(camera.topic, camera.transport), (IMAGE, COMPRESSED))
+            slot: self._find(f"camera {slot}", image_names(camera.topic, camera.transport), (IMAGE, COMPRESSED))
             for slot, camera in robot.present_cameras.items()
         }
         states = [self._find("state", [topic], (JOINT_STATE,)) for topic in robot.state.topics]
-        actions = self._find_actions()
+        actions = {
+            name: self._find(name, [source.topic], (ACTION_TYPES[source.type],))
+            for name, source in robot.action_sources.items()
+        }
+        if not actions:
+            recording.problems.append("actions: the robot file does not say where recorded actions come from")
         prompt = self._find("prompt", [robot.prompt.topic], (STRING,), needed=False) if robot.prompt.topic else None
         marks = self._find("episodes", [robot.episode_topic], (STRING,), needed=False) if robot.episode_topic else None
         for topic, handler in [
             *((topic, self._on_image) for topic in cameras.values()),
             *((topic, self._on_state) for topic in states),
-            (actions, self._on_action),
+            *((topic, partial(self._on_action, name)) for name, topic in actions.items()),
             (prompt, self._on_text),
             (marks, self._on_text),
         ]:
@@ -140,7 +147,7 @@ class _Reader:
         for topic in states:
             recording.states += self._state_streams(topic)
         recording.notes += self.bag.notes
-        self._check_joints(states, actions)
+        self._check_joints(states, [*actions.values()])
         offset = ClockOffset([(s.bag_ns, s.header_ns) for s in recording.observed])
         self._set_times(offset)
         self._set_commands(actions, offset)
@@ -150,44 +157,18 @@ class _Reader:
         recording.problems = list(dict.fromkeys(recording.problems))
         return recording
 
-    # -- which topics ---------------------------------------------------------------------------------------------
-
     def _find(self, what: str, names: list[str], types: tuple[str, ...], needed: bool = True) -> str | None:
-        topics = self.bag.topics
-        for name in names:
-            for topic in _matching(name, topics):
-                if topics[topic].type in types and topics[topic].count and topics[topic].encoding == CDR:
-                    if topic != "/" + name.lstrip("/") or name != names[0]:
-                        self.recording.notes.append(f"{what}: {topic} was read for {names[0]}")
-                    self.recording.topics[names[0]] = topic
-                    return topic
-        if needed:
-            self.recording.topics[names[0]] = None
-            self.recording.problems.append(f"{what}: {self._absence(names, types)}")
-        elif _matching(names[0], topics):
-            self.recording.notes.append(f"{what}: {self._absence(names, types)}")
-        return None
-
-    def _absence(self, names: list[str], types: tuple[str, ...]) -> str:
-        topics = self.bag.topics
-        allowed = " or ".join(kind.split("/")[-1] for kind in types)
-        for name in names:
-            for topic in _matching(name, topics):
-                if topics[topic].type not in types:
-                    return f"topic {topic} is a {topics[topic].type}, expected {allowed}"
-                if topics[topic].encoding != CDR:
-                    return f"topic {topic} is encoded as {topics[topic].encoding!r}, expected {CDR}"
-                return f"topic {topic} has no message"
-        there = [topic.name for topic in topics.values() if topic.type in types and topic.count]
-        hint = f"topics of that type: {', '.join(there)}" if there else f"no topic has {allowed}"
-        return f"topic {names[0]} is not in the recording; {hint}"
-
-    def _find_actions(self) -> str | None:
-        actions = self.robot.actions
-        if actions is None:
-            self.recording.problems.append("actions: the robot file does not say where recorded actions come from")
-            return None
-        return self._find("actions", [actions.topic], (ACTION_TYPES[actions.type],))
+        recording, topics = self.recording, self.bag.topics
+        topic = find_topic(topics, names, types)
+        if topic or needed:
+            recording.topics[names[0]] = topic
+        if topic and topic != "/" + names[0].lstrip("/"):
+            recording.notes.append(f"{what}: {topic} was read for {names[0]}")
+        if not topic:
+            reason, there = absence(topics, names, types)
+            if needed or there:
+                (recording.problems if needed else recording.notes).append(f"{what}: {reason}")
+        return topic
 
     # -- the messages ---------------------------------------------------------------------------------------------
 
@@ -213,51 +194,41 @@ class _Reader:
         if found := self._joints("state", topic, message.name, message.position):
             self.states.setdefault((topic, found[0]), _Rows()).add(stamp, _stamp(message), ordinal, found[1])
 
-    def _on_action(self, topic: str, stamp: int, ordinal: int, raw: bytes) -> None:
-        message = decode(raw, self.bag.topics[topic].type)
-        kind = self.robot.actions.type
-        if kind == "JointTrajectory":
-            self._on_trajectory(topic, stamp, ordinal, message)
-            return
-        if kind == "JointState":
-            found, header = self._joints("actions", topic, message.name, message.position), _stamp(message)
+    def _on_action(self, name: str, topic: str, stamp: int, ordinal: int, raw: bytes) -> None:
+        message, source = decode(raw, self.bag.topics[topic].type), self.robot.action_sources[name]
+        header, due = 0, [0]
+        if source.type == "JointTrajectory":
+            if not message.points:
+                return  # an empty trajectory stops the arm where it is; there is no target to learn
+            header, due, points = _stamp(message), _due(message), [point.positions for point in message.points]
+            names = message.joint_names
+        elif source.type == "JointState":
+            header, points, names = _stamp(message), [message.position], message.name
         else:
-            names = self.robot.actions.joints or self.robot.joint_names
+            points, names = [message.data], source.joints or self.robot.joint_names
             if len(message.data) != len(names):
                 raise BagError(f"{len(message.data)} numbers for {len(names)} joints")
-            found, header = self._joints("actions", topic, names, message.data), 0
-        if found:
-            self.commands.setdefault(found[0], CommandRows()).add(stamp, header, ordinal, found[1])
-
-    def _on_trajectory(self, topic: str, stamp: int, ordinal: int, message: Any) -> None:
-        if not message.points:
-            return  # an empty trajectory stops the arm where it is; there is no target to learn
-        if any(len(point.positions) != len(message.joint_names) for point in message.points):
-            raise BagError("a trajectory point without a position for every joint")
-        found = [self._joints("actions", topic, message.joint_names, point.positions) for point in message.points]
-        if found[0] is None:
-            return
-        due = [point.time_from_start.sec * 1_000_000_000 + point.time_from_start.nanosec for point in message.points]
-        if any(b <= a for a, b in zip(due, due[1:], strict=False)):
-            raise BagError("time_from_start does not increase")
-        positions = np.stack([row for _, row in found])
-        self.commands.setdefault(found[0][0], CommandRows()).add(stamp, _stamp(message), ordinal, positions, due)
+        found = [self._joints("actions", topic, names, point, source.joints) for point in points]
+        if found[0]:
+            rows = self.commands.setdefault((name, found[0][0]), CommandRows())
+            rows.add(stamp, header, ordinal, np.stack([row for _, row in found]), due)
 
     def _on_text(self, topic: str, stamp: int, ordinal: int, raw: bytes) -> None:
         self.texts.setdefault(topic, []).append((stamp, decode(raw, STRING).data.strip()))
 
     def _joints(
-        self, what: str, topic: str, names: Iterable[str], positions: Any
+        self, what: str, topic: str, names: Iterable[str], positions: Any, only: tuple[str, ...] | None = None
     ) -> tuple[tuple[int, ...], np.ndarray] | None:
-        """(model indices, positions) of the robot's joints in a message, None when it has none of them."""
-        key = tuple(names)
-        if key not in self.columns:
-            at = sorted((i for i, name in enumerate(key) if name in self.index), key=lambda i: self.index[key[i]])
-            self.columns[key] = tuple(self.index[key[i]] for i in at), at
+        """(model indices, positions) of the robot's joints in a message, None when it has none of them (of `only`)."""
+        key, index = tuple(names), self.index
+        if (key, only) not in self.columns:
+            wanted = (i for i, name in enumerate(key) if name in index and name in (only or key))
+            at = sorted(wanted, key=lambda i: index[key[i]])
+            self.columns[key, only] = tuple(index[key[i]] for i in at), at
             if at != sorted(at):
                 self.recording.notes.append(f"{topic}: joints are not in the robot file's order; read by name")
-        self.seen_names.setdefault((what, topic), set()).update(key)
-        joints, at = self.columns[key]
+        self.seen_names.setdefault((what, topic), set()).update(set(key) & set(only or key))
+        joints, at = self.columns[key, only]
         if not joints:
             return None
         if len(positions) < len(key):
@@ -287,11 +258,11 @@ class _Reader:
             streams.append(stream)
         return streams
 
-    def _check_joints(self, states: list[str | None], actions: str | None) -> None:
+    def _check_joints(self, states: list[str | None], actions: list[str | None]) -> None:
         recording, names = self.recording, self.robot.joint_names
-        for what, topics in (("state", [t for t in states if t]), ("actions", [actions] if actions else [])):
+        for what, topics in (("state", states), ("actions", actions)):
             seen = set().union(*(self.seen_names.get((what, topic), set()) for topic in topics))
-            if topics and (missing := [name for name in names if name not in seen]):
+            if all([*topics, topics]) and (missing := [name for name in names if name not in seen]):
                 found = ", ".join(sorted(seen)[:12]) or "none"
                 recording.problems.append(f"{what}: no message names joint {', '.join(missing)}; names found: {found}")
         for (what, topic, name), count in self.nan.items():
@@ -357,20 +328,24 @@ class _Reader:
         reasons = [f"{count} x {reason}" for (where, reason), count in self.recording.faults.items() if where == topic]
         return f" ({'; '.join(reasons[:3])})" if reasons else ""
 
-    def _set_commands(self, topic: str | None, offset: ClockOffset) -> None:
+    def _set_commands(self, topics: dict[str, str | None], offset: ClockOffset) -> None:
         recording = self.recording
-        if topic and not self.commands and not any(problem.startswith("actions:") for problem in recording.problems):
-            recording.problems.append(f"actions: no command on {topic} can be used{self._reasons(topic)}")
-        for joints, rows in self.commands.items():
+        commanded = {name for name, _ in self.commands}
+        for name, topic in topics.items():
+            if topic and name not in commanded and not any(p.startswith("actions:") for p in recording.problems):
+                recording.problems.append(f"{name}: no command on {topic} can be used{self._reasons(topic)}")
+        for (name, joints), rows in self.commands.items():
+            source = self.robot.action_sources[name]
             arrivals, stamps, _, _ = rows.columns()
             now = arrivals - offset.at(arrivals)  # arrival by the header clock
             stamps = np.where(stamps == 0, now, stamps)
             if self.robot.clock == "bag":
                 stamps, now = stamps + (arrivals - now), arrivals
-            latency = round(self.robot.actions.latency * 1e9)
-            begins = np.minimum(stamps, now) if self.robot.actions.type == "JointTrajectory" else stamps
+            latency = round(source.latency * 1e9)
+            begins = np.minimum(stamps, now) if source.type == "JointTrajectory" else stamps
             recording.commands.append(rows.commands(joints, begins - latency, stamps - latency))
-            recording.commands_ns = np.concatenate([recording.commands_ns, arrivals])
+            before = recording.commands_ns.get(name, stamps[:0])
+            recording.commands_ns[name] = np.concatenate([before, arrivals])
 
     def _texts(self, topic: str | None, offset: ClockOffset) -> list[tuple[int, str]]:
         rows = self.texts.get(topic, []) if topic else []
@@ -401,20 +376,14 @@ def image_fault(message: Any) -> str | None:
     return None
 
 
-def _image_names(topic: str, transport: str) -> list[str]:
-    compressed = f"{topic}/compressed"
-    return [compressed, topic] if transport == "compressed" else [topic, compressed]
-
-
-def _matching(name: str, topics: Iterable[str]) -> list[str]:
-    """Recorded topics for a name of the robot file; a relative name also matches below one namespace."""
-    exact = "/" + name.lstrip("/")
-    if exact in topics:
-        return [exact]
-    if name.startswith("/"):
-        return []
-    below = [topic for topic in topics if topic.endswith(exact)]
-    return below if len(below) == 1 else []
+def _due(trajectory: Any) -> list[int]:
+    """When its points are due, in ns after its own time."""
+    if any(len(point.positions) != len(trajectory.joint_names) for point in trajectory.points):
+        raise BagError("a trajectory point without a position for every joint")
+    due = [point.time_from_start.sec * 1_000_000_000 + point.time_from_start.nanosec for point in trajectory.points]
+    if any(b <= a for a, b in zip(due, due[1:], strict=False)):
+        raise BagError("time_from_start does not increase")
+    return due
 
 
 def _stamp(message: Any) -> int:

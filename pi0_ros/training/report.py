@@ -60,9 +60,9 @@ def inspect_bag(files: BagFiles, robot: Robot, selection: Selection, image_size:
 
 def _numbers(bag: Bag, recording: Recording, episodes: list[Episode], robot: Robot) -> dict[str, Any]:
     streams = {s.name: _stream(s) for s in recording.observed if len(s.bag_ns)}
-    if len(recording.commands_ns):
-        topic = recording.topics.get(robot.actions.topic) or robot.actions.topic
-        streams["actions"] = {"topic": topic, **_pace(np.sort(recording.commands_ns))}
+    for name, times in recording.commands_ns.items():
+        topic = recording.topics[robot.action_sources[name].topic]
+        streams[name] = {"topic": topic, **_pace(np.sort(times))}
     usable = sum(int(e.usable.sum()) for e in episodes)
     return {
         "duration": bag.seconds,
@@ -293,7 +293,7 @@ def _warnings(
                 )
         if joint.get("gripper", {}).get("polarity") == "perhaps swapped":
             found.append(f"gripper {joint['name']} starts closed; are open and closed swapped in the robot file?")
-    if robot.actions and robot.actions.topic in robot.state.topics:
+    if {source.topic for source in robot.actions} & set(robot.state.topics):
         found.append(
             "actions are the measured state: a policy trained on them learns to stand still; record the commands"
         )
