@@ -81,9 +81,10 @@ def rate_fault(gaps: Sequence[np.ndarray], robot: Robot) -> str | None:
     joined = np.concatenate([*gaps, np.empty(0)])
     if len(joined) < FEWEST_CHANGES or (median := float(np.median(joined))) < 2:
         return None
+    topics = ", ".join(source.topic for source in robot.actions)
     return (
-        f"actions on {', '.join(source.topic for source in robot.actions)} change {robot.control_rate / median:.3g} times a second, but the robot "
-        f"file's control_rate is {robot.control_rate:g} Hz; set control_rate to the rate that commands were recorded at"
+        f"actions on {topics} change {robot.control_rate / median:.3g} times a second, but the robot file's "
+        f"control_rate is {robot.control_rate:g} Hz; set control_rate to the rate that commands were recorded at"
     )
 
 

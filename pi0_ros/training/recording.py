@@ -105,7 +105,7 @@ class _Rows:
 
 class _Reader:
     def __init__(self, bag: Bag, robot: Robot) -> None:
-        self.bag, self.robot = bag, robot
+        self.bag, self.robot, self.sources = bag, robot, robot.action_sources
         self.recording = Recording(str(bag.files.path), custom_data=bag.files.custom_data)
         self.images: dict[str, _Rows] = {}
         self.states: dict[tuple[str, tuple[int, ...]], _Rows] = {}
@@ -126,7 +126,7 @@ class _Reader:
         states = [self._find("state", [topic], (JOINT_STATE,)) for topic in robot.state.topics]
         actions = {
             name: self._find(name, [source.topic], (ACTION_TYPES[source.type],))
-            for name, source in robot.action_sources.items()
+            for name, source in self.sources.items()
         }
         if not actions:
             recording.problems.append("actions: the robot file does not say where recorded actions come from")
@@ -195,7 +195,7 @@ class _Reader:
             self.states.setdefault((topic, found[0]), _Rows()).add(stamp, _stamp(message), ordinal, found[1])
 
     def _on_action(self, name: str, topic: str, stamp: int, ordinal: int, raw: bytes) -> None:
-        message, source = decode(raw, self.bag.topics[topic].type), self.robot.action_sources[name]
+        message, source = decode(raw, self.bag.topics[topic].type), self.sources[name]
         header, due = 0, [0]
         if source.type == "JointTrajectory":
             if not message.points:
@@ -262,7 +262,7 @@ class _Reader:
         recording, names = self.recording, self.robot.joint_names
         for what, topics in (("state", states), ("actions", actions)):
             seen = set().union(*(self.seen_names.get((what, topic), set()) for topic in topics))
-            if all([*topics, topics]) and (missing := [name for name in names if name not in seen]):
+            if topics and all(topics) and (missing := [name for name in names if name not in seen]):
                 found = ", ".join(sorted(seen)[:12]) or "none"
                 recording.problems.append(f"{what}: no message names joint {', '.join(missing)}; names found: {found}")
         for (what, topic, name), count in self.nan.items():
@@ -335,7 +335,7 @@ class _Reader:
             if topic and name not in commanded and not any(p.startswith("actions:") for p in recording.problems):
                 recording.problems.append(f"{name}: no command on {topic} can be used{self._reasons(topic)}")
         for (name, joints), rows in self.commands.items():
-            source = self.robot.action_sources[name]
+            source = self.sources[name]
             arrivals, stamps, _, _ = rows.columns()
             now = arrivals - offset.at(arrivals)  # arrival by the header clock
             stamps = np.where(stamps == 0, now, stamps)
