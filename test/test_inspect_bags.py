@@ -75,6 +75,21 @@ def test_usable_data_gives_zero_and_every_number(inspect, bags):
     assert 0 <= summary["skew_ms"]["p50"] <= summary["skew_ms"]["max"] <= 100
 
 
+@pytest.mark.parametrize(("clock", "rate"), [("header", 10), ("bag", 5)])
+def test_the_rate_of_commands_is_by_their_stamps_where_streams_are(inspect, tmp_path, clock, rate):
+    """A simulator at half the speed of the recorder's clock."""
+    items = [i for i in kit.episode(seconds=4.0) if i.topic != "/command"]
+    times = [kit.START + k * kit.SECOND // 10 for k in range(40)]
+    items += [kit.trajectory(ns, [(0.1, [k / 40, 0.5, 1.0])], stamp=ns) for k, ns in enumerate(times)]
+    for item in items:
+        item.time += item.time - kit.START
+    _, _, _, data = inspect(kit.write_bag(tmp_path / "bag", items), kit.ROBOT + f"clock: {clock}\n")
+    streams = data["bags"][0]["streams"]
+    assert streams["actions"]["rate"] == pytest.approx(rate)
+    assert streams["/joint_states"]["rate"] == pytest.approx(5 * rate)
+    assert "mean_rate" not in streams["actions"]
+
+
 def test_the_table_says_in_words_what_the_numbers_say(inspect, bags):
     _, out, _, _ = inspect(bags)
     assert "2 of 3 recordings usable, 2 episodes" in out

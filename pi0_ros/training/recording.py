@@ -66,7 +66,7 @@ class Recording:
     cameras: dict[str, Stream] = field(default_factory=dict)
     states: list[Stream] = field(default_factory=list)
     commands: list[Commands] = field(default_factory=list)
-    commands_ns: dict[str, np.ndarray] = field(default_factory=dict)  # source -> bag time of each command
+    commands_ns: dict[str, np.ndarray] = field(default_factory=dict)  # source -> times of its commands, by the clock
     prompts: list[tuple[int, str]] = field(default_factory=list)
     marks: list[tuple[int, str]] = field(default_factory=list)  # episode begins (text) and ends ("")
     custom_data: dict[str, str] = field(default_factory=dict)
@@ -338,14 +338,13 @@ class _Reader:
             source = self.sources[name]
             arrivals, stamps, _, _ = rows.columns()
             now = arrivals - offset.at(arrivals)  # arrival by the header clock
-            stamps = np.where(stamps == 0, now, stamps)
+            times = stamps = np.where(stamps == 0, now, stamps)
             if self.robot.clock == "bag":
-                stamps, now = stamps + (arrivals - now), arrivals
+                times, stamps, now = arrivals, stamps + (arrivals - now), arrivals
             latency = round(source.latency * 1e9)
             begins = np.minimum(stamps, now) if source.type == "JointTrajectory" else stamps
             recording.commands.append(rows.commands(joints, begins - latency, stamps - latency))
-            before = recording.commands_ns.get(name, stamps[:0])
-            recording.commands_ns[name] = np.concatenate([before, arrivals])
+            recording.commands_ns[name] = np.append(recording.commands_ns.get(name, times[:0]), times)
 
     def _texts(self, topic: str | None, offset: ClockOffset) -> list[tuple[int, str]]:
         rows = self.texts.get(topic, []) if topic else []

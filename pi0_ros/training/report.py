@@ -114,7 +114,6 @@ def _pace(times_ns: np.ndarray) -> dict[str, Any]:
         "messages": len(times_ns),
         "duration": float(times_ns[-1] - times_ns[0]) / 1e9,
         "rate": 1.0 / usual,
-        "mean_rate": (len(times_ns) - 1) / (float(times_ns[-1] - times_ns[0]) / 1e9),
         "gaps": int((periods > GAP_FACTOR * usual).sum()),
         "longest_gap": float(periods.max()),
     }
