@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -63,19 +65,71 @@ def build_cache(
     remove_leftovers(folder)
     tasks = [(files, robot, image_size, selection, folder, threads) for files in bags]
     with tqdm(total=len(bags), desc="cache", unit="bag", disable=None if progress else True) as bar:
+        expected = [frames for files in bags if (frames := expected_frames(files, robot))]
+        done, usual = 0, sum(expected) / len(expected) if expected else 0.0
+
+        def show() -> None:
+            now = frames_in_work(folder, image_size)
+            part = sum(min(frames / usual, 0.99) for frames in now) if usual else 0
+            # Never back: frames of a bag that was just finished are neither in work nor done for a moment.
+            bar.n = round(min(max(done + part, bar.n), len(bags)), 2)
+            bar.set_postfix_str(f"{cached.decoded + sum(now)} frames decoded")
 
         def advance(outcome: tuple[Unit, int] | str) -> None:
+            nonlocal done
+            done += 1
             cached.decoded += 0 if isinstance(outcome, str) else outcome[1]
-            bar.set_postfix_str(f"{cached.decoded} frames decoded")
-            bar.update()
 
-        outcomes = run_all(_build, tasks, jobs, advance)
+        with contextlib.nullcontext() if bar.disable else repeated(show):
+            outcomes = run_all(_build, tasks, jobs, advance)
     for files, outcome in zip(bags, outcomes, strict=True):
         if isinstance(outcome, str):
             cached.skipped[str(files.path)] = outcome
         else:
             cached.units.append(outcome[0])
     return cached
+
+
+def expected_frames(files: BagFiles, robot: Robot) -> float:
+    """About how many frames a recording will give: one a tick from each camera, or all where there are fewer. 0 where
+    its metadata does not tell."""
+    try:
+        ticks = files.metadata["duration"]["nanoseconds"] / 1e9 * robot.control_rate
+        topics = files.metadata["topics_with_message_count"]
+        counts = {topic["topic_metadata"]["name"]: topic["message_count"] for topic in topics}
+        names = [(camera.topic, f"{camera.topic}/compressed") for camera in robot.present_cameras.values()]
+        frames = sum(min(ticks, max(counts.get(name, 0) for name in pair)) for pair in names)
+    except (TypeError, KeyError, AttributeError):
+        return 0.0
+    return max(frames, 0.0) if math.isfinite(frames) else 0.0
+
+
+def frames_in_work(folder: Path, image_size: int) -> list[int]:
+    """Frames that each unfinished bag has so far, whichever process works on it: the files tell, at no cost to it."""
+    counts = []
+    for partial in folder.glob("*.partial-*"):
+        with contextlib.suppress(OSError):  # finished meanwhile
+            counts.append(sum(file.stat().st_size for file in partial.glob("*.u8")) // (3 * image_size**2))
+    return counts
+
+
+@contextlib.contextmanager
+def repeated(show: Callable[[], None]) -> Iterator[None]:
+    """`show()` twice a second in the time of the block, and once after it."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(0.5):
+            show()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        show()
 
 
 def _build(*task: Any) -> tuple[Unit, int] | str:
