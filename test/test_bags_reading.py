@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+from contextlib import closing
 
 import bag_kit as kit
 import pytest
@@ -218,6 +219,22 @@ def test_messages_that_cannot_be_parsed_are_counted_not_fatal(tmp_path, written)
     assert recording.problems == []
     ((where, reason), count) = recording.faults.popitem()
     assert (where, count) == ("/joint_states", 1) and reason.startswith("not a sensor_msgs/msg/JointState")
+
+
+def test_messages_that_a_killed_recorder_never_merged_are_noted(tmp_path, written):
+    bag = kit.write_bag(tmp_path / "bag", written, storage="sqlite3")
+    killed = tmp_path / "killed"
+    with closing(sqlite3.connect(bag / "bag.db3")) as database:
+        assert database.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",)
+        database.execute("PRAGMA wal_autocheckpoint=0")
+        database.execute("INSERT INTO messages (topic_id, timestamp, data) SELECT topic_id, 1, data FROM messages")
+        database.commit()
+        shutil.copytree(bag, killed)  # as the disk is when the recorder gets no chance to close
+    assert (killed / "bag.db3-wal").stat().st_size > 0
+    messages, notes = read(killed)
+    assert messages == sorted((item.topic, item.time) for item in written)
+    assert notes == ["bag.db3-wal holds messages that were never merged: the recorder was killed; not read"]
+    assert read(bag)[1] == [f"metadata.yaml counts {len(written)} messages, the files hold {2 * len(written)}"]
 
 
 def test_types_written_in_the_old_way_are_read(tmp_path, written):
