@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import bag_kit as kit
+import numpy as np
 
 from pi0_ros.training.bags import Bag, find_bags
+from pi0_ros.training.data import load_units
+from pi0_ros.training.dataset import Dataset
 from pi0_ros.training.episodes import Selection, cut_episodes
 from pi0_ros.training.recording import read_recording
 
@@ -38,3 +41,61 @@ def test_a_prompt_that_changes_within_an_episode_counts_from_then_on(tmp_path):
     assert two.prompts == ["red"] * 15 + ["blue"] * 5
     _, two = cut(tmp_path / "again", marked((3.05, "red"), (4.5, "blue")), episode_topic="/episode")
     assert two.prompts == ["red"] * 15 + ["blue"] * 5
+
+
+HOLE = (1.0, 3.0)  # seconds of which nothing was recorded
+
+
+def in_hole(item):
+    return at(HOLE[0]) < item.time < at(HOLE[1])
+
+
+def test_no_chunk_runs_across_a_stretch_of_which_nothing_was_recorded(tmp_path):
+    bag = kit.write_split_bag(tmp_path / "bag", kit.episode(seconds=6.0), 6)
+    (bag / "bag_2.mcap").unlink()  # the third second
+    (unit,) = load_units(bag, kit.robot(), 28, cache=tmp_path / "cache", idle=0, jobs=1)
+    dataset = Dataset([unit], horizon=5)
+    ticks = [dataset.where(i)[2] for i in range(len(dataset))]
+    assert len(unit.episodes) == 1 and ticks == [*range(20), *range(30, 60)]
+    before = dataset.sample(ticks.index(18))
+    np.testing.assert_allclose(before["actions"][:, 0] * 60, [18, 19, 19, 19, 19])
+    assert before["action_mask"].tolist() == [True, True, False, False, False]
+    after = dataset.sample(ticks.index(30))
+    np.testing.assert_allclose(after["actions"][:, 0] * 60, [31, 31, 32, 33, 34])  # the first leads by a tick
+    assert after["action_mask"].all()
+    blocks = [np.concatenate(parts) for parts in zip(*dataset.chunks(), strict=True)]
+    for i in range(len(dataset)):
+        np.testing.assert_array_equal(dataset.sample(i)["actions"], blocks[1][i])
+        np.testing.assert_array_equal(dataset.sample(i)["action_mask"], blocks[2][i])
+
+
+def test_a_hole_is_noted_with_its_length(tmp_path):
+    items = [item for item in kit.episode(seconds=6.0) if not in_hole(item)]
+    (files,) = find_bags(kit.write_bag(tmp_path / "bag", items))
+    with Bag(files) as bag:
+        recording = read_recording(bag, kit.robot())
+        cut_episodes(recording, kit.robot())
+    assert "nothing was recorded for 2.0 s: no chunk runs across that" in recording.notes
+
+
+def test_what_was_told_before_a_hole_is_not_known_after_it(tmp_path):
+    """The hand was told once, before the hole: whether it was told something else in it, nobody knows."""
+    items = [i for i in kit.episode(seconds=6.0) if i.topic != "/command" and not in_hole(i)]
+    for k in [*range(11), *range(30, 60)]:
+        arm = kit.trajectory(at(k / 10), [(0.0, [k, k])], names=("shoulder", "elbow"))
+        items += [arm, *([kit.trajectory(at(k / 10), [(0.0, [0.5])], names=("grip",))] if k in (0, 40) else [])]
+    (episode,) = cut(tmp_path, items)
+    assert np.flatnonzero(episode.known).tolist() == [*range(11), *range(40, 60)]
+    assert np.isfinite(episode.actions[episode.known]).all()
+
+
+def test_commands_that_go_on_while_nothing_is_seen_stay_known(tmp_path):
+    items = [i for i in kit.episode(seconds=6.0) if i.topic == "/command" or not in_hole(i)]
+    (episode,) = cut(tmp_path, items)
+    assert episode.known.all() and not episode.usable[15:30].any()
+
+
+def test_a_command_holds_for_as_long_as_the_arm_is_seen(tmp_path):
+    items = [i for i in kit.episode(seconds=6.0) if i.topic != "/command" or not in_hole(i)]
+    (episode,) = cut(tmp_path, items)
+    assert episode.known.all() and episode.usable.all()

@@ -87,7 +87,6 @@ def test_the_rate_of_commands_is_by_their_stamps_where_streams_are(inspect, tmp_
     streams = data["bags"][0]["streams"]
     assert streams["actions"]["rate"] == pytest.approx(rate)
     assert streams["/joint_states"]["rate"] == pytest.approx(5 * rate)
-    assert "mean_rate" not in streams["actions"]
 
 
 def test_the_table_says_in_words_what_the_numbers_say(inspect, bags):

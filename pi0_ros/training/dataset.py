@@ -23,7 +23,8 @@ class Dataset:
     """Samples (observation at a tick, action chunk from that tick) of the episodes of cached bags.
 
     A sample begins at every usable tick whose action is known. Action k of the chunk is what was commanded for k ticks
-    later; past the end of the episode the last action is repeated (as openpi and lerobot do) and `action_mask` False.
+    later; past the end of the episode, or of what is known of it, the last action is repeated (as openpi and lerobot
+    do) and `action_mask` False.
     """
 
     def __init__(
@@ -82,24 +83,26 @@ class Dataset:
     def _chunk(self, index: int) -> tuple[Unit, int, np.ndarray, np.ndarray]:
         number, episode = self.episodes[self._place(index)]
         unit, tick = self.units[number], int(self._tick[index])
-        rows = tick + np.arange(self.horizon)
-        end = unit.episodes[episode]["end"]
-        inside = rows < end
-        rows = np.minimum(rows, end - 1)
-        return unit, tick, rows, inside & unit.arrays["known"][rows]
+        rows, inside = self._rows(unit, episode, self._tick[index : index + 1])
+        return unit, tick, rows[0], inside[0]
+
+    def _rows(self, unit: Unit, episode: int, ticks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The ticks of the chunks that begin at `ticks` of an episode, and whether they lie in it: [B, H] both."""
+        rows, end = ticks[:, None] + np.arange(self.horizon), unit.episodes[episode]["end"]
+        inside = (rows < end) & unit.arrays["known"][np.minimum(rows, end - 1)]
+        inside = np.logical_and.accumulate(inside, axis=1)
+        return np.minimum(rows, ticks[:, None] + inside.sum(axis=1, keepdims=True) - 1), inside
 
     def chunks(self, stride: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Every stride-th sample without images, in blocks: state [B, J], actions [B, H, J], action_mask [B, H]."""
         for place, (number, episode) in enumerate(self.episodes):
             unit = self.units[number]
-            arrays, end = unit.arrays, unit.episodes[episode]["end"]
+            arrays = unit.arrays
             ticks = self._tick[self._offsets[place] : self._offsets[place + 1]][::stride]
             for first in range(0, len(ticks), CHUNK_ROWS):
                 at = ticks[first : first + CHUNK_ROWS]
-                rows = at[:, None] + np.arange(self.horizon)
-                inside = rows < end
-                rows = np.minimum(rows, end - 1)
-                yield arrays["state"][at], arrays["actions"][rows], inside & arrays["known"][rows]
+                rows, inside = self._rows(unit, episode, at)
+                yield arrays["state"][at], arrays["actions"][rows], inside
 
 
 def _begins(unit: Unit, episode: int) -> np.ndarray:

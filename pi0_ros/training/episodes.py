@@ -2,7 +2,8 @@
 
 Ticks lie `1 / control_rate` apart, from the first moment at which every observation stream has spoken to the last
 message of any. Which message belongs to a tick is decided by `policy.alignment`, as on the robot. Commands do not gate
-the start: before the first one the action is marked unknown.
+the start: before the first one the action is marked unknown, and again from where nothing at all was recorded (a split
+file is missing, the recorder stalled) to the next command.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class Episode:
     """One demonstration on its action grid of T ticks.
 
     ticks_ns int64 [T]; state, actions float64 [T, J] in robot units; known bool [T], False while a joint had no command
-    yet; frames: slot -> int64 [T], ordinal of the image message on its topic, -1 without; usable bool [T]: observation
-    complete and not trimmed, so that a sample may begin there; prompts: one text per tick; skew_ns int64 [T];
+    yet, and from a hole of the recording to its next command; frames: slot -> int64 [T], ordinal of the image message
+    on its topic, -1 without; usable bool [T]: observation complete and not trimmed; a sample may begin where it is
+    known, too; prompts: one text per tick; skew_ns int64 [T];
     dropped: reason -> ticks.
     """
 
@@ -127,7 +129,13 @@ def _episode(
     ticks = start + np.round(np.arange(count) * (1e9 / robot.control_rate)).astype(np.int64)
     aligned, state, frames = _observe(recording, robot, streams, ticks)
     dropped = Counter({f"{name}: {kind}": count for (name, kind), count in aligned.dropped().items()})
-    actions, known = commanded(commands, ticks, len(robot.joints))
+    holes = _holes(streams, commands)
+    if holes:
+        longest = max(end - begin for begin, end in holes) / 1e9
+        often = f", and {len(holes) - 1} times for less" if len(holes) > 1 else ""
+        where = f"episode {label!r}: " if label else ""
+        recording.notes.append(f"{where}nothing was recorded for {longest:.1f} s{often}: no chunk runs across that")
+    actions, known = _commanded(commands, ticks, holes, len(robot.joints))
     usable = aligned.ok.copy()
     head, tail = _active(state, actions, robot, selection.idle)
     trimmed = np.zeros(len(ticks), bool)
@@ -149,6 +157,27 @@ def _episode(
         idle_end=(len(ticks) - tail) / robot.control_rate,
         waited=(start - begin) / 1e9,
     )
+
+
+def _holes(streams: list[_Sorted], commands: list[Commands]) -> list[tuple[int, int]]:
+    """(begin, end) in ns: where nothing was seen and nothing commanded for longer than any stream may be old."""
+    first = min(stream.times[0] for stream in streams)
+    told = [lane.begin_ns[lane.begin_ns > first] for lane in commands]
+    times = np.sort(np.concatenate([*(stream.times for stream in streams), *told]))
+    at = np.flatnonzero(np.diff(times) > max(stream.max_age_ns for stream in streams))
+    return list(zip(times[at].tolist(), times[at + 1].tolist(), strict=True))
+
+
+def _commanded(
+    commands: list[Commands], ticks: np.ndarray, holes: list[tuple[int, int]], joints: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `commanded`, but what was told before a hole is not known in it nor after: something else may have been."""
+    actions, known = np.full((len(ticks), joints), np.nan), np.zeros((len(ticks), joints), bool)
+    ends = [-np.inf, *(end for _, end in holes)]
+    for begin, end in zip(ends, [*(begin for begin, _ in holes), np.inf], strict=True):
+        here = (ticks >= begin) & (ticks <= end)
+        actions[here], known[here] = commanded([lane.within(begin, end) for lane in commands], ticks[here], joints)
+    return actions, known
 
 
 def observe_at(

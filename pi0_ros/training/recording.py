@@ -66,7 +66,7 @@ class Recording:
     cameras: dict[str, Stream] = field(default_factory=dict)
     states: list[Stream] = field(default_factory=list)
     commands: list[Commands] = field(default_factory=list)
-    commands_ns: dict[str, np.ndarray] = field(default_factory=dict)  # source -> times of its commands, by the clock
+    commands_ns: dict[str, np.ndarray] = field(default_factory=dict)  # source -> times, by the robot file's clock
     prompts: list[tuple[int, str]] = field(default_factory=list)
     marks: list[tuple[int, str]] = field(default_factory=list)  # episode begins (text) and ends ("")
     custom_data: dict[str, str] = field(default_factory=dict)
