@@ -99,7 +99,10 @@ def test_the_key_follows_what_the_content_depends_on(bags):
     key = unit_key(files, robot, SIZE, selection)
     joints = [j.model_dump() | {"velocity": 9.0, "acceleration": 9.0} for j in robot.joints]
     assert key == unit_key(files, kit.robot(name="renamed", joints=joints, urdf="x.urdf"), SIZE, selection)
+    sources = [{"topic": topic, "type": "JointTrajectory"} for topic in ("/command", "/hand")]
+    assert key == unit_key(files, kit.robot(actions=sources[:1]), SIZE, selection)  # one source, however it is written
     changed = [
+        unit_key(files, kit.robot(actions=sources), SIZE, selection),
         unit_key(other, robot, SIZE, selection),
         unit_key(files, robot, SIZE + 8, selection),
         unit_key(files, robot, SIZE, Selection(prompt="x")),
