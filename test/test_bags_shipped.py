@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import bag_kit as kit
 import numpy as np
 import pytest
