@@ -168,6 +168,21 @@ def test_damaged_files_are_refused_in_one_line_or_read(small, tmp_path_factory, 
         assert str(path) in str(error) and "\n" not in str(error)
 
 
+def test_a_topic_without_a_type_is_damage(tmp_path, small):
+    name = "bag.db3" if "bag.db3" in small else next(name for name in small if name.endswith(".db3"))
+    path = tmp_path / name
+    path.write_bytes(small[name])
+    with sqlite3.connect(path) as file:
+        file.execute("PRAGMA writable_schema = 1")
+        file.execute(
+            "UPDATE sqlite_master SET sql = replace(sql, 'type TEXT NOT NULL', 'type TEXT') WHERE name = 'topics'"
+        )
+    with sqlite3.connect(path) as file:
+        file.execute("UPDATE topics SET type = NULL WHERE id = 1")
+    with pytest.raises(BagError, match="truncated or damaged"), Bag(find_bags(path)[0]):
+        pass
+
+
 def test_a_channel_that_cannot_be_parsed_leaves_the_others_readable(tmp_path, written):
     odd = kit.text(kit.START, "x", "/odd")
     bag = kit.write_bag(tmp_path / "bag", [*written, odd], raw_types={"/odd": "some.proto.Message"})

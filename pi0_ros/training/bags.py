@@ -232,18 +232,19 @@ class Bag:
         wal = file.with_name(file.name + "-wal")
         if wal.is_file() and wal.stat().st_size:
             self.notes.append(f"{wal.name} holds messages that were never merged: the recorder was killed; not read")
-        for connection in reader.connections:
-            kind = normal_type(connection.msgtype)
-            if kind != connection.msgtype:
-                self._note(f"{connection.topic}: type written {connection.msgtype!r}, read as {kind}")
-            found = Topic(connection.topic, kind, 0, connection.ext.serialization_format)
-            known = self.topics.setdefault(connection.topic, found)
-            if known.type != kind:
-                self._note(
-                    f"{connection.topic}: recorded with two types, {known.type} and {kind}; only the first is read"
-                )
-                continue
-            known.count += connection.msgcount
+        with _named(file):  # of a damaged file anything may be missing
+            for connection in reader.connections:
+                kind = normal_type(connection.msgtype)
+                if kind != connection.msgtype:
+                    self._note(f"{connection.topic}: type written {connection.msgtype!r}, read as {kind}")
+                found = Topic(connection.topic, kind, 0, connection.ext.serialization_format)
+                known = self.topics.setdefault(connection.topic, found)
+                if known.type != kind:
+                    self._note(
+                        f"{connection.topic}: recorded with two types, {known.type} and {kind}; only the first is read"
+                    )
+                    continue
+                known.count += connection.msgcount
 
     @property
     def seconds(self) -> float:
