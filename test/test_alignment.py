@@ -46,6 +46,14 @@ def test_out_of_order_samples_are_put_in_order_and_what_nobody_may_ask_for_any_m
     assert len(buffer) == 3
 
 
+def test_stamps_that_do_not_advance_do_not_fill_the_memory():
+    buffer = StreamBuffer("a", 1, span_ns=10**9, most=5)
+    for second in range(100):  # a driver that fills in nanoseconds only
+        for part in range(0, 10**9, 10**8 - second):
+            buffer.push(part, second)
+    assert len(buffer) == 5
+
+
 def test_clear_forgets():
     buffer = filled(stamps=[1, 2])
     buffer.clear()

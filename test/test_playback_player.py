@@ -159,13 +159,13 @@ def test_starts_from_where_the_arm_is_when_it_was_moved_meanwhile():
     bench.tick(30)
     bench.player.stop("stop service")
     bench.tick(40)
-    bench.arm = np.array([-0.9, 1.5, 0.0])
+    bench.arm = np.array([-0.9, 1.5, 0.5])
     bench.player.start()
     bench.player.observe(NAMES, bench.arm, bench.now, bench.now)
-    bench.offer(np.tile([-0.9, 1.5, 0.0], (41, 1)))
+    bench.offer(np.tile([-0.9, 1.5, 0.5], (41, 1)))
     bench.now += PERIOD
     bench.player.tick(bench.now)
-    np.testing.assert_allclose(bench.player.commanded, [-0.9, 1.5, 0.0])
+    np.testing.assert_allclose(bench.player.commanded[:2], [-0.9, 1.5])
     assert bench.seen == (PLAYING, "")
 
 
@@ -211,6 +211,66 @@ def test_an_arm_that_sags_is_not_let_down_at_every_start(streamed):
     np.testing.assert_allclose(bench.trail[-1], at, atol=1e-6)
 
 
+@pytest.mark.parametrize("wait", [0, 200], ids=["at once", "once settled"])
+@pytest.mark.parametrize("streamed", [NAMES, ()], ids=["positions", "trajectories"])
+def test_what_is_moved_while_nothing_ticks_is_held_where_it_is_when_that_begins_again(streamed, wait):
+    bench = Bench(streamed)
+    bench.sag = np.array([-0.05, 0.0, -0.4])  # the gripper squeezes
+    bench.tick(2)
+    bench.lively()
+    bench.tick(30)
+    bench.player.stop("deactivated")
+    while not bench.player.at_rest:
+        bench.tick()
+    bench.tick(wait)
+    arm = bench.arm.copy()
+    for k in range(300):  # the node is inactive, joint states still come
+        bench.now += PERIOD
+        if wait or k > 10:
+            arm[0] += 0.2 / 300
+        bench.player.observe(NAMES, arm, bench.now, bench.now)
+    bench.arm, gripper = arm, bench.player.commanded[2]
+    bench.player.start()
+    bench.now += PERIOD
+    bench.player.observe(NAMES, arm, bench.now, bench.now)
+    bench.player.tick(bench.now)
+    np.testing.assert_allclose(bench.player.commanded, [*arm[:2], gripper])
+
+
+@pytest.mark.parametrize("lost", [20, 40, 60])
+def test_joint_states_that_stay_away_for_a_moment_neither_move_the_arm_nor_open_the_gripper(lost):
+    bench = Bench(policy_timeout=0.0)
+    bench.sag = np.array([0.0, 0.0, 0.4])  # the gripper squeezes
+    bench.tick(2)
+    time = np.arange(41) * 0.05
+    bench.offer(np.stack([-0.9 + 0.9 * time, 0 * time, 0 * time], axis=1), age=0.9)
+    bench.tick(30)
+    bench.sensing = False
+    bench.tick(lost)
+    bench.sensing = True
+    bench.tick(20)
+    bench.offer(np.tile([*bench.player.commanded[:2], 0.0], (41, 1)))
+    bench.tick(30)
+    check_limits(bench.trail)
+    assert bench.player.commanded[2] == 0
+
+
+def test_an_arm_that_only_lags_is_not_taken_for_moved():
+    bench = Bench(policy_timeout=0.0)
+    bench.tick(2)
+    time = np.arange(11) * 0.05
+    bench.offer(np.stack([-0.9 + 1.8 * time, 0 * time, 0.5 + 0 * time], axis=1), age=0.1)
+    late = [np.zeros(3)] * 16
+    for k in range(120):
+        bench.tick()
+        late = [*late[1:], bench.player.commanded.copy()]
+        bench.arm = late[0]  # 160 ms behind
+        if bench.player.state == HOLDING and bench.player.at_rest and k > 60:
+            bench.offer(np.tile(bench.player.commanded, (41, 1)))
+    assert bench.player.played > 1
+    check_limits(bench.trail)
+
+
 def test_an_arm_that_does_not_follow_is_stopped_until_somebody_starts_it():
     bench = Bench(following_error=0.3)
     bench.tick(2)
@@ -227,8 +287,13 @@ def test_an_arm_that_does_not_follow_is_stopped_until_somebody_starts_it():
     bench.offer(np.tile([0.1, 0.0, 0.0], (41, 1)))
     bench.tick(1)
     assert bench.seen == (STOPPED, why) and bench.sends == sent
-    bench.arm = stuck.copy()
     bench.player.start()
+    bench.arm = stuck.copy()
+    bench.tick(1)
+    assert bench.seen == (HOLDING, "the arm is not yet at rest where it was told") and bench.sends == sent
+    for _ in range(100):
+        bench.arm = stuck.copy()
+        bench.tick()
     bench.offer(np.tile([0.1, 0.0, 0.0], (41, 1)))
     bench.tick(1)
     assert bench.seen == (PLAYING, "")
@@ -251,7 +316,7 @@ def test_an_arm_that_was_moved_while_it_was_held_is_not_taken_back():
     bench.tick(120)
     assert bench.seen == (HOLDING, "the chunk ended and no new one came")
     before = bench.sends
-    bench.arm = np.array([0.2, 0.0, 1.0])  # it gives a little: the command goes on
+    bench.arm = np.array([0.03, 0.0, 1.0])  # it gives a little: the command goes on
     bench.tick()
     assert bench.sends == before + 1
     for _ in range(5):
@@ -262,7 +327,7 @@ def test_an_arm_that_was_moved_while_it_was_held_is_not_taken_back():
     bench.offer(np.tile([0.8, 0.0, 0.4], (41, 1)))
     bench.tick()
     assert bench.sends == before + 2
-    np.testing.assert_allclose(bench.player.commanded, [0.8, 0.0, 0.4])
+    np.testing.assert_allclose(bench.player.commanded[:2], [0.8, 0.0])
 
 
 def test_an_arm_that_was_moved_a_little_after_it_had_settled_is_not_taken_back_either():

@@ -14,7 +14,10 @@ import pytest
 import rclpy
 from policy_node_kit import ROBOT, Bench, StubPolicy, robot
 from rclpy.parameter import Parameter
+from rclpy.qos import qos_profile_sensor_data
+from sensor_msgs.msg import Image, JointState
 
+from pi0_ros.msg import ActionChunk
 from pi0_ros.ros.parameters import ParameterError
 from pi0_ros.ros.policy_node import PolicyNode, main
 
@@ -206,15 +209,54 @@ def test_help_lists_the_parameters(capsys):
     assert "realtime_chunking ('auto'): keep" in capsys.readouterr().out
 
 
-def test_a_signal_ends_the_program_cleanly(ros):
-    signals = {f"policy_{number.name.lower()}": number for number in (signal.SIGINT, signal.SIGTERM)}
-    command = [sys.executable, "-m", "pi0_ros.ros.policy_node", "--ros-args", "-r"]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_program_cleanly_and_tells_the_player(ros, tmp_path, number):
+    """While it waits to be configured, and while it is active."""
+    (tmp_path / "robot.yaml").write_text(ROBOT)
+    options = ["-p", "autostart:=true", "-p", f"robot_file:={tmp_path}/robot.yaml", "-p", "rate:=20.0"]
+    names = ("idle", "active")
     programs = {
-        name: subprocess.Popen([*command, f"__node:={name}"], stderr=subprocess.PIPE, text=True) for name in signals
+        name: subprocess.Popen(
+            [sys.executable, "-m", "pi0_ros.ros.policy_node", "--ros-args", "-r", f"__node:={name}"]
+            + (options if name == "active" else []),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
     }
-    listener = ros.node("listener")
-    ros.spin_until(lambda: set(signals) <= set(listener.get_node_names()), 90.0, "the programs' nodes are there")
-    for name, program in programs.items():
-        program.send_signal(signals[name])
+    listener, chunks = ros.node("listener"), []
+    listener.create_subscription(ActionChunk, "action_chunk", chunks.append, 10)
+    image, joints = Image(height=6, width=8, encoding="rgb8", step=24, data=bytes(144)), JointState()
+    joints.name, joints.position = ["shoulder", "elbow"], [0.0, 0.0]
+    publish = listener.create_publisher
+    cameras = [publish(Image, f"{name}/image_raw", qos_profile_sensor_data) for name in ("base", "wrist")]
+    states = publish(JointState, "joint_states", 10)
+
+    def send() -> bool:
+        image.header.stamp = joints.header.stamp = listener.get_clock().now().to_msg()
+        for camera in cameras:
+            camera.publish(image)
+        states.publish(joints)
+        return set(names) <= set(listener.get_node_names()) and any(chunk.horizon for chunk in chunks)
+
+    ros.spin_until(send, 90.0, "the programs' nodes are there, and a chunk")
+    for program in programs.values():
+        program.send_signal(number)
+    for program in programs.values():
         _, errors = program.communicate(timeout=60)
         assert program.returncode == 0 and "Traceback" not in errors, errors
+    ros.spin_until(lambda: chunks[-1].horizon == 0, what="the void chunk")
+
+
+def test_a_fault_is_told_even_where_nothing_can_be_published(context):
+    b = Bench(context, rate=50.0)
+    b.start()
+
+    def silent(_):
+        raise RuntimeError("publisher's context is invalid")
+
+    b.node._worker._publish = silent
+    b.until(lambda: b.node._state_machine.current_state[1] == "inactive", doing=b.send)
+    b.until(lambda: b.levels.get(POLICY) == 2)
+    assert b.messages[POLICY].startswith("inference failed: RuntimeError: publisher's context is invalid")
+    b.close()

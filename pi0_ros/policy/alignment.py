@@ -36,17 +36,18 @@ class Sample:
 
 class StreamBuffer:
     """The samples of one stream of the last `span_ns`, and the one before, ordered by stamp in whatever order they
-    come: what a tick may ask for that looks back no further than that.
+    come: what a tick may ask for that looks back no further than that. Never more than `most`: stamps may be wrong.
 
     Callback threads push while a worker reads: every method holds the buffer's own lock for its short time and calls
     nothing of anyone else's under it, so locks never nest. Looking up is O(log n); so is pushing, but for the shift of
     a short list.
     """
 
-    def __init__(self, name: str, max_age_ns: int, latency_ns: int = 0, span_ns: int = 1_000_000_000) -> None:
+    def __init__(self, name: str, max_age_ns: int, latency_ns: int = 0, span_ns: int = 10**9, most: int = 2048):
         if span_ns < 0:
             raise ValueError(f"stream {name!r}: span_ns must not be negative, found {span_ns}")
-        self.name, self.max_age_ns, self.latency_ns, self.span_ns = name, int(max_age_ns), int(latency_ns), span_ns
+        self.name, self.max_age_ns, self.latency_ns = name, int(max_age_ns), int(latency_ns)
+        self.span_ns, self.most = span_ns, most
         self._lock = threading.Lock()
         self._stamps: list[int] = []
         self._payloads: list[Any] = []
@@ -62,6 +63,7 @@ class StreamBuffer:
             self._stamps.insert(at, stamp_ns)
             self._payloads.insert(at, payload)
             first = bisect_right(self._stamps, self._stamps[-1] - self.span_ns) - 1
+            first = max(first, len(self._stamps) - self.most)
             if first > 0:
                 del self._stamps[:first], self._payloads[:first]
 

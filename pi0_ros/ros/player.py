@@ -152,6 +152,9 @@ class Player:
         self.measured[mine[good]] = values[good]
         self._measured_at[mine[good]] = min(stamp, now)  # a clock ahead of ours must not make them last longer
         self._state_note = ""
+        # Not in `tick`: an arm that is moved while nothing is played, or the node is inactive, must be noticed too.
+        if self.commanded is not None and not self._following and self.at_rest:
+            self._rest.watch(now, self.measured, self.commanded)
 
     def offer(self, offer: Offer, now: int) -> str:
         """Judge a chunk; it takes over at the next tick. Returns why it was refused, or ""."""
@@ -280,8 +283,6 @@ class Player:
         """Follow or hold, with the reason."""
         if self._following or not self.at_rest:
             self._rest.begin_anew()
-        elif self.commanded is not None:
-            self._rest.watch(now, self.measured, self.commanded)
         if not self._running:
             return
         fault = self._state_fault(now)
@@ -291,6 +292,14 @@ class Player:
             return
         if self.commanded is None or (self._afresh and self._rest.moved):
             self._seed()
+        elif (
+            self._afresh
+            and not self.settings.dry_run
+            and self.at_rest
+            and self._rest.far(self.measured, self.commanded)
+        ):
+            self._halt(HOLDING, "the arm is not yet at rest where it was told")
+            return
         self._afresh = False
         if self._following and (lost := self._not_followed()):
             self.stop(lost)  # an emergency stop, a collision: who releases the arm says when it goes on
@@ -392,8 +401,7 @@ class Player:
         return position, velocity
 
     def _seed(self) -> None:
-        """Command from where the arm is, at rest. A gripper that did not move may be holding something: its command
-        stays."""
+        """Command from where the arm is, at rest. A gripper that stayed may be holding something: its command stays."""
         position = self.measured.copy()
         if self.commanded is not None:
             kept = self._rest.stayed & ~self._arm

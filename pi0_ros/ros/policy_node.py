@@ -12,11 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import rclpy
 import torch
 from rclpy.clock import JumpThreshold, TimeJump
 from rclpy.duration import Duration
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from std_msgs.msg import String
@@ -29,8 +27,8 @@ from pi0_ros.policy.realtime import SCHEDULES, GuidanceSettings
 from pi0_ros.robot import load_robot
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, title
 from pi0_ros.ros.health import THRESHOLDS, gpu_memory
-from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
-from pi0_ros.ros.program import RosLog
+from pi0_ros.ros.parameters import ParameterError, Parameters, Spec
+from pi0_ros.ros.program import RosLog, ending, run_node
 from pi0_ros.ros.qos import LATCHED, NEWEST
 from pi0_ros.ros.streams import Streams
 from pi0_ros.ros.worker import Worker
@@ -123,13 +121,12 @@ class PolicyNode(LifecycleNode):
         self.create_service(SetBool, "~/pause", self._pause)
         self.create_service(SetPrompt, "~/set_prompt", self._set_prompt)
 
-    def start(self) -> None:
-        """Configure and activate. Raises RuntimeError with the reason when that fails."""
-        for transition in (self.trigger_configure, self.trigger_activate):
-            if transition() != TransitionCallbackReturn.SUCCESS:
-                if not self.context.ok():
-                    raise ExternalShutdownException
-                raise RuntimeError(self._failure or "the node could not be activated")
+    def autostart(self) -> None:
+        """Configure and activate where the parameter says so. RuntimeError with the reason when that fails."""
+        if self._settings["autostart"]:
+            for transition in (self.trigger_configure, self.trigger_activate):
+                if transition() != TransitionCallbackReturn.SUCCESS:
+                    raise RuntimeError(self._failure or "the node could not be activated")
 
     # Transitions. rclpy swallows what they raise, so each says itself what went wrong.
 
@@ -194,7 +191,11 @@ class PolicyNode(LifecycleNode):
     def _loading(self) -> bool:
         """Whether to go on waiting. Timers stand still meanwhile, so diagnostics are published from here."""
         self._diagnostics.publish_if_due()
-        return self.context.ok()
+        return self._wanted()
+
+    def _wanted(self) -> bool:
+        """Whether the process is to go on."""
+        return self.context.ok() and not ending()
 
     def _connect(self, policy: Policy) -> None:
         publisher = self.create_publisher(ActionChunk, "action_chunk", NEWEST)
@@ -222,9 +223,9 @@ class PolicyNode(LifecycleNode):
         worker, self._worker, self._streams = self._worker, None, None
         self._entities.clear()
         # A load cannot be interrupted: a process that is told to end does not wait for it.
-        if worker is None or worker.close(60.0 if self.context.ok() else 3.0):
+        if worker is None or worker.close(60.0 if self._wanted() else 3.0):
             return True
-        if self.context.ok():
+        if self._wanted():
             self.get_logger().error("the inference thread does not end, its memory is not freed; restart the process")
         return False
 
@@ -349,29 +350,7 @@ class PolicyNode(LifecycleNode):
 
 def main(args: list[str] | None = None) -> int:
     """Run the node until it is told to end; 1 and one line on stderr when it cannot start."""
-    args = sys.argv if args is None else args
-    if "--help" in args or "-h" in args:
-        print(usage("policy_node", SPECS))
-        return 0
-    node, code = None, 0
-    try:
-        rclpy.init(args=args)
-        node = PolicyNode()
-        executor = SingleThreadedExecutor()
-        executor.add_node(node)
-        if node.get_parameter("autostart").value:
-            node.start()
-        executor.spin()
-    except (KeyboardInterrupt, ExternalShutdownException):
-        rclpy.try_shutdown()  # rclpy's own handler may not have come to it yet, and teardown looks at it
-    except (ParameterError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 1
-    finally:
-        if node is not None:
-            node.destroy_node()
-        rclpy.try_shutdown()
-    return code
+    return run_node("policy_node", SPECS, PolicyNode, start=PolicyNode.autostart, args=args)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,12 @@ from rclpy.signals import SignalHandlerOptions
 from pi0_ros.ros.parameters import ParameterError, Spec, usage
 
 NodeType = TypeVar("NodeType", bound=Node)
+_ending = threading.Event()  # set by SIGINT and SIGTERM
+
+
+def ending() -> bool:
+    """Whether the process was told to end: for callbacks that take long."""
+    return _ending.is_set()
 
 
 class RosLog(logging.Handler):
@@ -28,7 +34,10 @@ class RosLog(logging.Handler):
         logging.getLogger("pi0_ros").addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._logger.warning(record.getMessage())
+        try:
+            self._logger.warning(record.getMessage())
+        except Exception:  # noqa: BLE001 - as logging's own handlers do: who warns must not fail of it
+            self.handleError(record)
 
     def close(self) -> None:
         """Listen no more."""
@@ -61,9 +70,10 @@ def run_node(
     if "--help" in args or "-h" in args:
         print(usage(name, specs))
         return 0
-    ending, node, code = threading.Event(), None, 0
+    node, code = None, 0
+    _ending.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ending.set())
+        signal.signal(number, lambda *_: _ending.set())
     try:
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         node = make()
@@ -71,11 +81,12 @@ def run_node(
         executor.add_node(node)
         if start is not None:
             start(node)
-        while rclpy.ok() and not ending.is_set():
+        while rclpy.ok() and not ending():
             executor.spin_once(timeout_sec=0.1)
     except (ParameterError, RuntimeError, *errors) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 1
+        if not ending():  # what was interrupted is no failure
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            code = 1
     finally:
         if node is not None:
             node.destroy_node()

@@ -6,21 +6,26 @@ import numpy as np
 
 from pi0_ros.ros.playback import SECOND
 
-SETTLING = 1.0  # s; so long after its command came to rest an arm sags or swings by itself
-GIVE = 0.05  # rad; a settled joint that is further from where it settled was moved
+SETTLING = 1.0  # s; so long after its command came to rest an arm catches up, swings and sags by itself
+GIVE = 0.05  # rad; by so much a joint at rest may change its place by itself
 
 
 class Rest:
     """Watches joints at rest.
 
-    An arm is never quite where it is commanded, it sags by its weight; and commanding where it sags to would let it sag
-    again. So a joint counts as moved when it leaves the place where it settled, and before that only when it is far
-    from its command.
+    An arm is never quite where it is commanded: it lags behind, and at rest it sags by its weight; commanding where it
+    sags to would let it sag again. So what counts is the place where a joint settled, and until it has, that it comes
+    no further away from its command.
 
     Args:
         arm: bool [J], the joints that count (a gripper may close on what it holds).
-        far: [J], how far from its command a joint that has not settled yet may be.
+        far: [J], how far from its command a joint may settle.
         unit: [J], what a joint has for a radian.
+
+    Attributes:
+        moved: somebody moved the arm; so it stays until the arm is commanded anew.
+        stayed: bool [J], the joints that are not known to have left the place where they settled.
+        settled: whether the arm has had time to.
     """
 
     def __init__(self, arm: np.ndarray, far: np.ndarray, unit: np.ndarray) -> None:
@@ -30,18 +35,31 @@ class Rest:
     def begin_anew(self) -> None:
         """Commands move the arm."""
         self._since = -1  # ns
-        self._settled: np.ndarray | None = None  # [J]
+        self._place: np.ndarray | None = None  # [J], where it settled
+        self._gap: np.ndarray | None = None  # [J], from the command when that came to rest
         self.moved = False
-        self.stayed = np.zeros(len(self._arm), bool)  # [J]: settled, and still there
+        self.stayed = np.ones(len(self._arm), bool)
+
+    @property
+    def settled(self) -> bool:
+        return self._place is not None
 
     def watch(self, now: int, measured: np.ndarray, commanded: np.ndarray) -> None:
-        """A moment of rest: `now` in ns, positions [J]. Once `moved`, it stays so until the arm is commanded anew."""
+        """What was measured at `now` (ns) while the command rests: positions [J]."""
         if not 0 <= self._since <= now:
             self._since = now
-        far = np.abs(measured - commanded) > self._far
-        if self._settled is not None:
-            self.stayed = np.abs(measured - self._settled) <= self._give
-            far |= ~self.stayed
-        elif now - self._since > SETTLING * SECOND:
-            self._settled, self.stayed = measured.copy(), ~far
-        self.moved = self.moved or bool((far & self._arm).any())
+        gap = np.abs(measured - commanded)
+        if self._gap is None:
+            self._gap = gap
+        if self._place is None and now - self._since > SETTLING * SECOND:
+            self._place = measured.copy()
+        if self._place is None:
+            away = gap > self._gap + self._give
+        else:
+            self.stayed = np.abs(measured - self._place) <= self._give
+            away = ~self.stayed | (gap > self._far)
+        self.moved = self.moved or bool((away & self._arm).any())
+
+    def far(self, measured: np.ndarray, commanded: np.ndarray) -> bool:
+        """Whether the arm is too far from its command to go on from there, moved or only late."""
+        return bool(((np.abs(measured - commanded) > self._far) & self._arm).any())

@@ -26,6 +26,7 @@ from pi0_ros.robot import Camera, Robot
 from pi0_ros.ros.conversions import SECOND, stamp_ns
 from pi0_ros.ros.diagnostics import Report, Window
 
+MOST_FRAMES = 64  # of a camera, should its stamps not advance
 CLOCK_PERIOD = 0.25  # s; under simulated time the clock may lag behind stamps by one period of /clock
 RELIABILITY = {"best_effort": ReliabilityPolicy.BEST_EFFORT, "reliable": ReliabilityPolicy.RELIABLE}
 
@@ -65,7 +66,7 @@ class Streams:
         self._span = round((robot.latency + CLOCK_PERIOD) * SECOND)
         for slot, camera in robot.present_cameras.items():
             self._cameras[slot] = StreamBuffer(
-                slot, round(camera.max_age * SECOND), round(camera.latency * SECOND), self._span
+                slot, round(camera.max_age * SECOND), round(camera.latency * SECOND), self._span, MOST_FRAMES
             )
             kind = CompressedImage if camera.transport == "compressed" else Image
             qos = QoSProfile(depth=1, reliability=RELIABILITY[camera.reliability])

@@ -103,8 +103,10 @@ class Worker:
     def deactivate(self) -> None:
         """Stop: chunks so far are void, the player holds, and nothing is published any more."""
         with self._lock:
-            self._void()
-            self._active = False
+            try:
+                self._void()
+            finally:
+                self._active = False
 
     def run(self, running: bool) -> None:
         """Tick or not while active; caches and epoch stay. After `run(False)` nothing is published any more."""
@@ -226,12 +228,15 @@ class Worker:
         return left is None or left < self.on_demand_seconds
 
     def _fail(self, error: Exception) -> None:
-        self.deactivate()
         self.health.fault = (
             f"inference failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         )
         self._logger.error(f"{self.health.fault}; stopped, activate to try again")
         self._logger.debug("".join(traceback.format_exception(type(error), error, error.__traceback__)))
+        try:
+            self.deactivate()
+        except Exception as silent:  # noqa: BLE001 - the fault must be told even where nothing can be published
+            self._logger.error(f"the player could not be told: {silent}")
         self._on_fault()
 
     def _reject(self, now: int, rejected: Rejected) -> None:
@@ -317,5 +322,5 @@ class Worker:
                 )
             )
             self._sequence += 1
-            self._used = True
+            self._used, self._spoken = True, time.monotonic()
         return True
