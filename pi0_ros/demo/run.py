@@ -120,13 +120,17 @@ class Demo:
             stack.enter_context(recording)
             recording.callback(recorder.close)
             self._film(recording)
+            monitor.stop_player()
+            monitor.until(lambda: monitor.seen.chunks > 0, 60, "an action chunk from policy_node")
+            if self._filming:
+                monitor.until(lambda: self._lines, 20, "the visualiser to show an action chunk")
             episodes: list[Episode] = []
             with tqdm(total=options.episodes, desc="episodes", unit="episode") as bar:
                 for i in range(options.episodes):
                     if i == options.recorded_episodes:
                         recording.close()  # nobody looks at the compressed images any more: none are made
                         self._filming = False
-                    episodes.append(self._episode(options.seed + i, first=i == 0))
+                    episodes.append(self._episode(options.seed + i))
                     bar.set_postfix(successes=sum(e.success for e in episodes))
                     bar.update()
             monitor.stop_player()
@@ -139,7 +143,7 @@ class Demo:
             raise DemoFailed(f"the arm never moved: no joint went farther than {MOVED} rad in any episode")
         return episodes
 
-    def _episode(self, seed: int, first: bool) -> Episode:
+    def _episode(self, seed: int) -> Episode:
         monitor, options, chunks = self.monitor, self.options, self.monitor.seen.chunks
         instruction = options.instruction
         if "{other}" in instruction:
@@ -149,7 +153,7 @@ class Demo:
         if self._filming:
             self._images.clear()
             self.album.append(Reel(f"seed {seed}, {instruction or task}", []))
-        monitor.until(lambda: monitor.seen.chunks > chunks, 60 if first else 10, "an action chunk from policy_node")
+        monitor.until(lambda: monitor.seen.chunks > chunks, 10, "an action chunk from policy_node")
         deadline = time.monotonic() + 60
         while not (outcome := monitor.outcome()).done:
             pause = time.monotonic() + 0.1

@@ -51,6 +51,7 @@ class Heard:
     actions: np.ndarray  # [H, J]
     path: np.ndarray  # [H, 3]
     prompt: str
+    epoch: int
     fault: str = ""
 
     @property
@@ -124,11 +125,19 @@ class View:
         self._trail: deque[tuple[int, np.ndarray]] = deque()  # stamp, tip pose [4, 4]
 
     def hear_chunk(
-        self, stamp: int, dt: float, sequence: int, names: Sequence[str], actions: np.ndarray, prompt: str
+        self,
+        stamp: int,
+        dt: float,
+        sequence: int,
+        names: Sequence[str],
+        actions: np.ndarray,
+        prompt: str,
+        epoch: int = 0,
     ) -> None:
-        """A new chunk, actions [H, J]; one without actions says that older ones are void."""
+        """A new chunk, actions [H, J]; one without actions says which epoch counts."""
         if not len(actions):
-            self._chunk = None
+            if self._chunk is not None and self._chunk.epoch != epoch:
+                self._chunk = None
             return
         fault = ""
         if tuple(names) != self._names:
@@ -137,7 +146,7 @@ class View:
             fault = f"chunk {sequence} has actions or times that are not finite"
         usable = actions[:0] if fault else actions
         path = self._kinematics.tip_poses(usable, self._joints)[:, :3, 3]
-        self._chunk = Heard(stamp, dt, sequence, usable, path, prompt, fault)
+        self._chunk = Heard(stamp, dt, sequence, usable, path, prompt, epoch, fault)
 
     def hear_player(self, player: Player) -> None:
         """The player's newest status. A start begins a new executed path."""

@@ -149,7 +149,9 @@ class Visualiser(Node):
             self.get_logger().warning(str(error), throttle_duration_sec=5.0)
             return
         stamp = stamp_ns(message.header.stamp)
-        self.view.hear_chunk(stamp, message.dt, message.sequence, message.joint_names, actions, message.prompt)
+        self.view.hear_chunk(
+            stamp, message.dt, message.sequence, message.joint_names, actions, message.prompt, message.epoch
+        )
 
     def _status_came(self, message: PlayerStatus) -> None:
         stamp = stamp_ns(message.header.stamp)
