@@ -255,6 +255,33 @@ def test_joint_states_that_stay_away_for_a_moment_neither_move_the_arm_nor_open_
     assert bench.player.commanded[2] == 0
 
 
+@pytest.mark.parametrize("streamed", [NAMES, ()], ids=["positions", "trajectories"])
+@pytest.mark.parametrize("distance", [0.3, 0.8])
+def test_an_arm_that_was_moved_while_it_was_not_seen_is_not_taken_back(streamed, distance):
+    bench = Bench(streamed, policy_timeout=0.0)
+    bench.tick(2)
+    bench.lively()
+    bench.tick(30)
+    bench.sensing = False
+    bench.tick(200)  # past the chunk's end
+    before, plans = bench.sends, len(bench.plans)
+    place = bench.arm + [0.0, distance, 0.0]
+    bench.sensing = True
+    for _ in range(150):
+        bench.arm = place.copy()  # its drives are off
+        bench.tick()
+        if bench.sends > before or len(bench.plans) > plans:
+            break
+    assert bench.player.state == HOLDING
+    np.testing.assert_allclose(bench.player.commanded[:2], place[:2])
+    bench.arm = place.copy()
+    bench.offer(np.tile(place, (41, 1)))
+    bench.tick(2)
+    assert bench.seen == (PLAYING, "")
+    np.testing.assert_allclose(bench.player.commanded[:2], place[:2])
+    assert all(np.abs(plan.positions[0, :2] - place[:2]).max() < 1e-6 for _, plan in bench.plans[plans:])
+
+
 def test_an_arm_that_only_lags_is_not_taken_for_moved():
     bench = Bench(policy_timeout=0.0)
     bench.tick(2)
@@ -475,6 +502,24 @@ def test_a_clock_that_jumps_back_drops_the_chunk_and_holds():
     bench.tick(3)
     assert bench.seen == (PLAYING, "")
     check_limits(bench.trail)
+
+
+def test_after_a_simulators_reset_the_arm_is_held_where_it_is_then():
+    bench = Bench()
+    bench.tick(2)
+    time = np.arange(41) * 0.05
+    bench.offer(np.stack([0.9 * np.minimum(time, 1), 0 * time, 0 * time], axis=1))
+    bench.tick(90)
+    bench.now -= 8 * SECOND
+    home = np.array([-0.3, 0.0, 0.0])
+    bench.arm = home.copy()
+    bench.tick(1)
+    assert bench.seen == (HOLDING, "the clock jumped back")
+    for _ in range(150):
+        bench.arm = home.copy()
+        bench.tick()
+    assert bench.player.state == HOLDING
+    np.testing.assert_allclose(bench.player.commanded, home)
 
 
 def test_dry_run_judges_and_samples_from_where_the_arm_is():

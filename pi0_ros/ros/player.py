@@ -292,16 +292,12 @@ class Player:
             return
         if self.commanded is None or (self._afresh and self._rest.moved):
             self._seed()
-        elif (
-            self._afresh
-            and not self.settings.dry_run
-            and self.at_rest
-            and self._rest.far(self.measured, self.commanded)
-        ):
+        elif self._away():
+            self._afresh = True
             self._halt(HOLDING, "the arm is not yet at rest where it was told")
             return
         self._afresh = False
-        if self._following and (lost := self._not_followed()):
+        if self._following and self.playback.chunk is not None and (lost := self._not_followed()):
             self.stop(lost)  # an emergency stop, a collision: who releases the arm says when it goes on
             return
         chunk, self._pending = self._pending, None
@@ -316,6 +312,11 @@ class Player:
             self._take_over(self.playback.chunk, at)
         elif self._mode == APPROACHING:
             self._approach(at)
+
+    def _away(self) -> bool:
+        """Whether the arm is far from a command at rest, and it is not known yet whether it only lags or was moved."""
+        resting = self.at_rest and not (self._following or self._rest.moved or self.settings.dry_run)
+        return resting and self._rest.far(self.measured, self.commanded)
 
     def _state_fault(self, now: int) -> str:
         """Why the joint states cannot be relied on, or ""."""
