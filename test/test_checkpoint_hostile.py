@@ -228,3 +228,16 @@ def test_writing_refuses_a_tensor_that_was_not_announced_or_never_came(tmp_path)
         write_safetensors(tmp_path / "x", shapes, [("a", torch.ones(2))])
     with pytest.raises(ValueError, match="was not announced"):
         write_safetensors(tmp_path / "x", shapes, [("a", torch.ones(3))])
+
+
+def test_a_folder_installed_by_links_is_read(tmp_path):
+    source, installed = tmp_path / "source/policy", tmp_path / "install/share/policy"
+    for folder in (source / "tokenizer", installed / "tokenizer"):
+        folder.mkdir(parents=True)
+    for name in ("config.json", "tokenizer/words.json"):
+        (source / name).write_text("{}")
+        (installed / name).symlink_to(source / name)
+        assert inside(installed, name).read_text() == "{}"
+    (installed / "other.json").symlink_to(source / "config.json")
+    with pytest.raises(CheckpointError, match="leads outside the folder"):
+        inside(installed, "other.json")

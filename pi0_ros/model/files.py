@@ -30,8 +30,8 @@ class CheckpointError(ValueError):
 def inside(folder: Path, name: object) -> Path:
     """`folder / name`, if that stays inside the folder, links followed.
 
-    The one way out that is allowed is the one that Hugging Face caches use: `snapshots/REVISION/FILE` links to a file
-    in `blobs/` of the same repository.
+    Two ways out are allowed: that of Hugging Face caches, where `snapshots/REVISION/FILE` links to a file in `blobs/`
+    of the same repository, and that of `colcon build --symlink-install`, where `FOLDER/FILE` links to a `FOLDER/FILE`.
 
     Raises:
         CheckpointError: `name` is no relative path, or leads outside.
@@ -45,7 +45,9 @@ def inside(folder: Path, name: object) -> Path:
     except (OSError, RuntimeError) as error:  # a loop of links
         raise CheckpointError(f"{path}: cannot be resolved: {error}") from None
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    if Path(name).is_absolute() or ".." in Path(name).parts or not any(a in resolved.parents for a in allowed):
+    parts = Path(name).parts
+    linked = bool(parts) and resolved.parts[-len(parts) - 1 :] == (root.name, *parts)
+    if Path(name).is_absolute() or ".." in parts or not (linked or any(a in resolved.parents for a in allowed)):
         raise CheckpointError(f"{folder}: {_shown(name)} leads outside the folder; only files inside it are read")
     return path
 
