@@ -13,7 +13,7 @@ PYTEST ?=
 help:
 	@echo "make demo        the main job: a simulated SO-101, the policy and the player over ROS 2 (DEMO=\"--episodes 50 --seed 7\")"
 	@echo "make test        lint, format, import contract and all tests (PYTEST=\"-k robot\")"
-	@echo "make train-demo  record the scripted teacher, train on the bags, run the trained policy (TRAIN=\"...\")"
+	@echo "make train-demo  record the scripted teacher, train on the bags, evaluate open loop (TRAIN=\"...\")"
 	@echo "make bench       measure the policy (BENCH=\"...\")"
 	@echo "make setup       environment and build alone (PYTHON=python3.12 chooses the interpreter)"
 	@echo "make format      put the code into shape"

@@ -43,6 +43,25 @@ def test_a_prompt_that_changes_within_an_episode_counts_from_then_on(tmp_path):
     assert two.prompts == ["red"] * 15 + ["blue"] * 5
 
 
+def test_the_prompt_of_a_short_episode_is_its_own(tmp_path):
+    """Under a second, each with its prompt just before its mark: the next one's is not meant."""
+    marks = [(0.5, "e1"), (1.2, ""), (1.4, "e2"), (2.1, ""), (2.4, "e3"), (4.0, "")]
+    texts = [(0.45, "red"), (1.35, "blue"), (2.3, "green")]
+    items = [*kit.episode(seconds=6.0), *(kit.text(at(s), words, "/episode") for s, words in marks)]
+    episodes = cut(tmp_path, [*items, *(kit.text(at(s), words) for s, words in texts)], episode_topic="/episode")
+    assert [set(episode.prompts) for episode in episodes] == [{"red"}, {"blue"}, {"green"}]
+
+
+def test_a_slow_recording_has_no_holes_between_its_own_periods(tmp_path):
+    items = []
+    for i in range(100):  # 5 Hz, a little early and late, as old as the cameras' max_age
+        time = kit.START + round((0.2 * i + (0.003 if i % 2 else -0.003)) * kit.SECOND)
+        items += [kit.joint_state(time, [i / 100, 0.1, 0.2]), kit.compressed(time, kit.picture(i))]
+        items.append(kit.trajectory(time + 1_000_000, [(0.0, [i / 100, 0.1, 0.2])]))
+    (episode,) = cut(tmp_path, items, control_rate=5)
+    assert episode.known[2:-2].all()
+
+
 HOLE = (1.0, 3.0)  # seconds of which nothing was recorded
 
 
@@ -99,3 +118,14 @@ def test_a_command_holds_for_as_long_as_the_arm_is_seen(tmp_path):
     items = [i for i in kit.episode(seconds=6.0) if i.topic != "/command" or not in_hole(i)]
     (episode,) = cut(tmp_path, items)
     assert episode.known.all() and episode.usable.all()
+
+
+def test_a_joint_that_was_only_named_in_messages_without_use_is_a_problem(tmp_path):
+    items = [item for item in kit.episode(seconds=3.0) if item.topic != "/joint_states"]
+    items.append(kit.joint_state(kit.START, [0.1, 0.2, float("nan")]))
+    times = range(kit.START + 1, kit.START + 3 * kit.SECOND, kit.SECOND // 50)
+    items += [kit.joint_state(time, [0.1, 0.2], list(kit.JOINTS)[:2]) for time in times]
+    (file,) = find_bags(kit.write_bag(tmp_path / "bag", items))
+    with Bag(file) as bag:
+        problems = read_recording(bag, kit.robot()).problems
+    assert f"state: no message with joint {kit.JOINTS[2]} can be used" in problems

@@ -170,7 +170,9 @@ def test_the_page_holds_all_it_shows(inspect, bags, tmp_path):
 def test_ticks_before_the_first_command_of_some_joint_are_warned_of(inspect, tmp_path):
     late = [i for i in kit.episode(seconds=2.0) if i.topic != "/command" or i.time >= kit.START + kit.SECOND]
     _, _, _, data = inspect(kit.write_bag(tmp_path / "bag", late))
-    assert "at 10 of 20 ticks kept some joint has no command yet: no sample begins there" in data["summary"]["warnings"]
+    assert (
+        "at 10 of 20 ticks kept some joint has no known command: no sample begins there" in data["summary"]["warnings"]
+    )
 
 
 REFUSALS = {
@@ -304,3 +306,13 @@ def test_of_many_recordings_the_later_ones_take_a_line_each(inspect, tmp_path):
     _, out, _, _ = inspect(tmp_path / "many")
     assert f"{tmp_path / 'many' / '9'}: 1.0 s, ticks kept 10 of 10" in out
     assert out.count("actions (/command)") == 8
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "least"),
+    [("--image-size", "-5", 1), ("--horizon", "0", 1), ("--idle", "nan", 0), ("--idle", "-1", 0), ("--jobs", "-3", 1)],
+)
+def test_an_option_that_cannot_be_is_one_line(tmp_path, capsys, option, value, least):
+    assert main([str(tmp_path), "--robot", str(tmp_path / "robot.yaml"), option, value]) == 1
+    found = capsys.readouterr().err
+    assert found == f"error: {option} must be at least {least}, found {float(value) if option == '--idle' else value}\n"

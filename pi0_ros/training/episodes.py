@@ -129,7 +129,7 @@ def _episode(
     ticks = start + np.round(np.arange(count) * (1e9 / robot.control_rate)).astype(np.int64)
     aligned, state, frames = _observe(recording, robot, streams, ticks)
     dropped = Counter({f"{name}: {kind}": count for (name, kind), count in aligned.dropped().items()})
-    holes = _holes(streams, commands)
+    holes = _holes(streams, commands, robot.control_rate)
     if holes:
         longest = max(end - begin for begin, end in holes) / 1e9
         often = f", and {len(holes) - 1} times for less" if len(holes) > 1 else ""
@@ -159,12 +159,14 @@ def _episode(
     )
 
 
-def _holes(streams: list[_Sorted], commands: list[Commands]) -> list[tuple[int, int]]:
-    """(begin, end) in ns: where nothing was seen and nothing commanded for longer than any stream may be old."""
+def _holes(streams: list[_Sorted], commands: list[Commands], control_rate: float) -> list[tuple[int, int]]:
+    """(begin, end) in ns: where nothing was seen and nothing commanded for longer than any stream may be old, and for
+    more than three ticks."""
+    longest = max(3e9 / control_rate, *(stream.max_age_ns for stream in streams))
     first = min(stream.times[0] for stream in streams)
     told = [lane.begin_ns[lane.begin_ns > first] for lane in commands]
     times = np.sort(np.concatenate([*(stream.times for stream in streams), *told]))
-    at = np.flatnonzero(np.diff(times) > max(stream.max_age_ns for stream in streams))
+    at = np.flatnonzero(np.diff(times) > longest)
     return list(zip(times[at].tolist(), times[at + 1].tolist(), strict=True))
 
 
@@ -255,6 +257,7 @@ def _prompts(
         return [fixed] * len(ticks)
     times = np.array([time for time, _ in spoken])
     at = np.searchsorted(times, ticks, side="right") - 1
-    if mark is not None and (late := np.flatnonzero((times > mark) & (times <= mark + PROMPT_DELAY_NS))).size:
-        at = np.maximum(at, late[0])
+    if mark is not None and len(ticks):
+        late = np.flatnonzero((times > mark) & (times <= min(mark + PROMPT_DELAY_NS, ticks[-1])))
+        at = np.maximum(at, late[0]) if len(late) else at
     return [spoken[max(i, 0)][1] for i in at]  # a latched prompt is recorded a little after the start

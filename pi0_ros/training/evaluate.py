@@ -68,11 +68,10 @@ class Options:
     """Processes that decode."""
 
     def __post_init__(self) -> None:
-        for name, least in (("chunks", 0), ("seeds", 1), ("num_steps", 1), ("idle", 0)):
-            if not getattr(self, name) >= least:  # NaN is not
-                raise EvaluationError(
-                    f"--{name.replace('_', '-')} must be at least {least}, found {getattr(self, name)}"
-                )
+        for name, least in (("chunks", 0), ("seeds", 1), ("num_steps", 1), ("idle", 0), ("jobs", 1)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:  # NaN is not
+                raise EvaluationError(f"--{name.replace('_', '-')} must be at least {least}, found {value}")
 
 
 @dataclass(frozen=True)

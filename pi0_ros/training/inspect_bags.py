@@ -28,6 +28,10 @@ DETAILED = 8  # bags that the table shows stream by stream
 PICTURED = 6  # bags whose frames and curves the page shows
 
 
+class OptionError(RuntimeError):
+    """An option that cannot be used; the message is one line."""
+
+
 @dataclass
 class Options:
     """Look at recordings before training: what is there, what is missing, what is kept, dropped and why."""
@@ -52,6 +56,12 @@ class Options:
     """Start and end of an episode are trimmed until a joint moves by this share of its range; 0: not at all."""
     jobs: int | None = None
     """Processes; as many as there are cores by default."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("horizon", 1), ("image_size", 1), ("idle", 0), ("jobs", 1)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:  # NaN is not
+                raise OptionError(f"--{name.replace('_', '-')} must be at least {least}, found {value}")
 
 
 def inspect(options: Options) -> tuple[list[BagReport], dict[str, Any]]:
@@ -171,8 +181,8 @@ def _joint_lines(joints: list[dict[str, Any]]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 0 when the data can be trained on, 1 when not."""
-    options = tyro.cli(Options, prog="inspect_bags", description=Options.__doc__, args=arguments)
     try:
+        options = tyro.cli(Options, prog="inspect_bags", description=Options.__doc__, args=arguments)
         reports, summary = inspect(options)
         print(table(reports, summary))
         if options.json:
@@ -182,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from pi0_ros.training.page import page  # matplotlib takes a second to import
 
             _write(options.html, page(reports, summary))
-    except (BagError, CacheError, RobotFileError, OSError) as error:
+    except (OptionError, BagError, CacheError, RobotFileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

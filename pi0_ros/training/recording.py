@@ -265,6 +265,10 @@ class _Reader:
             if topics and all(topics) and (missing := [name for name in names if name not in seen]):
                 found = ", ".join(sorted(seen)[:12]) or "none"
                 recording.problems.append(f"{what}: no message names joint {', '.join(missing)}; names found: {found}")
+            elif what == "state" and topics and all(topics):
+                usable = {names[joint] for stream in recording.states for joint in stream.joints}
+                if useless := [name for name in names if name not in usable]:
+                    recording.problems.append(f"state: no message with joint {', '.join(useless)} can be used")
         for (what, topic, name), count in self.nan.items():
             recording.nan[what, name] += count
             share = count / max(self.bag.topics[topic].count, 1)
