@@ -116,13 +116,14 @@ def _listen(policy: InstantPolicy, transport: str, seconds: float) -> dict[str, 
     with Domain() as domain, tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "heard.json")
         rclpy.init(context=context, domain_id=domain.id)
-        node = PolicyNode(lambda _: policy, context=context, parameter_overrides=[Parameter("rate", value=0.0)])
+        given = [Parameter("rate", value=0.0), Parameter("autostart", value=True)]
+        node = PolicyNode(lambda _: policy, context=context, parameter_overrides=given)
         executor = SingleThreadedExecutor(context=context)
         executor.add_node(node)
         command = [sys.executable, "-m", "pi0_ros.benchmark.robot_side", transport, str(seconds), str(output)]
         environment = {**_room_for_images(), **os.environ, **domain.environment(), "OMP_NUM_THREADS": "1"}
         try:
-            node.start()
+            node.autostart()
             with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
                 try:
                     _spin(executor, process, f"node {transport}", seconds)
