@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class InstantPolicy:
     """Answers with the state, held; keeps when it was asked, about which frame, and when it was done."""
 
     digest, num_steps = "instant", 10
+    settings = SimpleNamespace(rtc_max_delay=0)
 
     def __init__(self, robot: Robot) -> None:
         self.robot = robot
