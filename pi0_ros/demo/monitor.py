@@ -17,6 +17,7 @@ from std_srvs.srv import Trigger
 
 from pi0_ros.demo.recorder import LATCHED_QOS
 from pi0_ros.msg import ActionChunk, PlayerStatus
+from pi0_ros.ros.conversions import stamp_ns
 from pi0_ros.srv import EpisodeOutcome, ResetEpisode, SetPrompt
 
 RESTING = 0.05  # rad/s, of every joint
@@ -87,7 +88,7 @@ class Monitor(Node):
         seen = self.seen
         seen.lowest = position if seen.lowest is None else np.minimum(seen.lowest, position)
         seen.highest = position if seen.highest is None else np.maximum(seen.highest, position)
-        seen.stamps.append(state.header.stamp.sec * 10**9 + state.header.stamp.nanosec)
+        seen.stamps.append(stamp_ns(state.header.stamp))
         seen.velocities.append(np.asarray(state.velocity))
         seen.speed = float(np.abs(state.velocity).max(initial=0.0))
 

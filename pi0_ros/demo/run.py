@@ -33,6 +33,7 @@ from pi0_ros.demo.recorder import RECORDED_QOS, BagRecorder
 from pi0_ros.demo.summary import Episode, rms_jerk, spread, success_rates, versions, write_json
 from pi0_ros.msg import ActionChunk, PlayerStatus
 from pi0_ros.robot import Robot, config_folder, load_robot
+from pi0_ros.ros.conversions import stamp_ns
 from pi0_ros.ros.domain import Domain, NoFreeDomainError
 
 MARKERS = "/visualiser/markers"
@@ -229,7 +230,7 @@ class Demo:
 
     def _age(self, chunk: ActionChunk) -> float:
         now = self.monitor.get_clock().now().nanoseconds
-        return (now - chunk.header.stamp.sec * 10**9 - chunk.header.stamp.nanosec) / 1e9
+        return (now - stamp_ns(chunk.header.stamp)) / 1e9
 
     def _heard_chunk(self, chunk: ActionChunk) -> None:
         if chunk.horizon:

@@ -20,7 +20,6 @@ import rclpy
 import torch
 import tyro
 from rclpy.executors import SingleThreadedExecutor
-from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from tqdm import tqdm
 
@@ -103,7 +102,7 @@ def live(
     """
     context, chunks = rclpy.Context(), []
     context.init()
-    overrides = {"use_sim_time": True, "rate": rate, "seed": seed}
+    overrides = {"use_sim_time": True, "rate": rate, "seed": seed, "autostart": True}
     node = _Watched(
         lambda parameters: load(),
         context=context,
@@ -116,9 +115,10 @@ def live(
         executor.add_node(player)
         player.create_subscription(ActionChunk, "action_chunk", chunks.append, NEWEST)
         replay, wait = Replay(player, bag, recording, robot), _Waiting(executor)
-        for transition in (node.trigger_configure, node.trigger_activate):
-            if transition() != TransitionCallbackReturn.SUCCESS:
-                raise CheckFailed(node._failure or "policy_node could not be activated")
+        try:
+            node.autostart()
+        except RuntimeError as error:
+            raise CheckFailed(str(error)) from None
         wait(lambda: not replay.unheard(), "policy_node to listen to every camera and joint state")
         _step_through(bag, robot, replay, node, wait, seconds)
         published = node._worker.health.chunks

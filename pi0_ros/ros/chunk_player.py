@@ -15,12 +15,11 @@ from __future__ import annotations
 import math
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from sensor_msgs.msg import JointState
 from std_srvs.srv import Trigger
 
@@ -32,7 +31,7 @@ from pi0_ros.ros.outputs import Outputs, streamed_joints
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec
 from pi0_ros.ros.playback import Offer
 from pi0_ros.ros.player import STATES, Player, Settings
-from pi0_ros.ros.program import run_node
+from pi0_ros.ros.program import ManagedNode, run_node
 from pi0_ros.ros.qos import LATCHED, NEWEST, SENSOR
 
 STATUS_PERIOD = SECOND // 10  # ns
@@ -111,7 +110,7 @@ def load_robot_file(value: str) -> Robot:
     return load_robot(path / "robot.yaml" if path.is_dir() else path)
 
 
-class ChunkPlayer(LifecycleNode):
+class ChunkPlayer(ManagedNode):
     """The node."""
 
     def __init__(self, **options: Any) -> None:
@@ -121,7 +120,6 @@ class ChunkPlayer(LifecycleNode):
         self._robot: Robot | None = None
         self._subscriptions_made: list[Any] = []
         self._timer = None
-        self._failure = ""  # why configure failed last
         self._said: tuple[int, str] | None = None  # state and reason of the last status
         self._said_at = 0  # ns
         self._active = False
@@ -136,13 +134,6 @@ class ChunkPlayer(LifecycleNode):
         self._diagnostics = DiagnosticsPublisher(self, self._reports, self.get_name())
         self.create_service(Trigger, "~/start", self._start)
         self.create_service(Trigger, "~/stop", self._stop)
-
-    def autostart(self) -> None:
-        """Configure and activate where the parameter says so. RuntimeError with the reason when that fails."""
-        if self._settings["autostart"]:
-            started = self.trigger_configure() == TransitionCallbackReturn.SUCCESS
-            if not started or self.trigger_activate() != TransitionCallbackReturn.SUCCESS:
-                raise RuntimeError(self._failure or "could not activate")
 
     # Transitions. rclpy swallows what they raise, so each says itself what went wrong.
 
@@ -161,12 +152,7 @@ class ChunkPlayer(LifecycleNode):
             ):
                 self._subscriptions_made.append(self.create_subscription(kind, topic, callback, qos))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the reason why configure fails
-            self._failure = f"configure failed: {' '.join(str(error).split()) or type(error).__name__}"
-            self.get_logger().error(self._failure)
-            self.get_logger().debug(traceback.format_exc())
-            self._teardown()
-            self._diagnostics.publish()
-            return TransitionCallbackReturn.FAILURE
+            return self._configure_failed(error)
         self._failure, self._settings.frozen = "", True
         self._say()
         return super().on_configure(state)

@@ -329,12 +329,17 @@ class Player:
 
     def _not_followed(self) -> str:
         """Why the arm does not do what is commanded, or "": going on would let it jump when it is released."""
-        most, gaps = self.settings.following_error * self._unit, np.abs(self.measured - self.commanded) * self._arm
-        worst = int(np.argmax(gaps / self._unit))
-        if not self.settings.following_error or self.settings.dry_run or gaps[worst] <= most[worst]:
+        most, (worst, gap) = self.settings.following_error, self._farthest(self.measured, self.commanded)
+        if not most or self.settings.dry_run or gap <= most:
             return ""
-        name = self.joint_names[worst]
-        return f"the arm does not follow: joint '{name}' is more than {most[worst]:g} from its command; ~/start goes on"
+        name, allowed = self.joint_names[worst], most * self._unit[worst]
+        return f"the arm does not follow: joint '{name}' is more than {allowed:g} from its command; ~/start goes on"
+
+    def _farthest(self, here: np.ndarray, there: np.ndarray) -> tuple[int, float]:
+        """The joint of the arm by which two positions [J] differ most, and by how much, in units of the thresholds."""
+        gaps = np.abs(here - there) / self._unit * self._arm
+        worst = int(np.argmax(gaps))
+        return worst, float(gaps[worst])
 
     def _ended(self, now: int) -> str:
         """Why there is nothing to play, or ""."""
@@ -361,14 +366,13 @@ class Player:
             self.played += 1
             self.epoch, self.sequence, self.handover_delay = chunk.epoch, chunk.sequence, chunk.past(at)
         self._following = self._plan_now = True
-        gaps, most = np.abs(chunk.at(at)[0] - position) * self._arm, self.settings.approach_threshold * self._unit
-        worst = int(np.argmax(gaps / self._unit))
-        if gaps[worst] > most[worst]:
+        most, (worst, gap) = self.settings.approach_threshold, self._farthest(chunk.at(at)[0], position)
+        if gap > most:
             self.playback.alone()
-            self._mode, self._speed = APPROACHING, self.settings.approach_speed
+            self._mode, self._speed, unit = APPROACHING, self.settings.approach_speed, self._unit[worst]
             self._why = (
-                f"approaching at limited speed: joint '{self.joint_names[worst]}' is {gaps[worst]:.3g} from where "
-                f"chunk {chunk.sequence} begins, more than {most[worst]:g}"
+                f"approaching at limited speed: joint '{self.joint_names[worst]}' is {gap * unit:.3g} from where "
+                f"chunk {chunk.sequence} begins, more than {most * unit:g}"
             )
             return
         if not playing or self.settings.handover == "blend":
@@ -378,8 +382,7 @@ class Player:
     def _approach(self, at: int) -> None:
         """Go over to playing when near enough."""
         position, velocity = self._commanded_at_lead()
-        gaps = np.abs(self.playback.at(at)[0] - position) / self._unit * self._arm
-        if gaps.max() <= 0.25 * self.settings.approach_threshold:
+        if self._farthest(self.playback.at(at)[0], position)[1] <= 0.25 * self.settings.approach_threshold:
             self.playback.join(at, position, velocity)
             self._mode, self._speed, self._why, self._plan_now = PLAYING, 1.0, "", True
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from rclpy.clock import JumpThreshold, TimeJump
 from rclpy.duration import Duration
-from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
@@ -28,7 +27,7 @@ from pi0_ros.robot import load_robot
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, title
 from pi0_ros.ros.health import THRESHOLDS, gpu_memory
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec
-from pi0_ros.ros.program import RosLog, ending, run_node
+from pi0_ros.ros.program import ManagedNode, RosLog, ending, run_node
 from pi0_ros.ros.qos import LATCHED, NEWEST
 from pi0_ros.ros.streams import Streams
 from pi0_ros.ros.worker import Worker
@@ -90,7 +89,7 @@ def load_policy(parameters: Parameters) -> Policy:
     return policy
 
 
-class PolicyNode(LifecycleNode):
+class PolicyNode(ManagedNode):
     """The node. `load` makes the policy from the parameters; tests give another."""
 
     def __init__(self, load: Callable[[Parameters], Policy] = load_policy, **options: Any) -> None:
@@ -100,7 +99,6 @@ class PolicyNode(LifecycleNode):
         self._streams: Streams | None = None
         self._entities: list[tuple[Callable[[Any], Any], Any]] = []  # how to destroy what configure made
         self._timer = None
-        self._failure = ""  # why configure failed last
         # From the wall clock, so that a restarted node's epochs are newer than any that the player knows.
         self._epoch = int(time.time()) & 0x7FFFFFFF
         try:
@@ -121,13 +119,6 @@ class PolicyNode(LifecycleNode):
         self.create_service(SetBool, "~/pause", self._pause)
         self.create_service(SetPrompt, "~/set_prompt", self._set_prompt)
 
-    def autostart(self) -> None:
-        """Configure and activate where the parameter says so. RuntimeError with the reason when that fails."""
-        if self._settings["autostart"]:
-            for transition in (self.trigger_configure, self.trigger_activate):
-                if transition() != TransitionCallbackReturn.SUCCESS:
-                    raise RuntimeError(self._failure or "the node could not be activated")
-
     # Transitions. rclpy swallows what they raise, so each says itself what went wrong.
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -140,12 +131,7 @@ class PolicyNode(LifecycleNode):
             policy = self._worker.wait_until_loaded(self._loading)
             self._connect(policy)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the reason why configure fails
-            self._failure = f"configure failed: {' '.join(str(error).split()) or type(error).__name__}"
-            self.get_logger().error(self._failure)
-            self.get_logger().debug(traceback.format_exc())
-            self._teardown()
-            self._diagnostics.publish()
-            return TransitionCallbackReturn.FAILURE
+            return self._configure_failed(error)
         self._failure = ""
         self._settings.frozen = True
         if policy.digest == "random":

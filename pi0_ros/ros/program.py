@@ -6,15 +6,18 @@ import logging
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import rclpy
 from rclpy.executors import SingleThreadedExecutor
+from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
-from pi0_ros.ros.parameters import ParameterError, Spec, usage
+from pi0_ros.ros.diagnostics import DiagnosticsPublisher
+from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
 
 NodeType = TypeVar("NodeType", bound=Node)
 _ending = threading.Event()  # set by SIGINT and SIGTERM
@@ -43,6 +46,33 @@ class RosLog(logging.Handler):
         """Listen no more."""
         logging.getLogger("pi0_ros").removeHandler(self)
         super().close()
+
+
+class ManagedNode(LifecycleNode):
+    """A lifecycle node that starts by itself where its `autostart` parameter says so, and says why it cannot.
+
+    A subclass sets `_settings` and `_diagnostics`, and has a `_teardown` that undoes half a configure.
+    """
+
+    _settings: Parameters
+    _diagnostics: DiagnosticsPublisher
+    _failure = ""  # why configure failed last
+
+    def autostart(self) -> None:
+        """Configure and activate where the parameter says so. RuntimeError with the reason when that fails."""
+        if self._settings["autostart"]:
+            for transition in (self.trigger_configure, self.trigger_activate):
+                if transition() != TransitionCallbackReturn.SUCCESS:
+                    raise RuntimeError(self._failure or "the node could not be activated")
+
+    def _configure_failed(self, error: Exception) -> TransitionCallbackReturn:
+        """What `on_configure` answers to whatever was raised in it: rclpy would swallow that."""
+        self._failure = f"configure failed: {' '.join(str(error).split()) or type(error).__name__}"
+        self.get_logger().error(self._failure)
+        self.get_logger().debug("".join(traceback.format_exception(type(error), error, error.__traceback__)))
+        self._teardown()
+        self._diagnostics.publish()
+        return TransitionCallbackReturn.FAILURE
 
 
 def run_node(

@@ -25,7 +25,6 @@ class Rest:
     Attributes:
         moved: somebody moved the arm; so it stays until the arm is commanded anew.
         stayed: bool [J], the joints that are not known to have left the place where they settled.
-        settled: whether the arm has had time to.
     """
 
     def __init__(self, arm: np.ndarray, far: np.ndarray, unit: np.ndarray) -> None:
@@ -39,10 +38,6 @@ class Rest:
         self._gap: np.ndarray | None = None  # [J], from the command when that came to rest
         self.moved = False
         self.stayed = np.ones(len(self._arm), bool)
-
-    @property
-    def settled(self) -> bool:
-        return self._place is not None
 
     def watch(self, now: int, measured: np.ndarray, commanded: np.ndarray) -> None:
         """What was measured at `now` (ns) while the command rests: positions [J]."""

@@ -27,6 +27,7 @@ from pi0_ros.training.bags import BagError
 from pi0_ros.training.cache import CacheError, Unit
 from pi0_ros.training.data import Episodes, load_units, names, write_whole
 from pi0_ros.training.dataset import Dataset, all_episodes
+from pi0_ros.training.options import OptionsError, require_at_least
 
 BASELINES = ("hold", "repeat")
 EPISODES = "episodes.json"  # beside a checkpoint of `train`: what it was trained on
@@ -68,10 +69,7 @@ class Options:
     """Processes that decode."""
 
     def __post_init__(self) -> None:
-        for name, least in (("chunks", 0), ("seeds", 1), ("num_steps", 1), ("idle", 0), ("jobs", 1)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:  # NaN is not
-                raise EvaluationError(f"--{name.replace('_', '-')} must be at least {least}, found {value}")
+        require_at_least(self, chunks=0, seeds=1, num_steps=1, idle=0, jobs=1)
 
 
 @dataclass(frozen=True)
@@ -278,8 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (
-        EvaluationError, CheckpointError, PolicyError, TokenizerError, RobotFileError, BagError, CacheError, ValueError,
-        OSError,
+        EvaluationError, OptionsError, CheckpointError, PolicyError, TokenizerError, RobotFileError, BagError, CacheError,
+        ValueError, OSError,
     ) as error:  # fmt: skip
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -21,15 +21,13 @@ from pi0_ros.robot import RobotFileError, load_robot
 from pi0_ros.training.bags import BagError, find_bags
 from pi0_ros.training.build import cores, run_all
 from pi0_ros.training.cache import CacheError
+from pi0_ros.training.data import write_whole
 from pi0_ros.training.episodes import Selection
+from pi0_ros.training.options import OptionsError, require_at_least
 from pi0_ros.training.report import BagReport, inspect_bag, summarise
 
 DETAILED = 8  # bags that the table shows stream by stream
 PICTURED = 6  # bags whose frames and curves the page shows
-
-
-class OptionError(RuntimeError):
-    """An option that cannot be used; the message is one line."""
 
 
 @dataclass
@@ -58,10 +56,7 @@ class Options:
     """Processes; as many as there are cores by default."""
 
     def __post_init__(self) -> None:
-        for name, least in (("horizon", 1), ("image_size", 1), ("idle", 0), ("jobs", 1)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:  # NaN is not
-                raise OptionError(f"--{name.replace('_', '-')} must be at least {least}, found {value}")
+        require_at_least(self, horizon=1, image_size=1, idle=0, jobs=1)
 
 
 def inspect(options: Options) -> tuple[list[BagReport], dict[str, Any]]:
@@ -187,12 +182,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(table(reports, summary))
         if options.json:
             data = {"summary": summary, "bags": [report.numbers for report in reports]}
-            _write(options.json, json.dumps(data, indent=1))
+            write_whole(options.json, json.dumps(data, indent=1))
         if options.html:
             from pi0_ros.training.page import page  # matplotlib takes a second to import
 
-            _write(options.html, page(reports, summary))
-    except (OptionError, BagError, CacheError, RobotFileError, OSError) as error:
+            write_whole(options.html, page(reports, summary))
+    except (OptionsError, BagError, CacheError, RobotFileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -202,12 +197,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {summary['refused']}", file=sys.stderr)
         return 1
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

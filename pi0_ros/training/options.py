@@ -17,6 +17,14 @@ class OptionsError(RuntimeError):  # of a ValueError tyro would make a box of it
     """Options that do not go together; the message names the option, the value and the way out."""
 
 
+def require_at_least(options: Any, **least: float) -> None:
+    """OptionsError for the first of these options that is below its least value, or NaN; None is no value."""
+    for name, allowed in least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= allowed:
+            raise OptionsError(f"--{name.replace('_', '-')} must be at least {allowed}, found {value}")
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """Train a pi0 or pi0.5 policy from recorded bags.
@@ -111,11 +119,10 @@ class TrainOptions:
     """Processes that decode; None: one a core."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "draws", "save_every", "evaluate_every", "horizon", "jobs"):
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "must be at least 1")
-        for name in ("first_seconds", "idle", "warmup", "weight_decay", "minutes", "seed", "rtc_max_delay"):
-            self._require(name, getattr(self, name) >= 0, "must be at least 0")
+        require_at_least(
+            self, steps=1, batch=1, accumulate=1, draws=1, save_every=1, evaluate_every=1, horizon=1, jobs=1
+        )
+        require_at_least(self, first_seconds=0, idle=0, warmup=0, weight_decay=0, minutes=0, seed=0, rtc_max_delay=0)
         for name in ("ema", "held_out"):
             self._require(name, 0 <= getattr(self, name) < 1, "must be from 0 to below 1")
         self._require("clip", self.clip > 0, "must be above 0")
