@@ -276,8 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (
-        EvaluationError, OptionsError, CheckpointError, PolicyError, TokenizerError, RobotFileError, BagError, CacheError,
-        ValueError, OSError,
+        EvaluationError, OptionsError, CheckpointError, PolicyError, TokenizerError, RobotFileError, BagError,
+        CacheError, ValueError, OSError,
     ) as error:  # fmt: skip
         print(f"error: {error}", file=sys.stderr)
         return 1
