@@ -23,13 +23,13 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def start_two(words: list[str]) -> list[subprocess.Popen]:
+def start_two(words: list[str], what: tuple[str, ...] = ("-m", "pi0_ros.training.train")) -> list[subprocess.Popen]:
     """Both processes of a training run, as torchrun would start them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pi0_ros.training.train", *words]
+    command = [sys.executable, *what, *words]
     return [
         subprocess.Popen(
             command,
@@ -92,6 +92,39 @@ def test_two_processes_give_the_weights_of_one_with_the_same_batch(tmp_path, sha
     assert not [name for name, weight in after["weights"].items() if not torch.equal(weight, two["weights"][name])]
     moments = after["optimizer"]["state"], two["optimizer"]["state"]
     assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[1])
+
+
+ENDS = """
+import sys
+from pathlib import Path
+import torch, train_kit
+from pi0_ros.training.distributed import joined
+from pi0_ros.training.sharding import shard, whole
+
+def work(world):
+    model = train_kit.random_start()
+    shard(model, torch.device("cpu"), world.size)
+    whole(model.state_dict())
+    if sys.argv[1] == "error":
+        raise ValueError("of the work")
+
+try:
+    with joined() as world:
+        work(world)
+except ValueError as error:
+    print(error)
+names = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
+print([name.strip() for name in names if "gloo" in name])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for threads where Linux lists them")
+@pytest.mark.parametrize("end", ["work done", "error"])
+def test_no_thread_of_the_group_outlives_it(monkeypatch, end):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    expected = "of the work\n[]\n" if end == "error" else "[]\n"
+    ends = finish(start_two([end], ("-c", ENDS)))
+    assert [(code, said) for code, said, _ in ends] == [(0, expected)] * 2, ends
 
 
 def test_torchrun_trains_one_whole_checkpoint(tmp_path):

@@ -7,7 +7,9 @@ copied to every device and gradients averaged (DDP), or every process keeps a sl
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -99,7 +101,11 @@ class World:
 
 @contextlib.contextmanager
 def joined() -> Iterator[World]:
-    """The world that torchrun's environment describes, for the time of the block."""
+    """The world that torchrun's environment describes, for the time of the block.
+
+    When it ends, the threads that carried messages have ended too: one that still holds a tensor then would abort
+    Python's own end. They live as long as anything refers to the process group, and a spread model does, in a cycle.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World()
@@ -110,5 +116,9 @@ def joined() -> Iterator[World]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield World(dist.get_rank(), size, local)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the model
+        raise
     finally:
         dist.destroy_process_group()
+        gc.collect()

@@ -22,6 +22,9 @@ def shard(model: Pi0, device: torch.device, processes: int) -> None:
     # A layer hands its input on where only keys and values are asked of it; nothing writes into it.
     warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
     mesh = init_device_mesh(device.type, (processes,))
+    # DTensor's caches keep the mesh until Python ends. With it they would keep the process group, whose threads then
+    # run on while Python ends, and abort it if one gives back a tensor. Only torch.compile looks for the group here.
+    getattr(mesh, "_pg_registry", {}).clear()
     for layers in (model.siglip.encoder["layers"], model.vlm.layers, model.expert.layers):
         for layer in layers:
             fully_shard(layer, mesh=mesh)
