@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from pi0_ros.ros.domain import Domain
 
@@ -15,6 +16,8 @@ from pi0_ros.ros.domain import Domain
 DOMAIN = Domain()
 os.environ.update(DOMAIN.environment())
 os.environ.setdefault("MUJOCO_GL", "egl")
+if not torch.cuda.is_available():  # before anything imports Triton
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class Ros:
@@ -78,8 +81,6 @@ def spin_until(ros: Ros) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Torch on one thread: the tiny models of the trainer's tests gain nothing from more, and sums keep their order."""
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -88,10 +89,6 @@ def one_thread() -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
-    import torch
-
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

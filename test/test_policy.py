@@ -443,7 +443,8 @@ def test_a_folder_without_robot_or_statistics_does_not_run(tmp_path, robot, with
     [
         ({"preset": "huge"}, "preset must be one of pi0, pi05, nano, nano05, found 'huge'"),
         ({"preset": TINY, "device": "tpu!"}, "device must be auto, cpu, cuda or cuda:N, found 'tpu!'"),
-        ({"preset": TINY, "dtype": "float16"}, "dtype must be one of auto, float32, bfloat16, found 'float16'"),
+        ({"preset": TINY, "dtype": "float16"}, "dtype must be one of auto, float32, bfloat16, float8, found "),
+        ({"preset": TINY, "dtype": "float8", "device": "cpu"}, "dtype float8 needs an NVIDIA GPU .*, device is cpu"),
         ({"preset": TINY, "device": "cuda:99"}, "device 'cuda:99' was asked for, torch sees"),
         ({"preset": dataclasses.replace(TINY, cameras=("base_0_rgb",))}, "camera left_wrist_0_rgb has no slot"),
     ],

@@ -53,6 +53,8 @@ class _Model:
 class SamplerOptions(_Model):
     """The sampler, stage by stage: time, work and share of the device's own rates, memory."""
 
+    dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
+    """auto: bfloat16 on a GPU, else float32; float8: the VLM's products alone, the rest bfloat16."""
     cameras: int = 3
     """Cameras that the robot has."""
     steps: int = 10

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pi0_ros.policy.processor import has_onednn
+
 _SCORES = 400_000  # at a time on a CPU: they stay in its cache, and the allocator gives the same memory every time
 
 
@@ -15,7 +17,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     `mask` bool [1, 1, 1, keys] (True: may be seen) or None for all. Returns [rows, heads * dim].
     """
     rows, heads, dim = q.shape
-    onednn = q.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    onednn = q.device.type == "cpu" and has_onednn(q.dtype)
     if mask is None and len(k) == 1 and onednn and not torch.is_grad_enabled():
         return _attend_onednn(q.reshape(rows * heads, dim), k[0], v[0]).view(rows, heads * dim)
     if len(k) != heads:  # a view where there is one kv head

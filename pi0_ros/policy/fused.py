@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pi0_ros.model.config import GemmaConfig, Pi0Config
 from pi0_ros.model.pi0 import Pi0
+from pi0_ros.policy.processor import has_onednn
 
 _VISION = "paligemma_with_expert.paligemma.model.vision_tower.vision_model."
 _PROJECTOR = "paligemma_with_expert.paligemma.model.multi_modal_projector.linear"
@@ -36,7 +37,7 @@ class Linear:
         self.weight: Tensor | None = weight.to(dtype).contiguous()
         self.bias = None if bias is None else bias.to(dtype).contiguous()
         self.packed = None
-        if self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if self.weight.device.type == "cpu" and has_onednn(dtype):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
             self.weight = self.weight if plain else None
 
@@ -48,6 +49,8 @@ class Linear:
     def gelu(self, x: Tensor) -> Tensor:
         """gelu(x W^T + b), the tanh form that SigLIP and Gemma use."""
         if self.packed is None:
+            if x.is_cuda:  # in the product's epilogue, where cuBLAS means the tanh form
+                return torch._addmm_activation(self.bias, x, self.weight.t(), use_gelu=True)
             return F.gelu(F.linear(x, self.weight, self.bias), approximate="tanh")
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "gelu", [], "tanh")
 
@@ -60,6 +63,8 @@ class Linear:
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """x W^T + b + residual."""
         if self.packed is None:
+            if self.bias is None:
+                return torch.addmm(residual, x, self.weight.t())
             return F.linear(x, self.weight, self.bias).add_(residual)
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
 
@@ -136,7 +141,7 @@ class Fused:
     action_mlp_out: tuple[Tensor, Tensor] | None  # pi0 only
     action_out: tuple[Tensor, Tensor]  # pi0: the final norm's scale folded in
     state: tuple[Tensor, Tensor] | None  # pi0 only
-    time: dict[str, Tensor]  # what the time tables are made of, see sampler.time_tables
+    time: dict[str, Tensor]  # what the time tables are made of, see tables.time_tables
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 
 import torch
@@ -23,14 +24,20 @@ class Graphs:
             self._graphs[key].replay()
             return
         # The run that counts comes first, on a side stream: libraries set themselves up lazily in it, which a capture
-        # does not allow. The capture itself computes nothing.
-        stream = torch.cuda.Stream()
+        # does not allow. The capture itself computes nothing. One stream for both and for all graphs: cuBLAS keeps a
+        # workspace of 32 MB for every stream that it has seen.
+        stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             function()
         self._graphs[key] = graph
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

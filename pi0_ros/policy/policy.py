@@ -6,7 +6,6 @@ prefix where neither is new.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Mapping
@@ -19,19 +18,21 @@ import torch
 from pi0_ros.model.config import PRESETS, Pi0Config
 from pi0_ros.model.flow import Cold, NoiseSource, noise_source_from_dict, require_same_source
 from pi0_ros.model.pi0 import Pi0
+from pi0_ros.policy import gpu
 from pi0_ros.policy.bundle import BundleSettings, load_bundle
+from pi0_ros.policy.guided import Guidance
 from pi0_ros.policy.images import ImageError, check_image, resize_with_pad
 from pi0_ros.policy.processor import has_bfloat16
 from pi0_ros.policy.prompt import PromptEncoder
 from pi0_ros.policy.realtime import GuidanceSettings, guidance_weights
-from pi0_ros.policy.sampler import Guidance, Sampler
+from pi0_ros.policy.sampler import Sampler
 from pi0_ros.policy.statistics import NormStats, Stats
 from pi0_ros.policy.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from pi0_ros.policy.transforms import Group, build_transforms
 from pi0_ros.robot import Robot
 
 _log = logging.getLogger(__name__)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
 MANY_PARAMETERS = 50_000_000  # from here on a CPU's time goes into reading weights, and half the bytes pay
 
 
@@ -133,7 +134,7 @@ class Policy:
             robot: the robot to run on, by default that of the folder. Topics and limits may differ from the folder's.
             device: "auto" (a GPU where there is one), or torch's name of one.
             dtype: "bfloat16", "float32" or "auto": bfloat16 on a GPU, and on a CPU that has it for a model whose time
-                goes into its weights; else float32.
+                goes into its weights; else float32. "float8" on a GPU that has it: docs/benchmarks.md tells its error.
             num_steps: Euler steps of the flow.
             guidance: of real-time chunking, where the checkpoint was not trained for it.
             noise_source: what the flow starts from; another than the checkpoint was trained with must be forced.
@@ -267,26 +268,19 @@ class Policy:
     def warm_up(self) -> None:
         """Run what a tick may need once, so that the first real observation takes no longer than the next.
 
-        With CUDA graphs that is every set of cameras that may be new, and every length of the default prompt. Guided
+        With CUDA graphs that is every set of cameras that may be new, and every length of the prompt. Guided
         real-time chunking is left out: it costs a backward pass, which many robots never ask for.
         """
         middle = np.array([sum(joint.position) / 2 for joint in self.robot.joints])
         images = {slot: np.zeros((480, 640, 3), np.uint8) for slot in self._slots}
         generator = torch.Generator().manual_seed(0)
         committed = middle[None] if self.settings.rtc_max_delay else None
-        frames = dict.fromkeys(self._slots, 0)
-        some = [set_ for n in range(1, len(frames)) for set_ in itertools.combinations(frames, n)]
-        new_ones = [*(some if self._sampler.graphs.enabled else ()), self._slots]
-        for number, (new, executed) in enumerate([((), None), ((), committed), *((new, None) for new in new_ones)]):
-            frames |= dict.fromkeys(new, number)
+        for stamp, executed in enumerate((None, committed)):
+            frames = dict.fromkeys(self._slots, stamp)
             observation = RobotObservation(0, images, frames, middle, self.robot.prompt.default)
             self.infer(observation, generator=generator, executed=executed)
-        if self._sampler.graphs.enabled and self.encoder.reads_state:
-            for value in (-1.0, -0.9, 0.0):  # bins of one, two and three digits: the shortest prompt to the longest
-                tokens = self.encoder.encode(self.robot.prompt.default, np.full(len(middle), value))
-                state, start = torch.zeros(self.config.action_dim), self._start(middle, middle[None], generator, None)
-                for frozen in (None, self._to_model(middle, committed)) if committed is not None else (None,):
-                    self._sampler.sample({}, tokens, state, start, frames=frames, frozen=frozen)
+        if self._sampler.graphs.enabled:
+            self._sampler.capture()
         self.reset()
 
     def reset(self) -> None:
@@ -405,6 +399,8 @@ def pick_device(device: str, dtype: str, parameters: int = 0) -> tuple[torch.dev
         raise PolicyError(f"device must be auto, cpu, cuda or cuda:N, found {device!r}") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise PolicyError(f"device {device!r} was asked for, torch sees {torch.cuda.device_count()} GPUs")
+    if dtype == "float8" and not gpu.has_float8(chosen):
+        raise PolicyError(f"dtype float8 needs an NVIDIA GPU that has it (Ada, Hopper or later), device is {chosen}")
     halves = chosen.type == "cuda" or (parameters >= MANY_PARAMETERS and has_bfloat16(chosen))
     automatic = torch.bfloat16 if halves else torch.float32
     return chosen, DTYPES.get(dtype, automatic)

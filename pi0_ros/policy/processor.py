@@ -15,3 +15,10 @@ def has_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported()
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and bool(_BFLOAT16_FLAGS & set(cpuinfo.read_text(errors="replace").split()))
+
+
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether this CPU's products go through oneDNN; in bfloat16 not on every one that has it for float32."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -13,6 +13,7 @@ sees everything that is valid, so attention needs no mask. Keys and values are w
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,32 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pi0_ros.model.config import Pi0Config
-from pi0_ros.model.gemma import RMS_EPS, ROPE_THETA
-from pi0_ros.model.pi0 import Pi0, denoising_times, sinusoid
+from pi0_ros.model.gemma import RMS_EPS
+from pi0_ros.model.pi0 import Pi0, denoising_times
 from pi0_ros.model.siglip import LAYER_NORM_EPS
+from pi0_ros.policy import gpu
 from pi0_ros.policy.attention import attend
-from pi0_ros.policy.fused import Fused, GemmaLayer, fuse
+from pi0_ros.policy.fused import GemmaLayer, fuse
 from pi0_ros.policy.graphs import Graphs
+from pi0_ros.policy.guided import Guidance, denoise_guided
 from pi0_ros.policy.images import resize_on_device
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """What guided in-painting pulls towards: `previous` [horizon, action_dim] in model space, `weights` [horizon].
-
-    `dims`: how many of the first dimensions are compared; None: all. What the model never learnt to predict must be
-    left out: through the network's Jacobian its error would pull at the others.
-
-    With `jacobian` the published method (arXiv 2506.07339): the correction is the vector-Jacobian product through
-    the network. Without, the Jacobian is taken for the identity, which costs no backward pass.
-    """
-
-    previous: Tensor
-    weights: Tensor
-    max_weight: float = 10.0
-    jacobian: bool = True
-    dims: int | None = None
+from pi0_ros.policy.tables import rope_table, time_tables
 
 
 @dataclass(frozen=True)
@@ -67,8 +52,12 @@ class Sampler:
         model: its weights are copied, rearranged; it may be deleted afterwards.
         cameras: the slots the robot has, a subset of `model.config.cameras`.
         num_steps: Euler steps.
-        dtype: of weights and activations; x_t, norms, RoPE and the small projections stay float32.
+        dtype: of weights and activations; x_t, norms, RoPE and the small projections stay float32. float8_e4m3fn: the
+            VLM's products in that, all else in bfloat16, on GPUs that have it.
         graphs: capture CUDA graphs (default: on a CUDA device).
+
+    Raises:
+        ValueError: a camera that the model lacks, or float8 where it cannot be.
     """
 
     def __init__(
@@ -85,6 +74,8 @@ class Sampler:
         self.cameras = tuple(slot for slot in config.cameras if cameras is None or slot in cameras)
         if not self.cameras or (cameras is not None and set(cameras) - set(config.cameras)):
             raise ValueError(f"cameras {list(cameras or ())} must be some of the model's: {list(config.cameras)}")
+        float8 = dtype == torch.float8_e4m3fn
+        dtype = torch.bfloat16 if float8 else dtype
         self.num_steps, self.dtype, self.device = num_steps, dtype, torch.device(device)
         self.image_rows = len(self.cameras) * config.vision.num_tokens
         max_prefix = self.image_rows + config.max_token_len
@@ -93,8 +84,8 @@ class Sampler:
         self.time_bias, self.modulation = time_tables(self.weights, model.config, self.times, dtype)
         self.weights.time.clear()  # the adaptive norms' maps alone are half a GB in pi0.5, and the tables replace them
         self.graphs = Graphs(self.device.type == "cuda" if graphs is None else graphs)
-        # With graphs, pi0.5's prompt (its state bins change every tick) is padded to a few lengths only.
-        self.prompt_multiple = 16 if self.graphs.enabled and config.pi05 else 1
+        # Graphs are of one shape each, so the prompt is padded to a few lengths; pi0's always to its largest.
+        self.prompt_multiple = 48 if self.graphs.enabled else 1
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -106,19 +97,53 @@ class Sampler:
         self.prefix = buffer(max_prefix, vlm.width, dtype=dtype)  # [features of each camera | prompt]
         self.keys = buffer(vlm.depth, vlm.num_kv_heads, max_prefix + suffix, vlm.head_dim, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
-        self.state = buffer(1, config.action_dim)
-        self.x = buffer(config.action_horizon, config.action_dim)
-        self.free = buffer(config.action_horizon, 1)  # 0 for actions frozen from the previous chunk
+        horizon, dims = config.action_horizon, config.action_dim
+        self.inputs = buffer(horizon * dims + dims + horizon)  # what comes with every chunk, in one copy
+        pinned = {"device": "cpu", "pin_memory": True}
+        self._host = torch.zeros_like(self.inputs, **pinned) if self.device.type == "cuda" else self.inputs
+        self.x, self.state, self.free = self._split_inputs(self.inputs)
         self.rope = rope_table(max_prefix + suffix, vlm.head_dim, self.device)
         self.suffix_rope = self.rope[:suffix].clone()
         self.valid = buffer(1, 1, 1, max_prefix + suffix, dtype=torch.bool)
+        self.prefix_pass = self.steps = None
+        if gpu.usable(config, self.device, dtype):
+            self._take_kernels(float8)
+        elif float8:
+            raise ValueError(f"float8 is for GPUs that have it and sizes in multiples of 16; this is {self.device}")
+        self.reset()
+
+    def _take_kernels(self, float8: bool) -> None:
+        from pi0_ros.policy.gpu.prefix import PrefixPass  # Triton comes with torch for CUDA only
+        from pi0_ros.policy.gpu.steps import DenoisingSteps
+
+        cache = {"keys": self.keys, "values": self.values, "seen": self.valid}
+        self.prefix_pass = PrefixPass(self.config, self.weights, **cache, rope=self.rope, float8=float8)
+        self.steps = DenoisingSteps(
+            self.config, self.weights, self.time_bias, self.modulation, self.num_steps,
+            **cache, rope=self.suffix_rope, x=self.x, free=self.free, early=gpu.launches_early(self.device),
+        )  # fmt: skip
+
+    def capture(self) -> None:
+        """Capture every graph that a chunk may need: sets of new cameras, lengths of the prompt, frozen actions."""
+        size, longest = self.config.vision.image_size, self.config.max_token_len
+        images = dict.fromkeys(self.cameras, np.zeros((size, size, 3), np.uint8))
+        tokens, frames = np.ones(longest, np.int64), dict.fromkeys(self.cameras, -1)
+        state, start = torch.zeros(self.config.action_dim), torch.zeros(self.x.shape)
+        self.reset()
+        sets = [new for n in range(len(frames), 0, -1) for new in itertools.combinations(self.cameras, n)]
+        for number, new in enumerate(sets):
+            frames |= dict.fromkeys(new, number)
+            self.sample(images, tokens, state, start, frames=frames)
+        for length in range(self.prompt_multiple, longest + self.prompt_multiple, self.prompt_multiple):
+            for frozen in (None, start[:1]):
+                self.sample(images, tokens[:length], state, start, frames=frames, frozen=frozen)
         self.reset()
 
     def reset(self) -> None:
         """Forget frames, prompt and prefix; the next chunk is computed from scratch."""
         self._frames: dict[str, Hashable] = {}
         self._tokens: bytes | None = None
-        self._prefix_rows = self._prompt_rows = 0
+        self.prefix_rows = self._prompt_rows = 0
 
     @torch.no_grad()
     def sample(
@@ -147,6 +172,7 @@ class Sampler:
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # streams, events and graphs are those of the thread's current device
         clock = _Stages(self.device)
+        self._load_inputs(noise, state, frozen)
         new = self._load_images(images, frames)
         if new:
             self.graphs.run(("vision", new), lambda: self._encode(new))
@@ -155,19 +181,31 @@ class Sampler:
         if not reused:
             self.graphs.run(("prefix", self._prompt_rows), self._run_prefix)
         clock.mark("prefix")
-        self.state.copy_(torch.as_tensor(state, dtype=torch.float32).reshape(1, -1), non_blocking=True)
-        self.x.copy_(noise, non_blocking=True)
-        if frozen is not None:
-            self.x[: len(frozen)] = frozen.to(self.x)
-            self.free.fill_(1.0)[: len(frozen)] = 0.0
         if guidance is None:
-            key = ("denoise", self._prompt_rows, frozen is not None)
+            key = ("denoise", self._prompt_rows, frozen is not None and self.steps is None)
             self.graphs.run(key, lambda: self._denoise(frozen is not None))
         else:
-            self._denoise_guided(guidance, frozen is not None)
+            denoise_guided(self, guidance, frozen is not None)
         actions = self.x.to("cpu", copy=True)
         clock.mark("denoise")
         return Sample(actions, reused, len(new), clock.seconds())
+
+    def _split_inputs(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise and then actions f32 [horizon, action_dim], state [1, action_dim], and [horizon, 1]: 0 for frozen."""
+        horizon, dims = self.config.action_horizon, self.config.action_dim
+        x, state, free = inputs.split([horizon * dims, dims, horizon])
+        return x.view(horizon, dims), state[None], free[:, None]
+
+    def _load_inputs(self, noise: Tensor, state: np.ndarray | Tensor, frozen: Tensor | None) -> None:
+        x, into, free = self._split_inputs(self._host)
+        x.copy_(noise)
+        into.copy_(torch.as_tensor(state))
+        free.fill_(1.0)
+        if frozen is not None:
+            x[: len(frozen)] = frozen
+            free[: len(frozen)] = 0.0
+        if self._host is not self.inputs:
+            self.inputs.copy_(self._host, non_blocking=True)
 
     # --- prefix -----------------------------------------------------------------------------------------------------
 
@@ -185,7 +223,8 @@ class Sampler:
         if self.device.type == "cuda":  # from pinned memory the copy is asynchronous; the last one ended with its chunk
             if i not in self._pinned or self._pinned[i].shape != image.shape:
                 self._pinned[i] = torch.empty(image.shape, dtype=torch.uint8, pin_memory=True)
-            image = self._pinned[i].copy_(image).to(self.device, non_blocking=True)
+            np.copyto(self._pinned[i].numpy(), image.numpy())  # torch's own copy wakes threads and waits for them
+            image = self._pinned[i].to(self.device, non_blocking=True)
         if image.shape == self.pixels[i].shape:
             self.pixels[i].copy_(image)
         else:
@@ -203,12 +242,12 @@ class Sampler:
         embedded = self.weights.embedding[torch.from_numpy(ids).to(self.device)].float() * self.config.vlm.width**0.5
         self.prefix[rows : rows + len(ids)] = embedded.to(self.dtype)
         valid = rows + len(ids)
-        self._prefix_rows = rows + self._prompt_rows
+        self.prefix_rows = rows + self._prompt_rows
         self.suffix_rope.copy_(self.rope[valid : valid + len(self.suffix_rope)])
-        self.valid.fill_(True)[..., valid : self._prefix_rows] = False
+        self.valid.fill_(True)[..., valid : self.prefix_rows] = False
         return True
 
-    def _mask(self, keys: int) -> Tensor | None:
+    def mask(self, keys: int) -> Tensor | None:
         return None if self.prompt_multiple == 1 else self.valid[..., :keys]
 
     def _encode(self, which: tuple[int, ...]) -> None:
@@ -219,19 +258,26 @@ class Sampler:
         x = x.view(n, grid, patch, grid, patch, 3).transpose(2, 3).reshape(n * grid * grid, -1)
         x = (vision.patch(x).view(n, -1, config.width) + vision.position).to(self.dtype)
         x = x.view(-1, config.width)  # [n*tokens, width]
+        x = self._tower(x, n) if self.prefix_pass is None else self.prefix_pass.encode(x, n)
+        for features, i in zip(x.view(n, config.num_tokens, -1), which, strict=True):
+            self.prefix[i * config.num_tokens : (i + 1) * config.num_tokens] = features
+
+    def _tower(self, x: Tensor, n: int) -> Tensor:
+        vision, config = self.weights.vision, self.config.vision
         for layer in vision.layers:
             qkv = layer.qkv(F.layer_norm(x, (config.width,), eps=LAYER_NORM_EPS))
             q, k, v = qkv.view(n, -1, 3, config.num_heads, config.width // config.num_heads).permute(2, 0, 3, 1, 4)
             x = layer.out.plus(_merge(F.scaled_dot_product_attention(q, k, v)), x)
             x = layer.fc2.plus(layer.fc1.gelu(F.layer_norm(x, (config.width,), eps=LAYER_NORM_EPS)), x)
-        x = vision.head(F.layer_norm(x, (config.width,), eps=LAYER_NORM_EPS)).view(n, config.num_tokens, -1)
-        for features, i in zip(x, which, strict=True):
-            self.prefix[i * config.num_tokens : (i + 1) * config.num_tokens] = features
+        return vision.head(F.layer_norm(x, (config.width,), eps=LAYER_NORM_EPS))
 
     def _run_prefix(self) -> None:
         """Keys and values of every layer for the prefix. Of the last layer nothing else is needed."""
-        rows = self._prefix_rows
+        rows = self.prefix_rows
         x, rope = self.prefix[:rows], self.rope[:rows]
+        if self.prefix_pass is not None:
+            self.prefix_pass.run(x)
+            return
         for i, layer in enumerate(self.weights.vlm):
             q = self._project(i, layer, _rms(x), rope, 0)
             if layer.out is None:
@@ -241,12 +287,12 @@ class Sampler:
 
     def _project(self, i: int, layer: GemmaLayer, x: Tensor, rope: Tensor, at: int) -> Tensor | None:
         """q [rows, heads, head_dim] of x; its keys and values go into layer i's cache from row `at` on."""
-        q, k, v = self._split(layer.qkv(x), rope)
+        q, k, v = self.split_heads(layer.qkv(x), rope)
         self.keys[i, :, at : at + len(x)] = k.transpose(0, 1)
         self.values[i, :, at : at + len(x)] = v.transpose(0, 1)
         return q
 
-    def _split(self, qkv: Tensor, rope: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def split_heads(self, qkv: Tensor, rope: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         kv, dim = self.config.vlm.num_kv_heads, self.config.vlm.head_dim
         qkv = qkv.view(len(qkv), -1, dim)
         qk, heads = _rotate(qkv[:, :-kv], rope), qkv.shape[1] - 2 * kv  # the last VLM layer has no q
@@ -254,13 +300,13 @@ class Sampler:
 
     def _attend(self, i: int, q: Tensor, keys: int) -> Tensor:
         """Attention of q [rows, heads, head_dim] over the first `keys` rows of layer i's cache, [rows, heads*dim]."""
-        return attend(q, self.keys[i, :, :keys], self.values[i, :, :keys], self._mask(keys))
+        return attend(q, self.keys[i, :, :keys], self.values[i, :, :keys], self.mask(keys))
 
     # --- suffix -----------------------------------------------------------------------------------------------------
 
-    def _run_state(self) -> None:
+    def run_state(self) -> None:
         """The state token sees the prefix and itself only: its keys and values hold for every denoising step."""
-        at, rope = self._prefix_rows, self.suffix_rope[:1]
+        at, rope = self.prefix_rows, self.suffix_rope[:1]
         x = F.linear(self.state, *self.weights.state).to(self.dtype)  # [1, width]
         for i, layer in enumerate(self.weights.expert):
             q = self._project(i, layer, _rms(x), rope, at)
@@ -271,39 +317,44 @@ class Sampler:
 
     def _denoise(self, frozen: bool) -> None:
         """The whole flow from x at t = 1 to the actions at t = 0, in place."""
-        if not self.config.pi05:
-            self._run_state()
+        if self.steps is not None:
+            self.steps.begin()
+        elif not self.config.pi05:
+            self.run_state()
         for k in range(self.num_steps):
             self.step(k, frozen)
 
     def step(self, k: int, frozen: bool = False) -> None:
         """The k-th Euler step: velocity of x, and x moved along it in place. What `sample` loaded stays in force."""
-        v = self._velocity(self.x, k, frozen)
+        if self.steps is not None:
+            self.steps.step(k, self.prefix_rows, self.state)
+            return
+        v = self.velocity(self.x, k, frozen)
         self.x.add_(v.mul_(self.free) if frozen else v, alpha=-1.0 / self.num_steps)
 
-    def _velocity(self, x_t: Tensor, k: int, frozen: bool) -> Tensor:
+    def velocity(self, x_t: Tensor, k: int, frozen: bool) -> Tensor:
         """v_t of x_t f32 [horizon, action_dim] at the k-th time of the schedule."""
-        at = self._prefix_rows + (not self.config.pi05)
+        at = self.prefix_rows + (not self.config.pi05)
         rope = self.suffix_rope[-len(x_t) :]
-        x = self._embed_actions(x_t, k, frozen)
+        x = self.embed_actions(x_t, k, frozen)
         for i, layer in enumerate(self.weights.expert):
-            norm, gate = self._norm(x, k, 2 * i, frozen)
+            norm, gate = self.norm(x, k, 2 * i, frozen)
             attended = self._attend(i, self._project(i, layer, norm, rope, at), at + len(x))
             x = layer.out.plus(attended, x) if gate is None else torch.addcmul(x, layer.out(attended), gate)
-            norm, gate = self._norm(x, k, 2 * i + 1, frozen)
+            norm, gate = self.norm(x, k, 2 * i + 1, frozen)
             hidden = layer.geglu(norm)
             x = layer.down.plus(hidden, x) if gate is None else torch.addcmul(x, layer.down(hidden), gate)
-        norm, _ = self._norm(x, k, -1, frozen)
+        norm, _ = self.norm(x, k, -1, frozen)
         return F.linear(norm.float(), *self.weights.action_out)
 
-    def _embed_actions(self, x_t: Tensor, k: int, frozen: bool) -> Tensor:
+    def embed_actions(self, x_t: Tensor, k: int, frozen: bool) -> Tensor:
         bias = self._at_time(self.time_bias, k, frozen)
         x = F.linear(x_t, self.weights.action_in) + bias
         if self.weights.action_mlp_out is not None:
             x = F.linear(F.silu(x), *self.weights.action_mlp_out)
         return x.to(self.dtype)
 
-    def _norm(self, x: Tensor, k: int, which: int, frozen: bool) -> tuple[Tensor, Tensor | None]:
+    def norm(self, x: Tensor, k: int, which: int, frozen: bool) -> tuple[Tensor, Tensor | None]:
         """RMS norm number `which` (two a layer, then the final one) and, in pi0.5, the gate of its branch."""
         if self.modulation is None:
             return _rms(x), None
@@ -313,77 +364,6 @@ class Sampler:
     def _at_time(self, table: Tensor, k: int, frozen: bool) -> Tensor:
         """Entry k of a time table; frozen actions are clean, so their rows take the last entry, which is t = 0."""
         return torch.where(self.free > 0, table[k], table[-1]) if frozen else table[k]
-
-    def _denoise_guided(self, guidance: Guidance, frozen: bool) -> None:
-        """As `_denoise`, each velocity corrected towards the previous chunk (arXiv 2506.07339, eq. 2-4)."""
-        if not self.config.pi05:
-            self._run_state()
-        previous, weights = guidance.previous.to(self.x), torch.zeros_like(self.x)
-        weights[:, : guidance.dims] = guidance.weights.to(self.x).view(-1, 1)
-        for k, t in enumerate(self.times):
-            tau = 1.0 - t
-            inverse_r2 = (tau**2 + t**2) / t**2
-            strength = guidance.max_weight if tau == 0.0 else min(t / tau * inverse_r2, guidance.max_weight)
-            if guidance.jacobian:
-                with torch.enable_grad():
-                    x_t = self.x.detach().requires_grad_(True)
-                    v = self._velocity_differentiable(x_t, k, frozen)
-                    clean = x_t - t * v
-                    error = ((previous - clean) * weights).detach()
-                    (correction,) = torch.autograd.grad(clean, x_t, error)
-                v = v.detach()
-            else:
-                v = self._velocity(self.x, k, frozen)
-                correction = (previous - (self.x - t * v)) * weights
-            v = v - strength * correction
-            self.x.add_(v.mul_(self.free) if frozen else v, alpha=-1.0 / self.num_steps)
-
-    def _velocity_differentiable(self, x_t: Tensor, k: int, frozen: bool) -> Tensor:
-        """`_velocity` through operators that autograd knows, without writing into the cache."""
-        at = self._prefix_rows + (not self.config.pi05)
-        rope, mask = self.suffix_rope[-len(x_t) :], self._mask(at + len(x_t))
-        x = self._embed_actions(x_t, k, frozen)
-        for i, layer in enumerate(self.weights.expert):
-            norm, gate = self._norm(x, k, 2 * i, frozen)
-            q, key, value = self._split(layer.qkv.differentiable(norm), rope)
-            keys = torch.cat([self.keys[i, :, :at], key.transpose(0, 1)], dim=1)
-            values = torch.cat([self.values[i, :, :at], value.transpose(0, 1)], dim=1)
-            branch = layer.out.differentiable(attend(q, keys, values, mask))
-            x = x + (branch if gate is None else branch * gate)
-            norm, gate = self._norm(x, k, 2 * i + 1, frozen)
-            branch = layer.down.differentiable(layer.geglu.differentiable(norm))
-            x = x + (branch if gate is None else branch * gate)
-        norm, _ = self._norm(x, k, -1, frozen)
-        return F.linear(norm.float(), *self.weights.action_out)
-
-
-def time_tables(
-    weights: Fused, config: Pi0Config, times: Sequence[float], dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """What depends on time alone, for every time of the schedule and, as the last entry, t = 0.
-
-    pi0: the time half of the action-time MLP's first layer, f32 [steps + 1, width].
-    pi0.5: action_in_proj's bias in the same shape, and scale + 1, shift and gate of every adaptive norm,
-    [steps + 1, 2 * depth + 1, 3, 1, width].
-    """
-    table = weights.time
-    t = torch.tensor([*times, 0.0], dtype=torch.float32, device=weights.action_in.device)
-    embedding = sinusoid(t, config.expert.width, config.min_period, config.max_period)  # [steps + 1, width]
-    if not config.pi05:
-        return F.linear(embedding, table["mlp_in.weight"], table["mlp_in.bias"]), None
-    condition = F.silu(F.linear(embedding, table["time_mlp_in.weight"], table["time_mlp_in.bias"]))
-    condition = F.silu(F.linear(condition, table["time_mlp_out.weight"], table["time_mlp_out.bias"]))
-    modulation = torch.einsum("tc,noc->tno", condition, table["modulation.weight"]) + table["modulation.bias"]
-    modulation = modulation.unflatten(-1, (3, 1, -1))
-    modulation[:, :, 0] += 1
-    return table["action_in.bias"].expand(len(t), -1), modulation.to(dtype)
-
-
-def rope_table(rows: int, head_dim: int, device: torch.device) -> Tensor:
-    """e^(i * position * frequency), complex64 [rows, 1, head_dim / 2]; frequencies as in Gemma, in float32."""
-    frequency = 1.0 / ROPE_THETA ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angle = torch.arange(rows, dtype=torch.float32, device=device)[:, None] * frequency
-    return torch.polar(torch.ones_like(angle), angle)[:, None]
 
 
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from std_srvs.srv import SetBool, Trigger
 
 from pi0_ros.model.config import PRESETS
 from pi0_ros.msg import ActionChunk, PlayerStatus
-from pi0_ros.policy.policy import Policy
+from pi0_ros.policy.policy import DTYPES, Policy
 from pi0_ros.policy.realtime import SCHEDULES, GuidanceSettings
 from pi0_ros.robot import load_robot
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, title
@@ -40,7 +40,7 @@ SPECS = (
     Spec("checkpoint", "", "checkpoint folder; empty: untrained random weights", configured=True),
     Spec("preset", "nano", "size of the model with random weights", choices=tuple(PRESETS), configured=True),
     Spec("device", "auto", "torch device: auto, cpu, cuda, cuda:0, ...", configured=True),
-    Spec("dtype", "auto", "of the weights on the device", choices=("auto", "float32", "bfloat16"), configured=True),
+    Spec("dtype", "auto", "of the weights on the device", choices=("auto", *DTYPES), configured=True),
     Spec("threads", 0, "of torch; 0: one, but every core for a large model on a CPU", 0, 1024, configured=True),
     Spec("num_steps", 10, "denoising (Euler) steps", 1, 100, configured=True),
     Spec("rate", 10.0, "chunks per second, Hz; 0: as fast as new messages and the model allow", 0, 1000),

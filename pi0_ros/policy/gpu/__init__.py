@@ -1,0 +1,34 @@
+"""The hot path on an NVIDIA GPU: Triton kernels around what cuBLAS and cuDNN do, buffers allocated once.
+
+Triton comes with torch for CUDA, so nothing here may be imported before `usable` said yes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from pi0_ros.model.config import Pi0Config
+
+
+def usable(config: Pi0Config, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels are for this: an NVIDIA GPU from Ampere on, bfloat16, sizes that tiles can be cut for."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.version.hip or not importlib.util.find_spec("triton"):
+        return False
+    head = config.expert.head_dim
+    sizes = (config.expert.width, config.expert.mlp_dim, config.vlm.width, config.vlm.mlp_dim)
+    even = head >= 16 and head & (head - 1) == 0 and not any(size % 16 for size in sizes)
+    return even and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether the device multiplies float8 by itself, and there is Triton to make it."""
+    if device.type != "cuda" or torch.version.hip or not importlib.util.find_spec("triton"):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel can be launched while the one before ends (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
