@@ -34,9 +34,9 @@ FAMILIES = {
     "pi05": replace(TINY, pi05=True),
     "two kv heads": replace(TINY, vlm=replace(TINY.vlm, num_kv_heads=2), expert=replace(TINY.expert, num_kv_heads=2)),
     "more actions than a tile's rows": replace(
-        TINY, action_horizon=66, vlm=replace(TINY.vlm, depth=1), expert=replace(TINY.expert, depth=1)
+        TINY, action_horizon=65, vlm=replace(TINY.vlm, depth=1), expert=replace(TINY.expert, depth=1)
     ),
-    "keys in several splits": replace(TINY, max_token_len=90),
+    "keys in several splits": replace(TINY, max_token_len=60),
 }
 TOKENS = np.array([2, 7, 9, 41, 3])
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -157,7 +157,7 @@ def test_a_float8_product_is_that_of_what_it_was_given():
 
 
 def test_float8_where_it_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="float8 is for GPUs that have it .* this is cpu"):
+    with pytest.raises(ValueError, match="float8 is for GPUs that have it, .* this is cpu"):
         Sampler(make_model(TINY), dtype=torch.float8_e4m3fn)
 
 
@@ -170,7 +170,7 @@ def test_graphs_of_the_kernels_give_the_cpus_numbers_in_bfloat16(family):
     exact = Sampler(model, num_steps=2)
     sampler = Sampler(model, num_steps=2, dtype=torch.bfloat16, device="cuda")
     assert sampler.steps is not None
-    sampler.capture()
+    sampler.capture(frozen=True)
     captured = set(sampler.graphs._graphs)
     frames = dict.fromkeys(config.cameras, 0)
     for seed in range(4):

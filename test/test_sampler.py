@@ -210,6 +210,19 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_length(model):
         Sampler(model).sample(images, torch.ones(13), state, noise)
 
 
+def test_nothing_of_a_refused_chunk_is_reused(model):
+    images, state, noise = draw()
+    sampler, frames = Sampler(model), dict.fromkeys(TINY.cameras, 1)
+    sampler.sample(images, TOKENS, state, noise, frames=frames)
+    other, _, _ = draw(seed=1)
+    frames = dict.fromkeys(TINY.cameras, 2)
+    with pytest.raises(ValueError, match="found 13"):
+        sampler.sample(other, torch.ones(13), state, noise, frames=frames)
+    sample = sampler.sample(other, TOKENS, state, noise, frames=frames)
+    assert not sample.prefix_reused and sample.cameras_encoded == 3
+    assert (sample.actions - expected(model, other, state, noise)).abs().max() < 2e-5
+
+
 def test_an_unknown_camera_is_refused(model):
     with pytest.raises(ValueError, match="overhead"):
         Sampler(model, cameras=("overhead",))

@@ -42,7 +42,10 @@ class Feed:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """One denoising step from the noise, over the prefix and state of the last chunk: x f32 [horizon, A]."""
+        """One denoising step from the noise, over the prefix and state of the last chunk: x f32 [horizon, A].
+
+        The first of a chunk: on a GPU pi0's state token, which no other step has, comes with it.
+        """
         sampler = self.sampler
         sampler.x.copy_(self.noise, non_blocking=True)
         sampler.graphs.run(("one step", len(self.tokens)), lambda: sampler.step(0))
@@ -120,8 +123,11 @@ def _row(seconds: np.ndarray, work: Work, rates: Rates) -> dict[str, float]:
 
 def sampler_memory(sampler: Sampler) -> dict[str, float]:
     """MB of the rearranged weights (the table of token embeddings included) and of the buffers."""
-    buffers = [value for value in vars(sampler).values() if isinstance(value, Tensor)]
-    sizes = {"weights_mb": tensor_bytes(sampler.weights), "buffers_mb": tensor_bytes(buffers)}
+    tensors = [value for value in vars(sampler).values() if isinstance(value, Tensor)]
+    if sampler.steps is not None:
+        tensors += [value for value in vars(sampler.steps).values() if isinstance(value, Tensor)]
+    buffers = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    sizes = {"weights_mb": tensor_bytes(sampler.weights), "buffers_mb": sum(buffers.values())}
     return {name: round(size / 1e6, 2) for name, size in sizes.items()}
 
 

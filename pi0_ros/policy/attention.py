@@ -1,4 +1,4 @@
-"""Multi-query attention without a mask, for the shapes of sampling: many query rows, one key and value head."""
+"""Multi-query attention, for the shapes of sampling: many query rows, one key and value head."""
 
 from __future__ import annotations
 

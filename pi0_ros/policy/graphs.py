@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Hashable
 
 import torch
+
+_CAPTURING = threading.Lock()  # what another thread launched on the side stream meanwhile would be recorded, too
 
 
 class Graphs:
@@ -23,6 +26,10 @@ class Graphs:
         if key in self._graphs:
             self._graphs[key].replay()
             return
+        with _CAPTURING:
+            self._capture(key, function)
+
+    def _capture(self, key: Hashable, function: Callable[[], None]) -> None:
         # The run that counts comes first, on a side stream: libraries set themselves up lazily in it, which a capture
         # does not allow. The capture itself computes nothing. One stream for both and for all graphs: cuBLAS keeps a
         # workspace of 32 MB for every stream that it has seen.

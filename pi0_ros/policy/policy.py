@@ -275,12 +275,12 @@ class Policy:
         images = {slot: np.zeros((480, 640, 3), np.uint8) for slot in self._slots}
         generator = torch.Generator().manual_seed(0)
         committed = middle[None] if self.settings.rtc_max_delay else None
+        if self._sampler.graphs.enabled:  # first: the chunks below leave the buffers of a camera's frame size behind
+            self._sampler.capture(frozen=committed is not None)
         for stamp, executed in enumerate((None, committed)):
             frames = dict.fromkeys(self._slots, stamp)
             observation = RobotObservation(0, images, frames, middle, self.robot.prompt.default)
             self.infer(observation, generator=generator, executed=executed)
-        if self._sampler.graphs.enabled:
-            self._sampler.capture()
         self.reset()
 
     def reset(self) -> None:

@@ -6,9 +6,10 @@
     noise  -> num_steps x action expert <───────────────────────────────────┘ -> actions
 
 Each arrow runs only when what stands left of it is new. Cameras the robot lacks and the prompt's padding are left
-out altogether, with positions counted as if they had been masked. All prefix tokens see one another and the suffix
-sees everything that is valid, so attention needs no mask. Keys and values are written into buffers allocated once:
-[prefix | state | actions], so that no step concatenates or copies the prefix.
+out altogether, with positions counted as if they had been masked; graphs keep some of the padding, masked, to be of few
+shapes. All prefix tokens see one another and the suffix sees everything that is valid, so attention needs no other
+mask. Keys and values are written into buffers allocated once: [prefix | state | actions], so that no step concatenates
+or copies the prefix.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Sampler:
         self.time_bias, self.modulation = time_tables(self.weights, model.config, self.times, dtype)
         self.weights.time.clear()  # the adaptive norms' maps alone are half a GB in pi0.5, and the tables replace them
         self.graphs = Graphs(self.device.type == "cuda" if graphs is None else graphs)
-        # Graphs are of one shape each, so the prompt is padded to a few lengths; pi0's always to its largest.
+        # Graphs are of one shape each, so the prompt is padded to a few lengths: pi0's to its 48 tokens.
         self.prompt_multiple = 48 if self.graphs.enabled else 1
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -106,10 +107,11 @@ class Sampler:
         self.suffix_rope = self.rope[:suffix].clone()
         self.valid = buffer(1, 1, 1, max_prefix + suffix, dtype=torch.bool)
         self.prefix_pass = self.steps = None
-        if gpu.usable(config, self.device, dtype):
+        kernels = gpu.usable(config, self.device, dtype)
+        if float8 and not (kernels and gpu.has_float8(self.device)):
+            raise ValueError(f"float8 is for GPUs that have it, and for sizes like pi0's; this is {self.device}")
+        if kernels:
             self._take_kernels(float8)
-        elif float8:
-            raise ValueError(f"float8 is for GPUs that have it and sizes in multiples of 16; this is {self.device}")
         self.reset()
 
     def _take_kernels(self, float8: bool) -> None:
@@ -123,8 +125,8 @@ class Sampler:
             **cache, rope=self.suffix_rope, x=self.x, free=self.free, early=gpu.launches_early(self.device),
         )  # fmt: skip
 
-    def capture(self) -> None:
-        """Capture every graph that a chunk may need: sets of new cameras, lengths of the prompt, frozen actions."""
+    def capture(self, *, frozen: bool = False) -> None:
+        """Capture every graph that a chunk may need: sets of new cameras, lengths of the prompt, `frozen` actions."""
         size, longest = self.config.vision.image_size, self.config.max_token_len
         images = dict.fromkeys(self.cameras, np.zeros((size, size, 3), np.uint8))
         tokens, frames = np.ones(longest, np.int64), dict.fromkeys(self.cameras, -1)
@@ -135,8 +137,8 @@ class Sampler:
             frames |= dict.fromkeys(new, number)
             self.sample(images, tokens, state, start, frames=frames)
         for length in range(self.prompt_multiple, longest + self.prompt_multiple, self.prompt_multiple):
-            for frozen in (None, start[:1]):
-                self.sample(images, tokens[:length], state, start, frames=frames, frozen=frozen)
+            for actions in (None, start[:1])[: 1 + frozen]:
+                self.sample(images, tokens[:length], state, start, frames=frames, frozen=actions)
         self.reset()
 
     def reset(self) -> None:
@@ -171,6 +173,13 @@ class Sampler:
         """
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # streams, events and graphs are those of the thread's current device
+        try:
+            return self._sample(images, tokens, state, noise, frames, frozen, guidance)
+        except BaseException:
+            self.reset()  # what the buffers hold may be half of this chunk
+            raise
+
+    def _sample(self, images, tokens, state, noise, frames, frozen, guidance) -> Sample:
         clock = _Stages(self.device)
         self._load_inputs(noise, state, frozen)
         new = self._load_images(images, frames)
@@ -199,7 +208,7 @@ class Sampler:
     def _load_inputs(self, noise: Tensor, state: np.ndarray | Tensor, frozen: Tensor | None) -> None:
         x, into, free = self._split_inputs(self._host)
         x.copy_(noise)
-        into.copy_(torch.as_tensor(state))
+        into.copy_(torch.as_tensor(state).reshape(into.shape))
         free.fill_(1.0)
         if frozen is not None:
             x[: len(frozen)] = frozen
@@ -220,7 +229,8 @@ class Sampler:
         return tuple(new)
 
     def _upload(self, i: int, image: Tensor) -> None:
-        if self.device.type == "cuda":  # from pinned memory the copy is asynchronous; the last one ended with its chunk
+        if self.device.type == "cuda" and not image.is_cuda:
+            # from pinned memory the copy is asynchronous; the last one ended with its chunk
             if i not in self._pinned or self._pinned[i].shape != image.shape:
                 self._pinned[i] = torch.empty(image.shape, dtype=torch.uint8, pin_memory=True)
             np.copyto(self._pinned[i].numpy(), image.numpy())  # torch's own copy wakes threads and waits for them

@@ -117,7 +117,9 @@ def joined() -> Iterator[World]:
     try:
         yield World(dist.get_rank(), size, local)
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the model
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)  # they hold the model
+            error = error.__context__
         raise
     finally:
         dist.destroy_process_group()

@@ -16,10 +16,9 @@ def usable(config: Pi0Config, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels are for this: an NVIDIA GPU from Ampere on, bfloat16, sizes that tiles can be cut for."""
     if device.type != "cuda" or dtype != torch.bfloat16 or torch.version.hip or not importlib.util.find_spec("triton"):
         return False
-    head = config.expert.head_dim
     sizes = (config.expert.width, config.expert.mlp_dim, config.vlm.width, config.vlm.mlp_dim)
-    even = head >= 16 and head & (head - 1) == 0 and not any(size % 16 for size in sizes)
-    return even and torch.cuda.get_device_capability(device) >= (8, 0)
+    fits = config.expert.head_dim in (16, 32, 64, 128, 256) and config.action_dim <= 128
+    return fits and not any(s % 16 for s in sizes) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def has_float8(device: torch.device) -> bool:

@@ -17,7 +17,10 @@ from pi0_ros.policy.gpu import step_kernels as kernels
 
 @dataclass(frozen=True)
 class Tiles:
-    """A kernel's tiles, found by measuring pi0 on an H100; what does not divide a model's width is cut down."""
+    """A kernel's tiles, found by measuring pi0 on an H100; what does not divide a model's width is cut down.
+
+    None takes more than 98 KB of shared memory, of which small GPUs have 99.
+    """
 
     columns: int
     inner: int = 128
