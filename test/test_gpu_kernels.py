@@ -80,22 +80,21 @@ def draw(config: Pi0Config, seed: int = 0):
 def test_chunks_are_those_of_the_plain_sampler(family, kernels):
     config = FAMILIES[family]
     model = make_model(config)
-    steps = {"num_steps": 1 if config.action_horizon > 64 else 2}  # the interpreter takes its time
+    large = config.action_horizon > 64 or config.max_token_len > 12  # the interpreter takes its time
+    steps = {"num_steps": 1 if large else 2}
     plain, fast = Sampler(model, **steps), kernels(model, **steps)
     plain.prompt_multiple = fast.prompt_multiple = config.max_token_len - 2  # padding that nothing may see
-    frames = dict.fromkeys(config.cameras, 0)
-    for seed, frozen in ((0, None), (1, torch.full((2, config.action_dim), 0.25))):
+    for seed, frozen in ((0, None), (1, torch.full((2, config.action_dim), 0.25)))[large:]:
         images, state, noise = draw(config, seed)
-        frames |= {"base_0_rgb": seed}
+        frames = {"base_0_rgb": seed, "left_wrist_0_rgb": 0}
         images["left_wrist_0_rgb"] = draw(config)[0]["left_wrist_0_rgb"]
         want = plain.sample(images, TOKENS, state, noise, frames=frames, frozen=frozen)
         got = fast.sample(images, TOKENS, state, noise, frames=frames, frozen=frozen)
-        assert got.cameras_encoded == want.cameras_encoded == 2 - seed
+        assert got.cameras_encoded == want.cameras_encoded == (2 if large else 2 - seed)
         assert (got.actions - want.actions).abs().max() < 2e-5
-        if frozen is not None:
-            assert torch.equal(got.actions[:2], frozen)
-            again = fast.sample(images, TOKENS, state, noise, frames=frames, frozen=frozen)
-            assert again.prefix_reused and torch.equal(again.actions, got.actions)  # the same bits
+    assert torch.equal(got.actions[:2], frozen)
+    again = fast.sample(images, TOKENS, state, noise, frames=frames, frozen=frozen)
+    assert again.prefix_reused and torch.equal(again.actions, got.actions)  # the same bits
 
 
 def test_a_reused_prefix_and_one_camera_of_two_count(kernels):
