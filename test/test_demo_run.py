@@ -70,7 +70,7 @@ def test_a_run_ends_well_and_leaves_all_it_promises(tmp_path):
     assert "random weights" not in output
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["episodes"] == 1 and Path(summary["checkpoint"]).name == "demo_policy"
-    assert summary["chunks_published"] > 0 and summary["chunks_played"] > 0 and summary["ticks"] > 0
+    assert summary["chunks_published"] > 3 and summary["chunks_played"] > 1 and summary["ticks"] > 3
     assert summary["chunks_continued"] > 0  # it was trained to
     assert 0 < summary["jerk_p50"] < 10_000
     assert summary["tick_latency_ms"]["p50"] > 0 and summary["observation_age_ms"]["p95"] > 0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sampler_kit import draw_inputs, make_model
 
 from pi0_ros.model.config import GemmaConfig, Pi0Config, VisionConfig
 from pi0_ros.model.pi0 import Pi0
@@ -17,7 +18,6 @@ from pi0_ros.policy.sampler import Sampler
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA, and with requirements/dev.txt on Linux")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 
 TINY = Pi0Config(
     vision=VisionConfig(width=32, depth=1, mlp_dim=48, num_heads=2, patch_size=14, image_size=28),
@@ -42,15 +42,6 @@ TOKENS = np.array([2, 7, 9, 41, 3])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def make_model(config: Pi0Config) -> Pi0:
-    model = Pi0(config, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():  # no scale, shift or bias may stay at its neutral value
-        draw = torch.Generator().manual_seed(4)
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw) / max(parameter.shape) ** 0.5)
-    return model.eval()
-
-
 @pytest.fixture
 def kernels(monkeypatch):
     """Makes samplers with kernels where the device is none that they would be used on."""
@@ -66,16 +57,6 @@ def kernels(monkeypatch):
     return make
 
 
-def draw(config: Pi0Config, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    size = config.vision.image_size
-    images = {
-        slot: torch.randint(0, 256, (size, size, 3), dtype=torch.uint8, generator=generator) for slot in config.cameras
-    }
-    state = torch.randn(config.action_dim, generator=generator)
-    return images, state, torch.randn(config.action_horizon, config.action_dim, generator=generator)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_are_those_of_the_plain_sampler(family, kernels):
     config = FAMILIES[family]
@@ -85,9 +66,9 @@ def test_chunks_are_those_of_the_plain_sampler(family, kernels):
     plain, fast = Sampler(model, **steps), kernels(model, **steps)
     plain.prompt_multiple = fast.prompt_multiple = config.max_token_len - 2  # padding that nothing may see
     for seed, frozen in ((0, None), (1, torch.full((2, config.action_dim), 0.25)))[large:]:
-        images, state, noise = draw(config, seed)
+        images, state, noise = draw_inputs(config, seed)
         frames = {"base_0_rgb": seed, "left_wrist_0_rgb": 0}
-        images["left_wrist_0_rgb"] = draw(config)[0]["left_wrist_0_rgb"]
+        images["left_wrist_0_rgb"] = draw_inputs(config)[0]["left_wrist_0_rgb"]
         want = plain.sample(images, TOKENS, state, noise, frames=frames, frozen=frozen)
         got = fast.sample(images, TOKENS, state, noise, frames=frames, frozen=frozen)
         assert got.cameras_encoded == want.cameras_encoded == (2 if large else 2 - seed)
@@ -101,7 +82,7 @@ def test_a_reused_prefix_and_one_camera_of_two_count(kernels):
     model = make_model(TINY)
     camera = {"cameras": ("left_wrist_0_rgb",)}
     plain, fast = Sampler(model, num_steps=2, **camera), kernels(model, **camera)
-    images, state, noise = draw(TINY)
+    images, state, noise = draw_inputs(TINY)
     frames = {"left_wrist_0_rgb": 1}
     for sign in (1, -1):
         want = plain.sample(images, TOKENS, sign * state, noise, frames=frames)
@@ -112,7 +93,7 @@ def test_a_reused_prefix_and_one_camera_of_two_count(kernels):
 
 def test_guidance_goes_over_the_same_cache(kernels):
     model = make_model(TINY)
-    images, state, noise = draw(TINY)
+    images, state, noise = draw_inputs(TINY)
     guidance = Guidance(torch.ones(6, 5), torch.linspace(1, 0, 6))
     want = Sampler(model, num_steps=2).sample(images, TOKENS, state, noise, guidance=guidance).actions
     got = kernels(model).sample(images, TOKENS, state, noise, guidance=guidance).actions
@@ -161,7 +142,6 @@ def test_float8_where_it_cannot_be_is_refused():
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("family", ["pi0", "pi05"])
 def test_graphs_of_the_kernels_give_the_cpus_numbers_in_bfloat16(family):
     config = FAMILIES[family]
@@ -173,7 +153,7 @@ def test_graphs_of_the_kernels_give_the_cpus_numbers_in_bfloat16(family):
     captured = set(sampler.graphs._graphs)
     frames = dict.fromkeys(config.cameras, 0)
     for seed in range(4):
-        images, state, noise = draw(config, seed)
+        images, state, noise = draw_inputs(config, seed)
         frames = dict.fromkeys(config.cameras, seed)
         frozen = torch.full((2, config.action_dim), 0.25) if seed % 2 else None
         tokens = TOKENS[: 2 + seed]
@@ -186,12 +166,11 @@ def test_graphs_of_the_kernels_give_the_cpus_numbers_in_bfloat16(family):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.skipif(DEVICE == "cuda" and not gpu.has_float8(torch.device("cuda")), reason="no float8")
 def test_float8_is_near_bfloat16():
     config = FAMILIES["pi0"]
     model = make_model(config)
-    images, state, noise = draw(config)
+    images, state, noise = draw_inputs(config)
     want = Sampler(model, num_steps=2).sample(images, TOKENS, state, noise).actions
     got = Sampler(model, num_steps=2, dtype=torch.float8_e4m3fn, device="cuda").sample(images, TOKENS, state, noise)
     assert 0 < (got.actions - want).abs().max() < 0.15 * want.abs().max()

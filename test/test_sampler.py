@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sampler_kit import draw_inputs, make_model
 
 from pi0_ros.model.config import GemmaConfig, Pi0Config, VisionConfig
 from pi0_ros.model.pi0 import Observation, Pi0
@@ -33,24 +34,11 @@ FAMILIES = {
 
 @pytest.fixture(params=FAMILIES)
 def model(request) -> Pi0:
-    config = FAMILIES[request.param]
-    model = Pi0(config, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():  # no scale, shift or bias may stay at its neutral value, or folding would go untested
-        draw = torch.Generator().manual_seed(4)
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw) / max(parameter.shape) ** 0.5)
-    return model.eval()
+    return make_model(FAMILIES[request.param])
 
 
 def draw(seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    size = TINY.vision.image_size
-    images = {
-        slot: torch.randint(0, 256, (size, size, 3), dtype=torch.uint8, generator=generator) for slot in TINY.cameras
-    }
-    state = torch.randn(TINY.action_dim, generator=generator)
-    noise = torch.randn(TINY.action_horizon, TINY.action_dim, generator=generator)
-    return images, state, noise
+    return draw_inputs(TINY, seed)
 
 
 def expected(model: Pi0, images, state, noise, tokens=TOKENS, steps=10, masked=()) -> torch.Tensor:

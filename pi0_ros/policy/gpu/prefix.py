@@ -18,7 +18,8 @@ class Float8Linear:
 
     def __init__(self, linear: Linear) -> None:
         weight = linear.weight.float()
-        self.scale = (weight.abs().amax(1, keepdim=True) / 448).clamp(min=1e-12).T.contiguous()  # [1, out]
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        self.scale = (weight.abs().amax(1, keepdim=True) / largest).clamp(min=1e-12).T.contiguous()  # [1, out]
         self.weight = (weight / self.scale.T).to(torch.float8_e4m3fn)
 
     def __call__(self, x: Quantised) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pi0_ros.policy.gpu.step_kernels import _angles, _attention, _gelu, _merge, _place
 
-LARGEST = tl.constexpr(448.0)  # that float8_e4m3fn holds
+LARGEST = tl.constexpr(torch.finfo(torch.float8_e4m3fn).max)
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def _add_norm(
     _keep(y, out, scale, row, at, inside, FLOAT8)
 
 
-@triton.jit(do_not_specialize=["rows", "at", "capacity"])
+@triton.jit(do_not_specialize=["rows", "capacity"])
 def _spread(
-    qkv, rope, q, keys, values, rows, at, capacity,
+    qkv, rope, q, keys, values, rows, capacity,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * DIM
@@ -66,7 +66,7 @@ def _spread(
     cell = row[:, None] * ((HEADS + 2 * KV) * DIM) + first + tl.arange(0, DIM)[None, :]
     y = tl.load(qkv + cell, mask=live[:, None], other=0.0).to(tl.float32)
     cosine, sine = _angles(rope, row, live, 0, DIM, DIM)
-    _place(y, cosine, sine, q, keys, values, row, live, first, at, capacity, HEADS, KV, DIM, M, DIM)
+    _place(y, cosine, sine, q, keys, values, row, live, first, 0, capacity, HEADS, KV, DIM, M, DIM)
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def spread(qkv: Tensor, rope: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     heads = qkv.shape[1] // dim - 2 * kv
     q = qkv.new_empty(rows, heads * dim)
     _spread[(heads + 2 * kv, triton.cdiv(rows, 16))](
-        qkv, torch.view_as_real(rope), q, keys, values, rows, 0, capacity, HEADS=heads, KV=kv, DIM=dim, M=16
+        qkv, torch.view_as_real(rope), q, keys, values, rows, capacity, HEADS=heads, KV=kv, DIM=dim, M=16
     )
     return q
 

@@ -22,7 +22,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-EPS = tl.constexpr(1e-6)  # of Gemma's RMS norm
+from pi0_ros.model.gemma import RMS_EPS
+
+EPS = tl.constexpr(RMS_EPS)
 ROWS = 64  # of a tile: what Hopper's matrix unit takes at least
 
 

@@ -19,7 +19,7 @@ from pi0_ros.policy.gpu import step_kernels as kernels
 class Tiles:
     """A kernel's tiles, found by measuring pi0 on an H100; what does not divide a model's width is cut down.
 
-    None takes more than 98 KB of shared memory, of which small GPUs have 99.
+    Compiled for GPUs with 99 KB of shared memory, none takes more than 98.
     """
 
     columns: int
@@ -110,10 +110,9 @@ class DenoisingSteps:
 
     def step(self, k: int, prefix_rows: int, state: Tensor) -> None:
         """The k-th step. The first one makes the keys and values of pi0's `state`, f32 [1, action_dim], in passing."""
-        self._embed(k, state)
+        tiles = self._embed(k, state)
         with_state = self.lead > 0 and k == 0
         rows = _Rows(k, self.lead - with_state, self.config.action_horizon + with_state, prefix_rows, with_state)
-        tiles = self.config.expert.width // _fit(EMBED, self.config.expert.width, self.config.expert.width).columns
         for i, layer in enumerate(self.weights.expert):
             self._project(i, rows, tiles)
             self._attention(i, rows)
@@ -177,7 +176,7 @@ class DenoisingSteps:
             N=tile.columns, BK=tile.inner,
         )  # fmt: skip
 
-    def _embed(self, k: int, state: Tensor) -> None:
+    def _embed(self, k: int, state: Tensor) -> int:
         config, width = self.config, self.config.expert.width
         blocks, tile, none = _blocks(config.action_horizon), _fit(EMBED, width, width), (self.out_bias, self.out_bias)
         into = self.x, self.weights.action_in, self.time_bias, self.when[k]
@@ -192,6 +191,7 @@ class DenoisingSteps:
             config.action_horizon, self.table_stride,
             **sizes, ADAPTIVE=config.pi05, CAPACITY=self.capacity, BK=tile.inner,
         )  # fmt: skip
+        return width // tile.columns
 
     def _move(self, k: int, tiles: int) -> None:
         config, width = self.config, self.config.expert.width
