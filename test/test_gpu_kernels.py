@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -46,12 +47,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def kernels(monkeypatch):
     """Makes samplers with kernels where the device is none that they would be used on."""
 
-    def make(model: Pi0, **options) -> Sampler:
+    def make(model: Pi0, *, proven: bool = True, **options) -> Sampler:
         monkeypatch.setattr("pi0_ros.policy.fused.has_onednn", lambda dtype: False)
         monkeypatch.setattr(gpu, "usable", lambda *_: True)
+        if proven:  # the interpreter takes its time
+            monkeypatch.setattr("pi0_ros.policy.gpu.proof.fault", lambda sampler: "")
         sampler = Sampler(model, **{"num_steps": 2, **options}, device=DEVICE, graphs=False)
         monkeypatch.undo()
-        assert sampler.steps is not None
+        assert not proven or sampler.steps is not None
         return sampler
 
     return make
@@ -139,6 +142,58 @@ def test_a_float8_product_is_that_of_what_it_was_given():
 def test_float8_where_it_cannot_be_is_refused():
     with pytest.raises(ValueError, match="float8 is for GPUs that have it, .* this is cpu"):
         Sampler(make_model(TINY), dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("config", [TINY, replace(TINY, pi05=True)], ids=["pi0", "pi05"])
+def test_kernels_that_give_torchs_numbers_are_kept(config, kernels, caplog):
+    sampler = kernels(make_model(config), proven=False, num_steps=1)
+    assert sampler.steps is not None and sampler.prefix_pass is not None and not caplog.records
+
+
+def _nothing_moves(*_):
+    pass
+
+
+def _not_finite(steps, k, *_):
+    steps.x.fill_(torch.nan)
+
+
+def _no_compiler(*_):
+    raise RuntimeError("Failed to find C compiler.\nPlease specify it")
+
+
+@pytest.mark.parametrize(
+    ("broken", "step", "reason"),
+    [
+        ("pi0_ros.policy.gpu.steps.DenoisingSteps.step", _nothing_moves, r"differ from torch's by \d"),
+        ("pi0_ros.policy.gpu.steps.DenoisingSteps.step", _not_finite, "differ from torch's by nan"),
+        (
+            "pi0_ros.policy.gpu.steps.DenoisingSteps.step",
+            _no_compiler,
+            "RuntimeError: Failed to find C compiler. .the",
+        ),
+        ("pi0_ros.policy.gpu.prefix.PrefixPass.run", _nothing_moves, r"differ from torch's by \d"),
+    ],
+    ids=["wrong steps", "steps that are not finite", "no compiler", "wrong prefix"],
+)
+def test_kernels_that_fail_on_this_device_are_left_for_torchs_operators(broken, step, reason, kernels, caplog):
+    model = make_model(TINY)
+    images, state, noise = draw_inputs(TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(broken, step)
+        sampler = kernels(model, proven=False)
+    assert sampler.steps is None and sampler.prefix_pass is None
+    assert re.search(f"kernels are not used, .*{reason}", caplog.text)
+    want = Sampler(model, num_steps=2).sample(images, TOKENS, state, noise).actions
+    assert (sampler.sample(images, TOKENS, state, noise).actions - want).abs().max() < 2e-5
+
+
+def test_float8_whose_kernels_fail_is_refused(kernels, monkeypatch):
+    monkeypatch.setattr("pi0_ros.policy.gpu.has_float8", lambda device: True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pi0_ros.policy.gpu.steps.DenoisingSteps.step", _no_compiler)
+        with pytest.raises(ValueError, match="float8 cannot be, its kernels fail here: RuntimeError: Failed to find"):
+            kernels(make_model(TINY), proven=False, dtype=torch.float8_e4m3fn)
 
 
 @pytest.mark.gpu

@@ -15,8 +15,8 @@ or copies the prefix.
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import logging
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,10 @@ from pi0_ros.policy.fused import GemmaLayer, fuse
 from pi0_ros.policy.graphs import Graphs
 from pi0_ros.policy.guided import Guidance, denoise_guided
 from pi0_ros.policy.images import resize_on_device
+from pi0_ros.policy.stages import Stages
 from pi0_ros.policy.tables import rope_table, time_tables
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,13 @@ class Sampler:
         kernels = gpu.usable(config, self.device, dtype)
         if float8 and not (kernels and gpu.has_float8(self.device)):
             raise ValueError(f"float8 is for GPUs that have it, and for sizes like pi0's; this is {self.device}")
+        self.reset()
         if kernels:
             self._take_kernels(float8)
-        self.reset()
 
     def _take_kernels(self, float8: bool) -> None:
         from pi0_ros.policy.gpu.prefix import PrefixPass  # Triton comes with torch for CUDA only
+        from pi0_ros.policy.gpu.proof import fault
         from pi0_ros.policy.gpu.steps import DenoisingSteps
 
         cache = {"keys": self.keys, "values": self.values, "seen": self.valid}
@@ -124,6 +128,12 @@ class Sampler:
             self.config, self.weights, self.time_bias, self.modulation, self.num_steps,
             **cache, rope=self.suffix_rope, x=self.x, free=self.free, early=gpu.launches_early(self.device),
         )  # fmt: skip
+        if reason := fault(self):
+            if float8:
+                raise ValueError(f"float8 cannot be, its kernels fail here: {reason}")
+            _log.warning("the GPU's kernels are not used, so a chunk takes about twice as long: %s", reason)
+            self.prefix_pass = self.steps = None
+            self.graphs = Graphs(self.graphs.enabled)
 
     def capture(self, *, frozen: bool = False) -> None:
         """Capture every graph that a chunk may need: sets of new cameras, lengths of the prompt, `frozen` actions."""
@@ -180,7 +190,7 @@ class Sampler:
             raise
 
     def _sample(self, images, tokens, state, noise, frames, frozen, guidance) -> Sample:
-        clock = _Stages(self.device)
+        clock = Stages(self.device)
         self._load_inputs(noise, state, frozen)
         new = self._load_images(images, frames)
         if new:
@@ -390,32 +400,3 @@ def _rms(x: Tensor) -> Tensor:
 def _merge(x: Tensor) -> Tensor:
     # [n, heads, rows, dim] -> [n*rows, heads*dim]
     return x.transpose(1, 2).reshape(-1, x.shape[1] * x.shape[3])
-
-
-class _Stages:
-    """Seconds between marks; on a GPU by events, read once at the end, so that no stage waits for the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._names: list[str] = []
-        self._marks = [self._now()]
-
-    def _now(self):
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def mark(self, name: str) -> None:
-        self._names.append(name)
-        self._marks.append(self._now())
-
-    def seconds(self) -> dict[str, float]:
-        if self._cuda:
-            self._marks[-1].synchronize()
-        spans: list[Callable] = list(zip(self._marks[:-1], self._marks[1:], strict=True))
-        return {
-            name: a.elapsed_time(b) / 1e3 if self._cuda else b - a
-            for name, (a, b) in zip(self._names, spans, strict=True)
-        }

@@ -1,0 +1,58 @@
+"""Whether the kernels run on this very device and give what torch's operators give: asked whenever a sampler is made.
+
+A card, driver or Triton that nobody tried must not move an arm with other numbers than those that were tested.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pi0_ros.policy.graphs import Graphs
+
+if TYPE_CHECKING:
+    from pi0_ros.policy.sampler import Sampler
+
+ALLOWED = 0.1  # of the actions' rms; roundings in bfloat16 make about 0.02
+
+
+def fault(sampler: Sampler) -> str:
+    """Why `sampler` must not use its kernels, or nothing. Leaves it reset.
+
+    Draws an observation, and compares the chunk with that of torch's operators on the same weights. Products in float8
+    have no counterpart there, so their prefix is taken as it is and the steps alone are compared.
+    """
+    try:
+        fast = _chunk(sampler)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever the compiler, its compiler or the driver may raise
+        first = str(error).strip().split("\n")[0]
+        return f"{type(error).__name__}: {first} (they are compiled with a C compiler and Python's headers)"
+    used = sampler.prefix_pass, sampler.steps, sampler.graphs
+    sampler.steps, sampler.graphs = None, Graphs(False)
+    if not sampler.prefix_pass.float8:
+        sampler.prefix_pass = None
+    try:
+        plain = _chunk(sampler)
+    finally:
+        sampler.prefix_pass, sampler.steps, sampler.graphs = used
+    difference = float((fast - plain).square().mean().sqrt() / plain.square().mean().sqrt())
+    if difference <= ALLOWED:
+        return ""
+    return f"their actions differ from torch's by {difference:.2g} of the actions' rms, {ALLOWED} is allowed"
+
+
+def _chunk(sampler: Sampler) -> Tensor:
+    config, generator = sampler.config, torch.Generator().manual_seed(0)
+    size = (config.vision.image_size, config.vision.image_size, 3)
+    images = {slot: torch.randint(0, 256, size, dtype=torch.uint8, generator=generator) for slot in sampler.cameras}
+    tokens = torch.randint(1, config.vocab_size, (min(20, config.max_token_len),), generator=generator)
+    state = torch.randn(config.action_dim, generator=generator)
+    noise = torch.randn(config.action_horizon, config.action_dim, generator=generator)
+    try:
+        return sampler.sample(images, tokens, state, noise).actions
+    finally:
+        sampler.reset()
