@@ -242,6 +242,39 @@ def test_weights_that_are_no_longer_numbers_end_the_run_and_are_never_saved(data
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 
+def test_compiled_layers_give_the_same_weights(data, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_whole(function, **_):  # as torch.compile does it, without minutes of a C++ compiler
+        compiled.append(function)
+        return real(function, backend="aot_eager", fullgraph=True)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_whole)
+    runs = {}
+    for name, options in (("plain", {}), ("compiled", {"compile": True, "gradient_checkpointing": True})):
+        runs[name] = kit.make_run(data, tmp_path / name, steps=2, evaluate_every=1, **options)
+        runs[name].run()
+    assert len(compiled) == kit.TINY.vision.depth + kit.TINY.vlm.depth + kit.TINY.expert.depth
+    begin, plain, same = (
+        torch.cat([weight.flatten() for weight in model.state_dict().values()])
+        for model in (kit.random_start(), runs["plain"].model, runs["compiled"].model)
+    )
+    assert (plain - same).norm() < 0.01 * (plain - begin).norm()  # a gradient near 0 may round to either side of it
+    losses = [[loss for _, loss in run.losses + run.held_out_losses] for run in runs.values()]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert Policy.load(tmp_path / "compiled" / "checkpoint", device="cpu").settings.trained_steps == 2
+
+
+def test_a_compiler_that_is_missing_is_one_line(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere/g++"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    assert main(kit.arguments(data, tmp_path / "out", compile=True)) == 1
+    error = last_line(capsys)
+    assert error.startswith("error: --compile: ") and "/nowhere/g++" in error
+    assert error.endswith("the same command without --compile goes on")
+
+
 def test_a_run_with_a_time_limit_stops_and_exports(data, tmp_path):
     run = kit.make_run(data, tmp_path / "out", steps=10_000, minutes=1e-9)
     run.run()

@@ -69,6 +69,8 @@ class TrainingOptions(_Model):
     """Samples of a batch."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass."""
+    compile: bool = False
+    """Compile the layers by torch.compile."""
     peer: bool = True
     """Compare with transformers' PI0 (pi0 in float32 only)."""
 
@@ -144,6 +146,7 @@ def training(options: TrainingOptions) -> list[str]:
         batch=options.batch,
         prompt=options.prompt,
         checkpointing=options.gradient_checkpointing,
+        compiled=options.compile,
         runs=options.runs,
         name=name,
     )

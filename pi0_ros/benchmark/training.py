@@ -27,6 +27,7 @@ def measure_training(
     batch: int = 2,
     prompt: int = 20,
     checkpointing: bool = False,
+    compiled: bool = False,
     runs: int = 10,
     seconds: float = math.inf,
     rates: Rates | None = None,
@@ -39,6 +40,8 @@ def measure_training(
         torch.cuda.reset_peak_memory_stats(device)
     model = build_model(config, device).train()
     model.set_gradient_checkpointing(checkpointing)
+    if compiled:
+        model.compile_layers()
     optimizer = make_optimizer(model, weight_decay=1e-10)
     observation = drop_padding(draw_observation(config, batch, prompt)[0]).to(device)
     actions, noise = (draw_noise(config, batch, seed).to(device) for seed in (1, 2))
@@ -66,6 +69,7 @@ def measure_training(
         "batch": batch,
         "prompt": prompt,
         "checkpointing": checkpointing,
+        "compiled": compiled,
         "runs": len(taken["whole step"]),
         "matmul_gflops_per_s": round(rates.flops / 1e9, 1),
         "parts": [{"part": part, **percentiles(values)} for part, values in taken.items()],

@@ -127,6 +127,13 @@ class Pi0(nn.Module):
         """Keep one activation per layer in training and compute the rest again in the backward pass."""
         self.gradient_checkpointing = self.siglip.gradient_checkpointing = enabled
 
+    def compile_layers(self) -> None:
+        """Compile the layers by torch.compile as they are first used, every kind of layer once."""
+        torch._dynamo.config.recompile_limit = 64  # kinds x training or not x lengths of the prompt; 8 by default
+        for layers in (self.siglip.encoder["layers"], self.vlm.layers, self.expert.layers):
+            for layer in layers:
+                layer.compile()
+
     # --- tokens -------------------------------------------------------------------------------------------------------
 
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:

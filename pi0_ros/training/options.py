@@ -97,6 +97,8 @@ class TrainOptions:
     """Prefix conditioning for real-time chunking: each sample keeps 0 to this many first actions clean; 0: none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """Compile the layers (torch.compile): a minute at the start, and each step takes less."""
     shard: bool = False
     """Of several processes each keeps a slice of weights, gradients, optimizer and average (FSDP2), not all of them."""
     held_out: float = 0.05
@@ -166,7 +168,7 @@ class TrainOptions:
 # What a resumed run may be told anew; its numbers do not depend on it. Recordings and robot file are compared by
 # content, accumulate by the number of pieces.
 FREE = {"bags", "robot", "output", "cache", "jobs", "save_every", "evaluate_every", "minutes", "device"}
-FREE |= {"accumulate", "shard"}
+FREE |= {"accumulate", "shard", "compile"}
 
 YOUNGER = {"draws": 1, "first_seconds": 0.0, "idle": 0.005}  # what a run did that was begun before there was the option
 

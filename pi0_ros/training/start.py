@@ -47,6 +47,8 @@ class Start:
             add_lora(model, options.lora, options.seed)
         keep_float32(model)
         model.set_gradient_checkpointing(options.gradient_checkpointing)
+        if options.compile:
+            model.compile_layers()
         return model.train()
 
 

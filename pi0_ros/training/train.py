@@ -395,6 +395,10 @@ def main(arguments: list[str] | None = None) -> int:
         reason = str(error).split(". ")[0]
         print(f"error: {reason}: see the memory forecast above for what needs less", file=sys.stderr)
         return 1
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().split("\n")[0]
+        print(f"error: --compile: {reason}; the same command without --compile goes on", file=sys.stderr)
+        return 1
     return 0
 
 
