@@ -24,11 +24,6 @@ def shared(folder: str) -> list[tuple[str, list[str]]]:
     return list(found.items())
 
 
-def in_tree(program: str) -> bool:
-    module = program.split("=")[1].split(":")[0].strip()
-    return (ROOT / f"{module.replace('.', '/')}.py").exists()
-
-
 setup(
     name="pi0_ros",
     version=re.search("<version>(.*)</version>", (ROOT / "package.xml").read_text(encoding="utf-8"))[1],
@@ -39,5 +34,5 @@ setup(
     data_files=shared("config"),
     install_requires=lines("requirements/run.txt"),
     extras_require={"orbax": ["tensorstore"]},  # reads openpi's JAX checkpoints as they are
-    entry_points={"console_scripts": [program for program in lines("programs.txt") if in_tree(program)]},
+    entry_points={"console_scripts": lines("programs.txt")},
 )

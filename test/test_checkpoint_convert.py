@@ -17,8 +17,8 @@ from pi0_ros.model import layouts
 from pi0_ros.model.checkpoint import CheckpointError, from_state_dict, open_checkpoint
 from pi0_ros.policy.bundle import BundleSettings, load_bundle, save_bundle
 from pi0_ros.policy.convert import Options, check_actions, convert, foreign_settings, foreign_units, main, write_openpi
-from pi0_ros.policy.policy import limit_statistics
 from pi0_ros.policy.statistics import NormStats
+from pi0_ros.policy.transforms import limit_statistics
 from pi0_ros.robot import load_robot
 
 ROBOT = Path(__file__).parents[1] / "config/six_joint_arm.yaml"

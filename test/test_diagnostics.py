@@ -80,7 +80,6 @@ SPECS = (
     Spec("speed", 1.0, "how fast", 0, 10),
     Spec("count", 3, "how many", 1, 5),
     Spec("mode", "a", "which", choices=("a", "b")),
-    Spec("names", ["x"], "of what"),
     Spec("on", True, "whether", read_only=True),
     Spec("file", "", "from where", configured=True),
 )
@@ -96,7 +95,6 @@ SPECS = (
         ("count", 1.5, "parameter 'count': found 1.5, must be a whole number"),
         ("count", 6, "count"),
         ("mode", "c", "parameter 'mode': found 'c', must be one of 'a', 'b'"),
-        ("names", "x", "parameter 'names': found 'x', must be a list"),
         ("on", False, "read-only"),
     ],
 )
@@ -120,18 +118,6 @@ def test_a_whole_number_is_taken_for_a_float_and_changes_are_told(ros):
 def test_a_wrong_value_at_start_is_an_error(ros):
     with pytest.raises(ParameterError, match="^parameter 'mode': found 'z', must be one of 'a', 'b'$"):
         Parameters(ros.node(parameter_overrides=[Parameter("mode", value="z")]), SPECS)
-
-
-def test_a_rule_across_parameters_sees_the_values_as_they_would_be(ros):
-    node = ros.node()
-
-    def rule(values):
-        return "speed must not exceed count" if values["speed"] > values["count"] else None
-
-    Parameters(node, SPECS, check=rule)
-    assert node.set_parameters([Parameter("speed", value=4.0)])[0].reason == "speed must not exceed count"
-    both = [Parameter("speed", value=4.0), Parameter("count", value=5)]
-    assert node.set_parameters_atomically(both).successful
 
 
 def test_frozen_parameters_can_change_again_later(ros):

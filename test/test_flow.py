@@ -102,14 +102,6 @@ def test_a_cold_start_draws_nothing_and_needs_its_trajectory():
         Cold().start((1, 4, 2), generator=state, trajectory=None)
 
 
-def test_the_trajectory_to_degrade_is_the_rest_of_the_chunk_or_the_state_held():
-    chunk = torch.arange(5.0).view(1, 5, 1)
-    assert flow.remainder(chunk, 0).flatten().tolist() == [0, 1, 2, 3, 4]
-    assert flow.remainder(chunk, 2).flatten().tolist() == [2, 3, 4, 4, 4]
-    assert flow.remainder(chunk, 9).flatten().tolist() == [4] * 5
-    assert flow.hold(torch.tensor([[1.0, 2.0]]), 3).tolist() == [[[1, 2], [1, 2], [1, 2]]]
-
-
 def integrate(velocity, start, num_steps):
     x = start
     for i in range(num_steps):

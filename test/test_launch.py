@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_structure import PROGRAMS, PROGRAMS_IN_TREE
+from test_structure import PROGRAMS
 
 ROOT = Path(__file__).parents[1]
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.launch.py"))
@@ -102,9 +102,6 @@ def test_demo_launch_adds_the_demo_robot():
 
 
 @needs_launch
-@pytest.mark.skipif(
-    not {"policy_node", "chunk_player"} <= PROGRAMS_IN_TREE, reason="policy_node or chunk_player is not in the tree"
-)
 def test_policy_launch_brings_both_nodes_to_active_and_ends_them(ros, tmp_path):
     from lifecycle_msgs.msg import State
     from lifecycle_msgs.srv import GetState

@@ -14,9 +14,11 @@ from pi0_ros.model.pi0 import Pi0, preprocess_observation
 from pi0_ros.policy import policy as policy_module
 from pi0_ros.policy.bundle import BundleSettings, save_bundle
 from pi0_ros.policy.images import resize_with_pad
-from pi0_ros.policy.policy import ObservationError, Policy, PolicyError, RobotObservation, limit_statistics, pick_device
+from pi0_ros.policy.policy import ObservationError, Policy, PolicyError, RobotObservation
+from pi0_ros.policy.processor import pick_device
 from pi0_ros.policy.realtime import GuidanceSettings, guidance_weights
 from pi0_ros.policy.tokenizer import ByteTokenizer
+from pi0_ros.policy.transforms import limit_statistics
 from pi0_ros.robot import load_robot
 from pi0_ros.training.objective import mute_padding
 
@@ -460,7 +462,7 @@ def test_a_cpu_takes_bfloat16_by_itself_for_large_models_where_it_has_it(monkeyp
         (True, 10**6, torch.float32),
         (False, 10**8, torch.float32),
     ):
-        monkeypatch.setattr("pi0_ros.policy.policy.has_bfloat16", lambda _, capable=capable: capable)
+        monkeypatch.setattr("pi0_ros.policy.processor.has_bfloat16", lambda _, capable=capable: capable)
         assert pick_device("cpu", "auto", parameters) == (torch.device("cpu"), dtype)
         assert pick_device("cpu", "float32", parameters)[1] == torch.float32
 

@@ -12,7 +12,8 @@ from rclpy.parameter import Parameter
 from pi0_ros.model.config import PRESETS, GemmaConfig, VisionConfig
 from pi0_ros.model.pi0 import Pi0
 from pi0_ros.policy.bundle import BundleSettings, save_bundle
-from pi0_ros.policy.policy import Policy, RobotObservation, limit_statistics
+from pi0_ros.policy.policy import Policy, RobotObservation
+from pi0_ros.policy.transforms import limit_statistics
 from pi0_ros.ros.conversions import chunk_actions, stamp_ns
 from pi0_ros.ros.policy_node import load_policy
 

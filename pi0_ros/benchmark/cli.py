@@ -21,8 +21,7 @@ from pi0_ros.benchmark.suite import run_suite
 from pi0_ros.benchmark.training import measure_training
 from pi0_ros.model.config import ConfigError, Pi0Config
 from pi0_ros.model.files import CheckpointError, read_json
-from pi0_ros.policy.policy import PolicyError, pick_device
-from pi0_ros.policy.processor import has_bfloat16
+from pi0_ros.policy.processor import PolicyError, has_bfloat16, pick_device
 
 Preset = Literal["nano", "nano05", "small", "mid", "pi0", "pi05"]
 

@@ -31,22 +31,20 @@ MID = replace(
 CONFIGS: dict[str, Pi0Config] = {**PRESETS, "small": SMALL, "mid": MID}
 
 
-def build_model(config: Pi0Config, device: torch.device, seed: int = 0) -> Pi0:
+def build_model(config: Pi0Config, device: torch.device) -> Pi0:
     """Random float32 weights, made where they are wanted: billions of them take a CPU a minute."""
     with torch.device(device):
-        return Pi0(config, generator=torch.Generator(device).manual_seed(seed)).eval()
+        return Pi0(config, generator=torch.Generator(device).manual_seed(0)).eval()
 
 
-def draw_observation(
-    config: Pi0Config, batch: int = 1, prompt: int = 20, seed: int = 0
-) -> tuple[Observation, torch.Tensor]:
+def draw_observation(config: Pi0Config, batch: int = 1, prompt: int = 20) -> tuple[Observation, torch.Tensor]:
     """A random observation with `prompt` valid tokens and all cameras, and its images as uint8 [batch, N, S, S, 3].
 
     BenchmarkError where the prompt does not fit.
     """
     if not 1 <= prompt <= config.max_token_len:
         raise BenchmarkError(f"--prompt: 1 to {config.max_token_len} tokens fit this model, found {prompt}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     size, cameras = config.vision.image_size, len(config.cameras)
     pixels = torch.randint(0, 256, (batch, cameras, size, size, 3), dtype=torch.uint8, generator=generator)
     tokens = torch.randint(1, config.vocab_size, (batch, config.max_token_len), generator=generator)

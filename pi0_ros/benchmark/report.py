@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pi0_ros.model import files
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
@@ -114,9 +114,9 @@ def _device(result: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, and the folders that it takes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(data, indent=2) + "\n")
+    files.write_json(path, data)
 
 
 def rewrite(document: Path, text: str) -> bool:
@@ -127,11 +127,5 @@ def rewrite(document: Path, text: str) -> bool:
     _, end, after = rest.partition(END)
     if not begin or not end:
         return False
-    _replace(document, f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}")
+    files.write_text(document, f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}")
     return True
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

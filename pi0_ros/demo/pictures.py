@@ -12,6 +12,9 @@ import numpy as np
 
 from pi0_ros.demo.cameras import Cameras
 from pi0_ros.demo.scene import CAMERAS, JOINTS, build_model
+from pi0_ros.model.files import write_bytes
+
+COLUMNS = 6  # moments of an episode on the contact sheet
 
 
 @dataclass(frozen=True)
@@ -83,16 +86,14 @@ class Painter:
         return np.where(np.abs(pixels) < 4 * max(width, height), pixels, np.nan)
 
 
-def contact_sheet(reels: list[Reel], path: Path, columns: int = 6) -> None:
-    """A picture with one row an episode: base view above wrist view at `columns` evenly spaced moments."""
+def contact_sheet(reels: list[Reel], path: Path) -> None:
+    """A picture with one row an episode: base view above wrist view at evenly spaced moments."""
     painter, rows = Painter(), []
     for reel in reels:
-        chosen = [reel.moments[i] for i in np.linspace(0, len(reel.moments) - 1, columns).round().astype(int)]
+        chosen = [reel.moments[i] for i in np.linspace(0, len(reel.moments) - 1, COLUMNS).round().astype(int)]
         cells = [_cell(painter, moment) for moment in chosen]
         rows.append(_caption(np.hstack(cells), f"{reel.title}: {reel.ending}"))
-    partial = path.with_name(path.stem + ".partial.png")
-    cv2.imwrite(str(partial), cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR))
-    partial.replace(path)
+    write_bytes(path, cv2.imencode(".png", cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR))[1].tobytes())
 
 
 def film(reels: list[Reel], path: Path, rate: float) -> None:

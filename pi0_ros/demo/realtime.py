@@ -25,7 +25,8 @@ from pi0_ros.demo import run as demo
 from pi0_ros.demo.monitor import DemoFailed
 from pi0_ros.demo.motion import Motion, measure
 from pi0_ros.demo.processes import ProcessDied, Processes, end_on_signals
-from pi0_ros.demo.summary import Episode, versions, write_json
+from pi0_ros.demo.summary import Episode, versions
+from pi0_ros.model.files import write_json, write_text
 from pi0_ros.policy.bundle import load_bundle
 from pi0_ros.robot import config_folder
 from pi0_ros.ros.domain import Domain, NoFreeDomainError
@@ -182,9 +183,7 @@ def fill(path: Path, text: str) -> None:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{path}: the markers {BEGIN} and {END} are not there")
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def run(options: Options) -> None:

@@ -32,6 +32,7 @@ from pi0_ros.demo.assets import AssetError, light_meshes
 from pi0_ros.demo.scene import CUBES, JOINTS, prompt_for
 from pi0_ros.demo.simulation import PERIOD, TIME_LIMIT, Observation, Simulation
 from pi0_ros.demo.teacher import Teacher
+from pi0_ros.model.files import write_json
 from pi0_ros.robot import Robot, RobotFileError, config_folder, load_robot
 
 STATE_PERIODS = 2  # controller periods between two joint states: 50 Hz
@@ -263,9 +264,7 @@ def _check(options: Options) -> None:
         raise RecordingError(f"{options.output} holds episodes but no {SETTINGS}: use another --output")
     else:
         options.output.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{SETTINGS}.partial")
-        partial.write_text(json.dumps(settings) + "\n")
-        partial.rename(path)
+        write_json(path, settings)
 
 
 def main(args: list[str] | None = None) -> None:

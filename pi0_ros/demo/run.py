@@ -30,7 +30,8 @@ from pi0_ros.demo.monitor import DemoFailed, Monitor
 from pi0_ros.demo.pictures import Line, Moment, Reel, contact_sheet, film
 from pi0_ros.demo.processes import ProcessDied, Processes, end_on_signals
 from pi0_ros.demo.recorder import RECORDED_QOS, BagRecorder
-from pi0_ros.demo.summary import Episode, rms_jerk, spread, success_rates, versions, write_json
+from pi0_ros.demo.summary import Episode, rms_jerk, spread, success_rates, versions
+from pi0_ros.model.files import write_json
 from pi0_ros.msg import ActionChunk, PlayerStatus
 from pi0_ros.robot import Robot, config_folder, load_robot
 from pi0_ros.ros.conversions import stamp_ns

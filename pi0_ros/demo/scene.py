@@ -21,10 +21,9 @@ REACH = (0.19, 0.31)  # m from the shoulder's axis, where cubes stand
 SHOULDER = np.array([0.0388, 0.0])  # the shoulder's axis, x and y
 SPREAD = 0.75  # rad to either side of straight ahead
 APART = 0.11  # m between the cubes' centres, at least
-START_LOW = np.array([-0.7, -1.3, 0.3, 1.0, -0.25, 0.2])  # start poses, rad, the fourth entry being the sum of
-START_HIGH = np.array(
-    [0.7, -0.6, 1.1, 1.5, 0.25, 0.8]
-)  # lift, elbow and wrist: pi / 2 points the gripper straight down
+# Start poses, rad, the fourth entry being the sum of lift, elbow and wrist: pi / 2 points the gripper straight down.
+START_LOW = np.array([-0.7, -1.3, 0.3, 1.0, -0.25, 0.2])
+START_HIGH = np.array([0.7, -0.6, 1.1, 1.5, 0.25, 0.8])
 WRIST_LIMIT = 1.5  # rad, for a start pose; the joint itself ends at 1.658
 CLEARANCE = (0.09, 0.2)  # m: lowest and highest fingertip of a start pose
 

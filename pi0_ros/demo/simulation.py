@@ -71,10 +71,10 @@ class Observation:
 class Simulation:
     """One demo robot. `now` is its clock in nanoseconds; only `step` moves it on."""
 
-    def __init__(self, seed: int = 0, prompt: str = "", now: int = 0) -> None:
+    def __init__(self, seed: int = 0, prompt: str = "") -> None:
         self.model = build_model()
         self.data = mujoco.MjData(self.model)
-        self.now = now
+        self.now = 0
         self._cameras: Cameras | None = None
         self._qpos = np.array([self.model.joint(name).qposadr[0] for name in JOINTS])
         self._dof = np.array([self.model.joint(name).dofadr[0] for name in JOINTS])

@@ -127,13 +127,18 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | No
     return {key: (tuple(entry["shape"]), DTYPES.get(entry["dtype"])) for key, entry in header.items()}
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON to a temporary name and rename it, so that `path` is never half written."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+def write_json(path: Path, value: Any) -> None:
+    """As `write_bytes`, for JSON."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_bytes`, for text."""
+    write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """As `write_json`, for any bytes."""
+    """Write to a temporary name and rename it, so that `path` is there whole or not at all, and as it was if not."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

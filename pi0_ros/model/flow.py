@@ -90,8 +90,8 @@ class Pink:
 class Cold:
     """No noise: a deterministic degradation of a trajectory (Bansal et al. 2022, "Cold Diffusion").
 
-    In training the trajectory is the true chunk, in sampling what is left of the previous one (`remainder`), or the
-    current state held (`hold`); always in the model's own units. `strength` in (0, 1] says how much is lost:
+    In training the trajectory is the true chunk, in sampling what is left of the previous one, its last action
+    held, or the current state held; always in the model's own units. `strength` in (0, 1] says how much is lost:
     smooth      a Gaussian window with a standard deviation of strength * H / 2 steps;
     downsample  every k-th action is kept and held, k from 1 to H;
     mask        the last strength * H actions become 0, which is the mean action; the first one always stays.
@@ -152,18 +152,6 @@ def degradation(kind: str, strength: float, horizon: int) -> torch.Tensor:
         return (index[None, :] == (index // k * k)[:, None]).float()
     kept = max(1, horizon - round(strength * horizon))
     return torch.diag((index < kept).float())
-
-
-def hold(action: torch.Tensor, horizon: int) -> torch.Tensor:
-    """One action [B, A] -> [B, H, A], the same at every step."""
-    return action[:, None].expand(-1, horizon, -1)
-
-
-def remainder(chunk: torch.Tensor, executed: int) -> torch.Tensor:
-    """chunk [B, H, A] of which `executed` steps are over -> [B, H, A]: the rest, then its last action held."""
-    horizon = chunk.shape[1]
-    index = torch.arange(horizon, device=chunk.device) + executed
-    return chunk[:, index.clamp(max=horizon - 1)]
 
 
 def noise_source_from_dict(data: Mapping[str, Any]) -> NoiseSource:

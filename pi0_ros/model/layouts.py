@@ -10,7 +10,6 @@ with '/').
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -287,8 +286,8 @@ def _jax_entries(plain: str, key: str, shape: tuple[int, ...]) -> dict[str, Reci
     return dict([single[rest]]) if rest in single else {}
 
 
-def _dense(key: str, kind: str, index: tuple[int, ...] = ()) -> Recipe:
-    return Recipe(key, index, _transpose if kind == "kernel" else None)
+def _dense(key: str, kind: str) -> Recipe:
+    return Recipe(key, turn=_transpose if kind == "kernel" else None)
 
 
 def _jax_gemma(rest: str, key: str, shape: tuple[int, ...]) -> dict[str, Recipe]:
@@ -369,11 +368,6 @@ def made_shapes(recipes: Mapping[str, Recipe], shapes: Shapes) -> dict[str, tupl
             reason = f": {error}" if isinstance(error, CheckpointError) else ""  # torch's own words do not help
             made[name] = f"cannot be made from {found}{reason}"
     return made
-
-
-def count(shape: tuple[int, ...]) -> int:
-    """Numbers in a tensor of this shape."""
-    return math.prod(shape)
 
 
 def listed(keys: Mapping[str, object] | list[str]) -> str:

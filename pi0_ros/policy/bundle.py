@@ -304,7 +304,12 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 def _replaceable(folder: Path) -> bool:
     if not folder.is_dir() or folder.is_symlink():
         return False
-    return not any(folder.iterdir()) or ((folder / MANIFEST).is_file() and (folder / CONFIG).is_file())
+    return not any(folder.iterdir()) or is_bundle(folder)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether this is a checkpoint folder of ours, sound or not; other layouts have a config.json too."""
+    return (path / MANIFEST).is_file() and (path / CONFIG).is_file()
 
 
 @contextlib.contextmanager

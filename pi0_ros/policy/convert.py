@@ -12,8 +12,7 @@ import numpy as np
 import torch
 import tyro
 
-from pi0_ros.model import checkpoint as layouts
-from pi0_ros.model.checkpoint import Checkpoint, open_checkpoint
+from pi0_ros.model.checkpoint import Checkpoint, open_checkpoint, save_openpi
 from pi0_ros.model.config import PRESETS, ConfigError, Pi0Config
 from pi0_ros.model.files import CheckpointError, read_json, write_json
 from pi0_ros.model.infer import config_kind
@@ -22,13 +21,14 @@ from pi0_ros.policy.bundle import (
     WEIGHTS,
     Bundle,
     BundleSettings,
+    is_bundle,
     load_bundle,
     save_bundle,
     whole_folder,
 )
-from pi0_ros.policy.policy import limit_statistics
 from pi0_ros.policy.statistics import NormStats, find_statistics, load_statistics
 from pi0_ros.policy.tokenizer import ByteTokenizer
+from pi0_ros.policy.transforms import limit_statistics
 from pi0_ros.robot import Robot, RobotFileError, load_robot
 
 DTYPES = {"as-stored": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -82,7 +82,7 @@ def convert(options: Options) -> str:
     """
     if options.output.resolve() == options.source.resolve():
         raise CheckpointError(f"{options.output}: is the source itself; name another folder")
-    own = load_bundle(options.source, verify_weights=True) if _is_bundle(options.source) else None
+    own = load_bundle(options.source, verify_weights=True) if is_bundle(options.source) else None
     config = _given_config(options.model_config)
     checkpoint = own.weights() if own else open_checkpoint(options.source, config=config, base=options.base)
     print(checkpoint.describe())
@@ -208,7 +208,7 @@ def write_openpi(
         "model": config.to_dict(),  # ours: all sizes, so that the way back needs no guess
     }
     with whole_folder(folder) as temporary:
-        layouts.save_openpi(checkpoint, temporary / WEIGHTS, dtype, progress)
+        save_openpi(checkpoint, temporary / WEIGHTS, dtype, progress)
         write_json(temporary / CONFIG, data)
         if stats is not None:
             asset = temporary / "assets" / asset_id
@@ -223,10 +223,6 @@ def _with_horizon(checkpoint: Checkpoint, horizon: int) -> Checkpoint:
         raise CheckpointError(f"--horizon: {error}") from None
     notes = tuple(note for note in checkpoint.notes if not note.startswith("horizon of "))  # no longer assumed
     return dataclasses.replace(checkpoint, config=config, notes=notes)
-
-
-def _is_bundle(path: Path) -> bool:
-    return path.is_dir() and (path / CONFIG).is_file() and read_json(path / CONFIG).get("format") is not None
 
 
 def _statistics(options: Options, own: Bundle | None) -> NormStats | None:

@@ -18,26 +18,19 @@ import torch
 from pi0_ros.model.config import PRESETS, Pi0Config
 from pi0_ros.model.flow import Cold, NoiseSource, noise_source_from_dict, require_same_source
 from pi0_ros.model.pi0 import Pi0
-from pi0_ros.policy import gpu
 from pi0_ros.policy.bundle import BundleSettings, load_bundle
 from pi0_ros.policy.guided import Guidance
 from pi0_ros.policy.images import ImageError, check_image, resize_with_pad
-from pi0_ros.policy.processor import has_bfloat16
+from pi0_ros.policy.processor import MANY_PARAMETERS, PolicyError, pick_device
 from pi0_ros.policy.prompt import PromptEncoder
 from pi0_ros.policy.realtime import GuidanceSettings, guidance_weights
 from pi0_ros.policy.sampler import Sampler
-from pi0_ros.policy.statistics import NormStats, Stats
+from pi0_ros.policy.statistics import NormStats
 from pi0_ros.policy.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from pi0_ros.policy.transforms import Group, build_transforms
+from pi0_ros.policy.transforms import Group, build_transforms, limit_statistics
 from pi0_ros.robot import Robot
 
 _log = logging.getLogger(__name__)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
-MANY_PARAMETERS = 50_000_000  # from here on a CPU's time goes into reading weights, and half the bytes pay
-
-
-class PolicyError(ValueError):
-    """A policy that cannot be made from what was given."""
 
 
 class ObservationError(ValueError):
@@ -386,38 +379,3 @@ class Policy:
         previous[: len(known)] = self._to_model(state, known)
         weights = torch.from_numpy(guidance_weights(len(committed), len(known), horizon, settings.schedule)).float()
         return None, Guidance(previous, weights, settings.max_weight, settings.jacobian, self.settings.loss_dims)
-
-
-def pick_device(device: str, dtype: str, parameters: int = 0) -> tuple[torch.device, torch.dtype]:
-    """torch's device and dtype, for a model of so many parameters, for "auto" or names of them. PolicyError for what
-    there is not."""
-    if dtype not in ("auto", *DTYPES):
-        raise PolicyError(f"dtype must be one of auto, {', '.join(DTYPES)}, found {dtype!r}")
-    try:
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    except RuntimeError:
-        raise PolicyError(f"device must be auto, cpu, cuda or cuda:N, found {device!r}") from None
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise PolicyError(f"device {device!r} was asked for, torch sees {torch.cuda.device_count()} GPUs")
-    if dtype == "float8" and not gpu.has_float8(chosen):
-        raise PolicyError(f"dtype float8 needs an NVIDIA GPU that has it (Ada, Hopper or later), device is {chosen}")
-    halves = chosen.type == "cuda" or (parameters >= MANY_PARAMETERS and has_bfloat16(chosen))
-    automatic = torch.bfloat16 if halves else torch.float32
-    return chosen, DTYPES.get(dtype, automatic)
-
-
-def limit_statistics(robot: Robot, settings: BundleSettings) -> NormStats:
-    """Statistics that the joints' limits suggest: their middle and a quarter of their range, the limits as quantiles;
-    for relative actions around zero, with half the range to either side."""
-    space = build_transforms(robot, None, settings)
-    ends = np.array(
-        [space.encode(np.array(end))["state"] for end in zip(*(j.position for j in robot.joints), strict=True)]
-    )
-    low, high = ends.min(axis=0), ends.max(axis=0)  # a gripper's lower end may be the closed one
-    relative = np.array([joint.relative for joint in robot.joints])
-    middle = np.where(relative, 0.0, (low + high) / 2)
-    quarter = (high - low) / 4
-    return NormStats(
-        state=Stats((low + high) / 2, quarter, low, high),
-        actions=Stats(middle, quarter, middle - 2 * quarter, middle + 2 * quarter),
-    )

@@ -1,4 +1,4 @@
-"""What a processor can do."""
+"""What a processor can do, and on which one a policy runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,33 @@ from pathlib import Path
 
 import torch
 
+from pi0_ros.policy import gpu
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
+MANY_PARAMETERS = 50_000_000  # from here on a CPU's time goes into reading weights, and half the bytes pay
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86's two kinds, and ARM's
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be made from what was given."""
+
+
+def pick_device(device: str, dtype: str, parameters: int = 0) -> tuple[torch.device, torch.dtype]:
+    """torch's device and dtype, for a model of so many parameters, for "auto" or names of them. PolicyError for what
+    there is not."""
+    if dtype not in ("auto", *DTYPES):
+        raise PolicyError(f"dtype must be one of auto, {', '.join(DTYPES)}, found {dtype!r}")
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError:
+        raise PolicyError(f"device must be auto, cpu, cuda or cuda:N, found {device!r}") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise PolicyError(f"device {device!r} was asked for, torch sees {torch.cuda.device_count()} GPUs")
+    if dtype == "float8" and not gpu.has_float8(chosen):
+        raise PolicyError(f"dtype float8 needs an NVIDIA GPU that has it (Ada, Hopper or later), device is {chosen}")
+    halves = chosen.type == "cuda" or (parameters >= MANY_PARAMETERS and has_bfloat16(chosen))
+    automatic = torch.bfloat16 if halves else torch.float32
+    return chosen, DTYPES.get(dtype, automatic)
 
 
 def has_bfloat16(device: torch.device) -> bool:

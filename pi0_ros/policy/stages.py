@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -30,7 +29,7 @@ class Stages:
     def seconds(self) -> dict[str, float]:
         if self._cuda:
             self._marks[-1].synchronize()
-        spans: list[Callable] = list(zip(self._marks[:-1], self._marks[1:], strict=True))
+        spans = list(zip(self._marks[:-1], self._marks[1:], strict=True))
         return {
             name: a.elapsed_time(b) / 1e3 if self._cuda else b - a
             for name, (a, b) in zip(self._names, spans, strict=True)

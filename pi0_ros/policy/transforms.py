@@ -203,3 +203,20 @@ def pad_last(x: np.ndarray, dim: int) -> np.ndarray:
     """x [..., D] with zeros up to [..., dim]; longer ones stay."""
     missing = max(dim - x.shape[-1], 0)
     return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+
+
+def limit_statistics(robot: Robot, settings: BundleSettings) -> NormStats:
+    """Statistics that the joints' limits suggest: their middle and a quarter of their range, the limits as quantiles;
+    for relative actions around zero, with half the range to either side."""
+    space = build_transforms(robot, None, settings)
+    ends = np.array(
+        [space.encode(np.array(end))["state"] for end in zip(*(j.position for j in robot.joints), strict=True)]
+    )
+    low, high = ends.min(axis=0), ends.max(axis=0)  # a gripper's lower end may be the closed one
+    relative = np.array([joint.relative for joint in robot.joints])
+    middle = np.where(relative, 0.0, (low + high) / 2)
+    quarter = (high - low) / 4
+    return NormStats(
+        state=Stats((low + high) / 2, quarter, low, high),
+        actions=Stats(middle, quarter, middle - 2 * quarter, middle + 2 * quarter),
+    )

@@ -1,1 +1,1 @@
-"""The ROS 2 side: the only room, with the demo, that imports rclpy."""
+"""The ROS 2 side: with the demo and the benchmark of the node, all that imports rclpy."""

@@ -16,8 +16,6 @@ from rclpy.clock_type import ClockType
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
 
-LEVELS = {0: "OK", 1: "WARN", 2: "ERROR", 3: "STALE"}
-
 
 @dataclass(frozen=True)
 class Summary:

@@ -121,8 +121,8 @@ def gpu_memory(report: Report, warn: float, error: float) -> None:
     device = max(range(torch.cuda.device_count()), key=torch.cuda.memory_allocated)  # the one that the policy is on
     try:
         free, total = torch.cuda.mem_get_info(device)
-    except RuntimeError as error:  # after a fault of the GPU every call fails; the node has to go on to say so
-        report.error(f"the GPU does not answer: {str(error).splitlines()[0]}")
+    except RuntimeError as fault:  # after a fault of the GPU every call fails; the node has to go on to say so
+        report.error(f"the GPU does not answer: {str(fault).splitlines()[0]}")
         return
     report.add("gpu_memory_policy_mb", torch.cuda.memory_allocated(device) / 2**20)
     report.add("gpu_memory_total_mb", total / 2**20)

@@ -104,11 +104,12 @@ class View:
 
     Args:
         joint_names: model order, the columns of positions.
-        trail: how many seconds of the executed path are kept.
+
+    Attributes: trail, how many seconds of the executed path are kept.
     """
 
-    def __init__(self, kinematics: Kinematics, joint_names: Sequence[str], trail: float = 10.0) -> None:
-        self.trail, self._kinematics, self._names = trail, kinematics, tuple(joint_names)
+    def __init__(self, kinematics: Kinematics, joint_names: Sequence[str]) -> None:
+        self.trail, self._kinematics, self._names = 10.0, kinematics, tuple(joint_names)
         self.problems: dict[str, str] = {}  # diagnostic status -> what it complains about
         self.clear()
 

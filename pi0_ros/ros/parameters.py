@@ -16,7 +16,7 @@ from rclpy.exceptions import ParameterException
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
-TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 class ParameterError(ValueError):
@@ -28,7 +28,7 @@ class Spec:
     """One parameter. The type is the default's; a whole number is taken for a float."""
 
     name: str
-    default: bool | int | float | str | list[str]
+    default: bool | int | float | str
     description: str
     low: float | None = None  # smallest and largest allowed value, both inclusive; numbers have both or neither
     high: float | None = None
@@ -75,22 +75,16 @@ class Parameters:
         node: the node that gets them.
         specs: the parameters.
         on_change: called after a change was accepted, with {name: value} of what changed; not at declaration.
-        check: a rule across parameters: called with {name: proposed value} of all, returns why not, or None.
 
     Raises:
         ParameterError: a value given at start (command line, params file) is refused.
     """
 
     def __init__(
-        self,
-        node: Node,
-        specs: Sequence[Spec],
-        on_change: Callable[[dict[str, Any]], None] | None = None,
-        check: Callable[[dict[str, Any]], str | None] | None = None,
+        self, node: Node, specs: Sequence[Spec], on_change: Callable[[dict[str, Any]], None] | None = None
     ) -> None:
         self._node = node
         self._specs = {spec.name: spec for spec in specs}
-        self._check = None  # rules across parameters need all of them declared
         self.frozen = False  # the node is configured: `configured` parameters refuse changes
         node.add_on_set_parameters_callback(self._judge)
         for spec in specs:
@@ -99,9 +93,6 @@ class Parameters:
             except ParameterException as error:
                 reason = str(error).partition("Reason: ")[2].removesuffix(f": {spec.name}") or str(error)
                 raise ParameterError(reason) from None
-        self._check = check
-        if check is not None and (reason := check(self.values())):
-            raise ParameterError(reason)
         if on_change is not None:
             node.add_post_set_parameters_callback(lambda changed: self._tell(on_change, changed))
 
@@ -121,10 +112,6 @@ class Parameters:
                 reason = f"parameter '{spec.name}': only while the node is unconfigured (cleanup first)"
                 return SetParametersResult(successful=False, reason=reason)
             if reason := spec.fault(parameter.value):
-                return SetParametersResult(successful=False, reason=reason)
-        if self._check is not None and mine:
-            after = {**self.values(), **{parameter.name: parameter.value for parameter in mine}}
-            if reason := self._check(after):
                 return SetParametersResult(successful=False, reason=reason)
         return SetParametersResult(successful=True)
 

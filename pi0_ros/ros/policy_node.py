@@ -21,7 +21,8 @@ from std_srvs.srv import SetBool, Trigger
 
 from pi0_ros.model.config import PRESETS
 from pi0_ros.msg import ActionChunk, PlayerStatus
-from pi0_ros.policy.policy import DTYPES, Policy
+from pi0_ros.policy.policy import Policy
+from pi0_ros.policy.processor import DTYPES
 from pi0_ros.policy.realtime import SCHEDULES, GuidanceSettings
 from pi0_ros.robot import load_robot
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, title

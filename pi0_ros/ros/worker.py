@@ -281,10 +281,15 @@ class Worker:
         guided = self.realtime_chunking == "guided"
         keep = guided or (self.realtime_chunking == "auto" and policy.settings.rtc_max_delay > 0)
         committed = self.handover.committed(observed, epoch, prompt) if keep else None
-        condition = {**vars(committed), "guided": guided} if committed is not None else {}
         generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
         try:
-            chunk = policy.infer(observation, generator=generator, **condition)
+            chunk = policy.infer(
+                observation,
+                generator=generator,
+                executed=committed and committed.executed,
+                following=committed and committed.following,
+                guided=guided,
+            )
             self._ended.wait(self.extra_latency)
         except ObservationError as error:
             return self._reject(begin, Rejected("observation", str(error), "missing"))

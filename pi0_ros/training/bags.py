@@ -10,7 +10,6 @@ import errno
 import hashlib
 import re
 import struct
-import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
@@ -19,14 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from backports import zstd
 from rosbags.interfaces import MessageDefinition, MessageDefinitionFormat
 from rosbags.rosbag2 import Reader, storage_mcap
 from rosbags.typesys import Stores, get_typestore
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 STORAGE = (".mcap", ".db3")
 COMPRESSED = tuple(f"{suffix}.zstd" for suffix in STORAGE)

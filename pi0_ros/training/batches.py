@@ -42,12 +42,12 @@ def collate(dataset: Dataset, indices: np.ndarray, transforms: Group, encoder: P
     return Batch(drop_padding(observation), torch.from_numpy(data["actions"]).float())
 
 
-def prefetch(make: Callable[[int], list[Batch]], begin: int, end: int, ahead: int = 2) -> Iterator[list[Batch]]:
-    """`make(step)` for each step from `begin` to `end`, computed `ahead` of time in a thread.
+def prefetch(make: Callable[[int], list[Batch]], begin: int, end: int) -> Iterator[list[Batch]]:
+    """`make(step)` for each step from `begin` to `end`, computed up to two ahead of time in a thread.
 
     What `make` raises is raised here. Closing the iterator ends the thread.
     """
-    ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=ahead)
+    ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=2)
     stop = threading.Event()
 
     def work() -> None:

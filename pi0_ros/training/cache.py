@@ -314,7 +314,7 @@ def image_messages(
 def model_frame(raw: bytes, kind: str, camera: Camera, image_size: int) -> np.ndarray | str:
     """uint8 [S, S, 3] as the model sees it, by the node's own functions; or what is wrong with the image."""
     try:
-        return np.ascontiguousarray(resize_with_pad(orient(decode_image(decode(raw, kind)), camera), image_size))
+        return resize_with_pad(orient(decode_image(decode(raw, kind)), camera), image_size)
     except (ImageError, BagError) as error:
         return str(error)
 

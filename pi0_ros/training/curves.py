@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from pi0_ros.model.files import write_bytes
 
 
 def plot_losses(path: Path, train: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]]) -> None:
@@ -26,6 +29,6 @@ def plot_losses(path: Path, train: Sequence[tuple[int, float]], held_out: Sequen
     axes.grid(alpha=0.3, which="both")
     if train or held_out:
         axes.legend()
-    partial = path.with_name(path.stem + ".partial.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=110)
+    write_bytes(path, png.getvalue())

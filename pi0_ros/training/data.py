@@ -16,6 +16,7 @@ from pi0_ros.training.build import build_cache
 from pi0_ros.training.cache import FOLDER, Unit
 from pi0_ros.training.episodes import Selection
 
+EPISODES = "episodes.json"  # beside a checkpoint of `train`: what it was trained on
 FEWEST_CHANGES = 10  # changes of a command from which its rate is judged
 
 Episodes = list[tuple[int, int]]  # (unit, episode of the unit)
@@ -97,10 +98,3 @@ def fingerprint(units: Sequence[Unit], train: Episodes, held_out: Episodes) -> s
     """Changes with anything that the samples of a run depend on: 16 hex digits."""
     content = [[unit.folder.name for unit in units], train, held_out]  # a unit's folder is named by its content
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

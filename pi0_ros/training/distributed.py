@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from pi0_ros.policy.policy import pick_device
+from pi0_ros.policy.processor import pick_device
 
 PATIENCE = timedelta(hours=6)  # others wait as long while the first one decodes recordings
 

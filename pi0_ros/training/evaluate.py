@@ -19,18 +19,17 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from pi0_ros.model.files import CheckpointError
+from pi0_ros.model.files import CheckpointError, write_bytes, write_json, write_text
 from pi0_ros.policy.policy import Policy, PolicyError, RobotObservation
 from pi0_ros.policy.tokenizer import TokenizerError
 from pi0_ros.robot import Robot, RobotFileError, load_robot
 from pi0_ros.training.bags import BagError
 from pi0_ros.training.cache import CacheError, Unit
-from pi0_ros.training.data import Episodes, load_units, names, write_whole
+from pi0_ros.training.data import EPISODES, Episodes, load_units, names
 from pi0_ros.training.dataset import Dataset, all_episodes
 from pi0_ros.training.options import OptionsError, require_at_least
 
 BASELINES = ("hold", "repeat")
-EPISODES = "episodes.json"  # beside a checkpoint of `train`: what it was trained on
 
 
 class EvaluationError(RuntimeError):
@@ -235,13 +234,10 @@ def evaluate(options: Options) -> dict[str, Any]:
 
     options.output.mkdir(parents=True, exist_ok=True)
     plots = joint_plots(comparison, dataset, result)
-    write_whole(options.output / "evaluation.html", page(result, plots))
-    write_whole(options.output / "evaluation.json", json.dumps(result, indent=1))
+    write_text(options.output / "evaluation.html", page(result, plots))
+    write_json(options.output / "evaluation.json", result)
     for joint, png in plots.items():
-        name = joint.replace("/", "_")
-        partial = options.output / f".{name}.png.partial"
-        partial.write_bytes(png)
-        partial.replace(options.output / f"{name}.png")
+        write_bytes(options.output / f"{joint.replace('/', '_')}.png", png)
     return result
 
 

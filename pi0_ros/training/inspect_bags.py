@@ -6,7 +6,6 @@ as a page with plots and sample frames. Exit code 1 when the data cannot be trai
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ import tyro
 from tqdm import tqdm
 
 from pi0_ros.model.config import PRESETS
+from pi0_ros.model.files import write_json, write_text
 from pi0_ros.robot import RobotFileError, load_robot
 from pi0_ros.training.bags import BagError, find_bags
 from pi0_ros.training.build import cores, run_all
 from pi0_ros.training.cache import CacheError
-from pi0_ros.training.data import write_whole
 from pi0_ros.training.episodes import Selection
 from pi0_ros.training.options import OptionsError, require_at_least
 from pi0_ros.training.report import BagReport, inspect_bag, summarise
@@ -182,11 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(table(reports, summary))
         if options.json:
             data = {"summary": summary, "bags": [report.numbers for report in reports]}
-            write_whole(options.json, json.dumps(data, indent=1))
+            write_json(options.json, data)
         if options.html:
             from pi0_ros.training.page import page  # matplotlib takes a second to import
 
-            write_whole(options.html, page(reports, summary))
+            write_text(options.html, page(reports, summary))
     except (OptionsError, BagError, CacheError, RobotFileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

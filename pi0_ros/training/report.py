@@ -70,7 +70,6 @@ def _numbers(bag: Bag, recording: Recording, episodes: list[Episode], robot: Rob
         "topics": {name: topic for name, topic in recording.topics.items()},
         "missing": [name for name, topic in recording.topics.items() if topic is None],
         "streams": streams,
-        "notes": recording.notes,
         "problems": recording.problems,
         "nan": {f"{what} of {joint}": n for (what, joint), n in recording.nan.items()},
         "bad_messages": {f"{where}: {reason}": n for (where, reason), n in recording.faults.items()},
@@ -225,7 +224,7 @@ def summarise(reports: list[BagReport], robot: Robot, horizon: int, selection: S
         "chunk": {"horizon": horizon, "seconds": horizon * robot.dt, "control_rate": robot.control_rate},
         "prompts": dict(Counter(prompt for e in episodes if e["kept"] for prompt in e["prompts"])),
         "joints": joints,
-        "warnings": _warnings(robot, numbers, joints, state, actions, episodes),
+        "warnings": _warnings(robot, numbers, joints, episodes),
     }
 
 
@@ -274,8 +273,6 @@ def _warnings(
     robot: Robot,
     numbers: list[dict[str, Any]],
     joints: list[dict[str, Any]],
-    state: np.ndarray,
-    actions: np.ndarray,
     episodes: list[dict[str, Any]],
 ) -> list[str]:
     found = []

@@ -11,7 +11,7 @@ from pi0_ros.model.checkpoint import Checkpoint, open_checkpoint
 from pi0_ros.model.config import PRESETS
 from pi0_ros.model.flow import Cold, NoiseSource, Pink, White, noise_source_from_dict
 from pi0_ros.model.pi0 import Pi0
-from pi0_ros.policy.bundle import CONFIG, BundleSettings, load_bundle
+from pi0_ros.policy.bundle import BundleSettings, is_bundle, load_bundle
 from pi0_ros.policy.convert import foreign_settings
 from pi0_ros.policy.tokenizer import ByteTokenizer
 from pi0_ros.robot import Robot
@@ -104,7 +104,7 @@ def _real(options: TrainOptions, settings: BundleSettings) -> bool:
 
 
 def _from_checkpoint(path: Path, robot: Robot, notes: list[str]) -> tuple[BundleSettings, Checkpoint, Path | None]:
-    if path.is_dir() and (path / "manifest.json").is_file() and (path / CONFIG).is_file():
+    if is_bundle(path):
         bundle = load_bundle(path)
         if bundle.robot is not None and (faults := bundle.robot.contradictions(robot)):
             notes.append(f"{path} was trained for another robot: {'; '.join(faults)}")

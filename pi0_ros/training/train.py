@@ -10,7 +10,6 @@ OUTPUT/loss.png, tensorboard/
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -23,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pi0_ros.model.config import ConfigError
-from pi0_ros.model.files import CheckpointError
+from pi0_ros.model.files import CheckpointError, write_json, write_text
 from pi0_ros.model.flow import noise_source_from_dict
 from pi0_ros.policy.bundle import save_bundle
 from pi0_ros.policy.prompt import PromptEncoder
@@ -342,8 +341,8 @@ class Run:
         output = self.options.output
         remove_leftovers(output / "state")
         options = yaml.safe_dump(self.options.to_dict() | {RESOLVED: self._resolved()}, sort_keys=False)
-        data.write_whole(output / "options.yaml", options)
-        data.write_whole(output / "episodes.json", json.dumps(self.episodes, indent=1))
+        write_text(output / "options.yaml", options)
+        write_json(output / data.EPISODES, self.episodes)
 
     def _resolved(self) -> dict[str, Any]:
         """What stood in for options that were left open."""

@@ -1,6 +1,6 @@
 """The hot path on an NVIDIA GPU: Triton kernels around what cuBLAS and cuDNN do, buffers allocated once.
 
-Triton comes with torch for CUDA, so nothing here may be imported before `usable` said yes.
+Triton comes with torch for CUDA, so no module of this room may be imported before `usable` said yes.
 """
 
 from __future__ import annotations
