@@ -99,4 +99,4 @@ def most_bytes(folder, count, kind):
 @pytest.mark.parametrize("kind", ["Float64MultiArray", "JointTrajectory"])
 def test_a_million_commands_fit(tmp_path, kind):
     few, many = (most_bytes(tmp_path, count, kind) for count in (500, 2500))
-    assert (many - few) / 2000 < 500  # bytes a command
+    assert (many - few) / 2000 < 700  # bytes a command; a Python object for each number would take thousands

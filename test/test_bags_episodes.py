@@ -359,6 +359,77 @@ def test_a_single_wild_stamp_is_dropped_and_counted(cut):
     assert len(episode.ticks_ns) == 10 and episode.usable.all()
 
 
+@pytest.mark.parametrize("camera_hz", [10, 20, 40])
+def test_commands_without_a_stamp_do_not_come_early_by_what_a_camera_takes(cut, camera_hz):
+    """Frames that are written down 100 ms after their exposure, whether they or the joint states are more."""
+    items = [kit.joint_state(at(k / 30), [k / 30, 0, 0]) for k in range(60)]
+    for k in range(2 * camera_hz):
+        items.append(kit.compressed(at(k / camera_hz), kit.picture(k)))
+        items[-1].time += 100 * MS
+    items += [kit.floats(at(k / 30), [k / 30, 0, 0]) for k in range(60)]
+    recording, (episode,) = cut(items, kit.robot(actions={"topic": "/command", "type": "Float64MultiArray"}))
+    told = episode.ticks_ns[2:15] / 1e9 - kit.START / 1e9
+    np.testing.assert_allclose(episode.actions[2:15, 0], told, atol=0.034)  # one command's time
+    assert recording.notes == []
+
+
+def commands_of_another_clock(kind, apart, items):
+    items = other("/command", items)
+    for k in range(10):
+        values, stamp = [k, 0, 0], at(k / 10) + round(apart * kit.SECOND)
+        if kind == "JointState":
+            items.append(kit.joint_state(stamp, values, topic="/command"))
+            items[-1].time = at(k / 10)
+        else:
+            items.append(kit.trajectory(at(k / 10), [(0.0, values)], stamp=stamp))
+    return items
+
+
+@pytest.mark.parametrize("kind", ["JointState", "JointTrajectory"])
+@pytest.mark.parametrize("apart", [-120, 120, 5000 - kit.START / kit.SECOND], ids=["behind", "ahead", "since boot"])
+def test_commands_of_another_clock_are_refused_with_their_distance(cut, kind, apart):
+    items = commands_of_another_clock(kind, apart, kit.episode(seconds=1.0))
+    robot = {"actions": {"topic": "/command", "type": kind}}
+    recording, episodes = cut(items, kit.robot(**robot))
+    assert episodes == []
+    assert recording.problems == [
+        f"actions (/command): header stamps are {abs(apart):.0f} s away from those of the joint states; "
+        "set `clock: bag` in the robot file to align by time of recording"
+    ]
+    _, (episode,) = cut(items, kit.robot(**robot, clock="bag"))
+    assert episode.actions[:, 0].tolist() == list(range(10))
+
+
+def test_commands_that_are_stamped_a_little_apart_are_told(cut):
+    items = commands_of_another_clock("JointState", -0.4, kit.episode(seconds=1.0))
+    recording, (episode,) = cut(items, kit.robot(actions={"topic": "/command", "type": "JointState"}))
+    assert "actions (/command): header stamps are 0.4 s behind the time of recording" in recording.notes[0]
+    assert episode.actions[:6, 0].tolist() == [4, 5, 6, 7, 8, 9]
+
+
+def test_one_absurd_stamp_of_a_command_counts_as_none(cut):
+    items = commands_of_another_clock("JointState", 0, kit.episode(seconds=1.0))
+    items[-5].message.header = kit.header(2**31 * kit.SECOND - kit.SECOND)
+    recording, (episode,) = cut(items, kit.robot(actions={"topic": "/command", "type": "JointState"}))
+    assert episode.actions[:, 0].tolist() == list(range(10))
+    assert [n for (_, reason), n in recording.faults.items() if "which counts instead" in reason] == [1]
+
+
+@pytest.mark.parametrize(("ahead", "told"), [(0.1, None), (0.5, "notes"), (5.0, "problems")])
+def test_frames_from_the_future_are_told_and_beyond_a_second_refused(cut, ahead, told):
+    """As the node refuses them. Late ones are nothing strange."""
+    for sign in (1, -1):
+        items = kit.episode(seconds=2.0)
+        for item in items:
+            if item.topic == CAMERA:
+                item.message.header = kit.header(item.time + round(sign * ahead * kit.SECOND))
+        recording, _ = cut(items)
+        said = {"notes": recording.notes, "problems": recording.problems}
+        for where, lines in said.items():
+            words = f"header stamps are {ahead} s ahead of those of the joint states"
+            assert any(words in line for line in lines) == (where == told and sign > 0), said
+
+
 def test_streams_of_two_clocks_are_refused_with_their_distance(cut):
     items = kit.episode(seconds=1.0)
     for item in items:

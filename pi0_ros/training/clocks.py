@@ -17,7 +17,8 @@ class ClockOffset:
     """
 
     def __init__(self, streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        """streams: (bag times, header stamps; 0 for none), int64 each; the one with most stamps counts."""
+        """streams: (bag times, header stamps; 0 for none), int64 each; the one with most stamps counts. Give those that
+        are written down soonest after their stamps: what they take counts as the clocks' difference."""
         self.knots, self.offsets = np.zeros(1, np.int64), np.zeros(1, np.int64)
         stamped = [(bag[header != 0], header[header != 0]) for bag, header in streams]
         bag_ns, header_ns = max(stamped, key=lambda pair: len(pair[0]), default=(self.knots[:0], self.knots[:0]))

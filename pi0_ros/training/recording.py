@@ -31,6 +31,7 @@ ACTION_TYPES = {
 }
 NAN_SHARE = 0.01  # a larger share of messages with NaN joints is a fault of the robot, not of a start-up
 AWAY_NS = 60 * 1_000_000_000  # a stamp this far from where its neighbours put it is wrong
+APART_NS = 200_000_000  # more than jitter: stamps of another machine's clock
 YEAR_NS = 365 * 86_400 * 1_000_000_000
 
 
@@ -148,7 +149,10 @@ class _Reader:
             recording.states += self._state_streams(topic)
         recording.notes += self.bag.notes
         self._check_joints(states, [*actions.values()])
-        offset = ClockOffset([(s.bag_ns, s.header_ns) for s in recording.observed])
+        # Joint states are written down at once. A camera's frames are not, and would make all that has no stamp of its
+        # own too early by what they take.
+        stamped = [stream for stream in recording.states if stream.header_ns.any()]
+        offset = ClockOffset([(s.bag_ns, s.header_ns) for s in stamped or recording.cameras.values()])
         self._set_times(offset)
         self._set_commands(actions, offset)
         recording.prompts = self._texts(prompt, offset)
@@ -285,7 +289,8 @@ class _Reader:
                 stream.time_ns = stream.bag_ns
                 continue
             stamped = stream.header_ns != 0
-            away = np.abs(stream.bag_ns - stream.header_ns - offset.at(stream.bag_ns))
+            delay = stream.bag_ns - stream.header_ns - offset.at(stream.bag_ns)
+            away = np.abs(delay)
             if len(stamped) and not stamped.any():
                 recording.problems.append(
                     f"{what}: every header stamp is 0; set `clock: bag` in the robot file to align by time of recording"
@@ -301,6 +306,7 @@ class _Reader:
                 recording.faults[stream.topic, "header stamp 0"] += int((~stamped).sum())
                 recording.faults[stream.topic, "header stamp far from the time of recording"] += int(wrong.sum())
                 stream.keep(stamped & ~wrong)
+                self._check_ahead(what, delay[stamped & ~wrong])
             stream.time_ns = stream.header_ns
             back = stream.header_ns[:-1] - stream.header_ns[1:]
             if len(back) and back.max() > CLOCK_RESET_NS:
@@ -310,6 +316,16 @@ class _Reader:
                 )
         recording.faults = +recording.faults
         self._note_clocks()
+
+    def _check_ahead(self, what: str, delay: np.ndarray) -> None:
+        """Stamps from the future of the joint states: of another clock. The node takes none that are 1 s ahead."""
+        ahead = -float(np.median(delay)) if len(delay) else 0.0
+        if ahead > APART_NS:
+            found = self.recording.problems if ahead > CLOCK_RESET_NS else self.recording.notes
+            found.append(
+                f"{what}: header stamps are {ahead / 1e9:.1f} s ahead of those of the joint states; let the machines "
+                "agree on the time (chrony, PTP), or set `clock: bag` in the robot file"
+            )
 
     def _note_clocks(self) -> None:
         spans = [s for s in self.recording.observed if len(s.bag_ns) > 1 and s.header_ns.all()]
@@ -342,13 +358,34 @@ class _Reader:
             source = self.sources[name]
             arrivals, stamps, _, _ = rows.columns()
             now = arrivals - offset.at(arrivals)  # arrival by the header clock
-            times = stamps = np.where(stamps == 0, now, stamps)
+            times = stamps = self._command_times(name, topics[name], stamps, now)
             if self.robot.clock == "bag":
                 times, stamps, now = arrivals, stamps + (arrivals - now), arrivals
             latency = round(source.latency * 1e9)
             begins = np.minimum(stamps, now) if source.type == "JointTrajectory" else stamps
             recording.commands.append(rows.commands(joints, begins - latency, stamps - latency))
             recording.commands_ns[name] = np.append(recording.commands_ns.get(name, times[:0]), times)
+
+    def _command_times(self, name: str, topic: str, stamps: np.ndarray, now: np.ndarray) -> np.ndarray:
+        """Header stamps where there are any that can be true, elsewhere `now`, the time of recording."""
+        stamped, wrong = stamps != 0, (stamps != 0) & (np.abs(now - stamps) > AWAY_NS)
+        if self.robot.clock == "header" and stamped.any():
+            apart, what = float(np.median((now - stamps)[stamped])), f"{name} ({topic})"
+            if (wrong == stamped).all():
+                self.recording.problems.append(
+                    f"{what}: header stamps are {abs(apart) / 1e9:.0f} s away from those of the joint states; "
+                    "set `clock: bag` in the robot file to align by time of recording"
+                )
+            elif abs(apart) > APART_NS:
+                self.recording.notes.append(
+                    f"{what}: header stamps are {abs(apart) / 1e9:.1f} s {'ahead of' if apart < 0 else 'behind'} the "
+                    "time of recording, and commands are taken to be meant for their stamps: right only if they are"
+                )
+        if wrong.any():
+            self.recording.faults[topic, "header stamp far from the time of recording, which counts instead"] += int(
+                wrong.sum()
+            )
+        return np.where(stamped & ~wrong, stamps, now)
 
     def _texts(self, topic: str | None, offset: ClockOffset) -> list[tuple[int, str]]:
         rows = self.texts.get(topic, []) if topic else []
