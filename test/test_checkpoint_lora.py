@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from pi0_ros.model import layouts
 from pi0_ros.model.checkpoint import CheckpointError, from_state_dict, open_checkpoint
+from pi0_ros.model.config import PRESETS
 
 Q = layouts.EXPERT + "layers.1.self_attn.q_proj.weight"
 
@@ -107,8 +108,26 @@ def test_a_peft_adapter_is_merged_into_its_base(tmp_path, rslora, scale):
     assert all(torch.equal(loaded[k], base[k]) for k in rest)
 
 
+def test_an_adapters_own_config_stands_before_its_bases(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)  # whose width tells the number of heads
+
+    def config(chunk, cameras):
+        features = {f"observation.images.{name}": {"type": "VISUAL"} for name in cameras}
+        return json.dumps({"type": "pi0", "chunk_size": chunk, "tokenizer_max_length": 12, "input_features": features})
+
+    (tmp_path / "base").mkdir()
+    save_file({"model." + k: v for k, v in random_weights(TINY).items()}, tmp_path / "base/model.safetensors")
+    (tmp_path / "base/config.json").write_text(config(50, TINY.cameras))
+    folder = adapter(tmp_path / "adapter", {"r": 4, "lora_alpha": 8})
+    assert open_checkpoint(folder, base=tmp_path / "base").config.action_horizon == 50
+    (folder / "config.json").write_text(config(10, ("left_wrist_0_rgb", "base_0_rgb")))
+    tuned = open_checkpoint(folder, base=tmp_path / "base")
+    assert tuned.config.action_horizon == 10 and tuned.config.cameras == ("left_wrist_0_rgb", "base_0_rgb")
+    assert tuned.data["chunk_size"] == 10 and tuned.layout == "lerobot"
+
+
 def test_an_adapter_alone_asks_for_its_base(tmp_path):
-    with pytest.raises(CheckpointError, match="LoRA adapter without its base model"):
+    with pytest.raises(CheckpointError, match="LoRA adapter without its base model; `convert` merges the two .--base"):
         open_checkpoint(adapter(tmp_path / "adapter", {"r": 4, "lora_alpha": 8}))
 
 
