@@ -127,7 +127,9 @@ def test_an_adapters_own_config_stands_before_its_bases(tmp_path, monkeypatch):
 
 
 def test_an_adapter_alone_asks_for_its_base(tmp_path):
-    with pytest.raises(CheckpointError, match="LoRA adapter without its base model; `convert` merges the two .--base"):
+    with pytest.raises(
+        CheckpointError, match="LoRA adapter without its base model; `convert` merges the two .--base BASE"
+    ):
         open_checkpoint(adapter(tmp_path / "adapter", {"r": 4, "lora_alpha": 8}))
 
 

@@ -12,7 +12,19 @@ from pi0_ros.policy.policy import Policy
 from pi0_ros.robot import load_robot
 from pi0_ros.training.data import load_units
 from pi0_ros.training.dataset import Dataset
-from pi0_ros.training.evaluate import Comparison, baseline, compare, errors, evaluate, jerk, main, numbers, observe
+from pi0_ros.training.evaluate import (
+    Comparison,
+    EvaluationError,
+    baseline,
+    compare,
+    errors,
+    evaluate,
+    jerk,
+    main,
+    numbers,
+    observe,
+    pick_episodes,
+)
 from pi0_ros.training.evaluate import Options as EvaluateOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,6 +124,21 @@ def test_only_episodes_that_were_not_trained_on_are_taken_unless_all_are_asked_f
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert result["chunks"] == 6 and len(result["error"]["policy"]["per_step"]) == 5
     assert np.isfinite(result["error"]["policy"]["per_joint"]).all()
+
+
+def test_what_an_earlier_run_was_trained_on_is_not_new(data):
+    units = load_units(data / "bags", load_robot(data / "robot.yaml"), 28, jobs=1)
+    record = data / "run" / "episodes.json"
+    before = record.read_text()
+    content = json.loads(before)
+    try:
+        record.write_text(json.dumps({name: content[name] for name in ("train", "held_out")}))  # as older runs wrote it
+        assert len(pick_episodes(units, data / "run" / "checkpoint", False)[0]) == 1
+        record.write_text(json.dumps({**content, "earlier": content["held_out"]}))
+        with pytest.raises(EvaluationError, match="trained on every one of these episodes"):
+            pick_episodes(units, data / "run" / "checkpoint", False)
+    finally:
+        record.write_text(before)
 
 
 def test_a_joint_may_have_any_name(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,41 @@ def test_a_resumed_run_is_held_to_its_recordings_and_robot_file(tmp_path, capsys
     assert "the recordings are not those" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", ["lora", "freeze"])
+def test_a_resumed_run_is_held_to_the_weights_that_it_does_not_train(tmp_path, capsys, part):
+    data, options = kit.make_data(tmp_path), {"steps": 2, "save_every": 1, part: ("vlm",)}
+    kit.make_run(data, tmp_path / "out", **options).run()
+    shutil.rmtree(data / "start")
+    save_bundle(data / "start", kit.random_start(seed=9), BundleSettings(kit.TINY), None, None)
+    assert main(kit.arguments(data, tmp_path / "out", **options)) == 1
+    assert "the weights of --init are not those" in last_line(capsys)
+    state = torch.load(newest(tmp_path / "out"), weights_only=True)
+    del state["frozen"]  # as before there was the check
+    torch.save(state, newest(tmp_path / "out"))
+    assert main(kit.arguments(data, tmp_path / "out", **options)) == 0
+
+
+def test_what_earlier_runs_were_trained_on_is_handed_on(data, tmp_path, capsys):
+    kit.make_run(data, tmp_path / "first", steps=1).run()
+    first = json.loads((tmp_path / "first" / "episodes.json").read_text())
+    assert first["earlier"] == []
+    options = {"steps": 1, "seed": 0, "init": tmp_path / "first" / "checkpoint"}
+    while True:  # another seed holds out another episode
+        options["seed"] += 1
+        capsys.readouterr()
+        kit.make_run(data, tmp_path / f"second{options['seed']}", **options).run()
+        second = json.loads((tmp_path / f"second{options['seed']}" / "episodes.json").read_text())
+        told = "warning: 1 of 1 held-out episodes were trained on before" in capsys.readouterr().out
+        assert second["earlier"] == sorted(first["train"])
+        assert told == (second["held_out"] != first["held_out"])
+        if told:
+            break
+    last = options | {"init": tmp_path / f"second{options['seed']}" / "checkpoint"}
+    kit.make_run(data, tmp_path / "third", **last).run()
+    third = json.loads((tmp_path / "third" / "episodes.json").read_text())
+    assert len(third["earlier"]) == 3  # of both runs
+
+
 def test_a_damaged_state_is_named_with_the_way_out(data, tmp_path, capsys):
     kit.make_run(data, tmp_path / "out", steps=2, save_every=1).run()
     path = newest(tmp_path / "out")
@@ -279,6 +315,8 @@ def test_a_run_with_a_time_limit_stops_and_exports(data, tmp_path):
     run = kit.make_run(data, tmp_path / "out", steps=10_000, minutes=1e-9)
     run.run()
     assert run.step == 1 and load_bundle(tmp_path / "out" / "checkpoint").settings.trained_steps == 1
+    saved = torch.load(newest(tmp_path / "out"), weights_only=True)
+    assert [step for step, _ in saved["held_out_losses"]] == [1]
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():

@@ -166,11 +166,11 @@ def open_checkpoint(path: str | Path, *, config: Pi0Config | None = None, base: 
     if (folder / "adapter_model.safetensors").is_file() and path.is_dir():
         if base is None:
             raise CheckpointError(
-                f"{path}: a LoRA adapter without its base model; `convert` merges the two (--base with the base checkpoint)"
+                f"{path}: a LoRA adapter without its base model; `convert` merges the two (--base BASE_CHECKPOINT)"
             )
         under = open_checkpoint(base, config=config)
         source: Source = _join(under.source, _safetensors(folder / "adapter_model.safetensors", folder))
-        if data:  # lerobot writes the fine-tuned policy's own: its horizon, cameras and normalisation are not the base's
+        if data:  # lerobot writes the tuned policy's own; horizon, cameras and normalisation are not the base's
             return _assemble(source, str(path), config, data, _lora_config(folder))
         return _assemble(source, str(path), under.config, under.data, _lora_config(folder))
     if base is not None:

@@ -94,6 +94,16 @@ def names(units: Sequence[Unit], episodes: Episodes) -> list[list[Any]]:
     return [[units[unit].index["digest"], episode] for unit, episode in episodes]
 
 
+def trained_on(checkpoint: Path) -> set[tuple[str, int]] | None:
+    """Episodes, named as by `names`, that a checkpoint of `train` has seen, in runs that it began from, too; None where
+    no record of them lies beside it."""
+    try:
+        record = json.loads((checkpoint.resolve().parent / EPISODES).read_text())
+        return {(digest, episode) for digest, episode in (*record["train"], *record.get("earlier", ()))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def fingerprint(units: Sequence[Unit], train: Episodes, held_out: Episodes) -> str:
     """Changes with anything that the samples of a run depend on: 16 hex digits."""
     content = [[unit.folder.name for unit in units], train, held_out]  # a unit's folder is named by its content

@@ -7,7 +7,6 @@ evaluation.html (which needs no other file), and a plot of each joint.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from pi0_ros.policy.tokenizer import TokenizerError
 from pi0_ros.robot import Robot, RobotFileError, load_robot
 from pi0_ros.training.bags import BagError
 from pi0_ros.training.cache import CacheError, Unit
-from pi0_ros.training.data import EPISODES, Episodes, load_units, names
+from pi0_ros.training.data import EPISODES, Episodes, load_units, names, trained_on
 from pi0_ros.training.dataset import Dataset, all_episodes
 from pi0_ros.training.options import OptionsError, require_at_least
 
@@ -181,13 +180,12 @@ def pick_episodes(units: Sequence[Unit], checkpoint: Path, everything: bool) -> 
     episodes = all_episodes(units)
     if everything:
         return episodes, "all episodes, whether trained on or not"
-    record = checkpoint.resolve().parent / EPISODES
-    try:
-        seen = {(digest, episode) for digest, episode in json.loads(record.read_text())["train"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    seen = trained_on(checkpoint)
+    if seen is None:
         raise EvaluationError(
-            f"{record}: what this checkpoint was trained on is not known; --all evaluates on every episode"
-        ) from None
+            f"{checkpoint.resolve().parent / EPISODES}: what this checkpoint was trained on is not known; --all "
+            "evaluates on every episode"
+        )
     fresh = [pair for pair, name in zip(episodes, names(units, episodes), strict=True) if tuple(name) not in seen]
     if not fresh:
         raise EvaluationError("the checkpoint was trained on every one of these episodes; --all evaluates on them")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 from torch import nn
@@ -33,6 +34,15 @@ def freeze(model: Pi0, parts: Iterable[str]) -> None:
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """Changes with the weights that are not trained, of which it reads the beginnings: 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            digest.update(name.encode() + parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def counts(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -42,7 +42,7 @@ from pi0_ros.training.memory import available_memory, forecast, report
 from pi0_ros.training.objective import flow_loss
 from pi0_ros.training.optimise import Average, learning_rate, make_optimizer
 from pi0_ros.training.options import RESOLVED, OptionsError, TrainOptions, parse, require_same
-from pi0_ros.training.parts import trained
+from pi0_ros.training.parts import frozen_digest, trained
 from pi0_ros.training.sharding import assign, like, shard, whole
 from pi0_ros.training.start import start
 from pi0_ros.training.state import StateError, newest_state, remove_leftovers, save_state
@@ -86,6 +86,7 @@ class Run:
             print(f"warning: never changes in these recordings, so any change will seem huge: {', '.join(still)}")
         self.transforms = build_transforms(self.robot, self.stats, self.settings)
         self.model = begin.model(options)
+        self.frozen = frozen_digest(self.model)  # while its weights are whole
         if world.first:
             self._forecast()  # before anything of it is taken
         self.model.to(self.device)
@@ -126,11 +127,21 @@ class Run:
             raise BagError(f"{options.bags}: no usable sample for {self.robot.name!r}; inspect_bags says what is wrong")
         # Of whole episodes: runs that differ in where samples begin normalise alike.
         self.stats = statistics(Dataset(units, horizon, episodes=train), self.robot, self.settings)
-        self.episodes = {"train": data.names(units, train), "held_out": data.names(units, held_out)}
+        earlier = (data.trained_on(options.init) if options.init else None) or set()
+        self.episodes = {
+            "train": data.names(units, train),
+            "held_out": data.names(units, held_out),
+            "earlier": sorted(map(list, earlier)),
+        }
         self.fingerprint = data.fingerprint(units, train, held_out)
         if self.world.first:
             counts = f"{len(train)} episodes, {len(self.train_set)} samples; held out {len(held_out)} episodes"
             print(f"training on {counts}")
+            if seen := sum(tuple(name) in earlier for name in self.episodes["held_out"]):
+                print(
+                    f"warning: {seen} of {len(held_out)} held-out episodes were trained on before, in runs that "
+                    f"{options.init} comes from: the held-out loss is flattered"
+                )
 
     def _named(self, place: str) -> str:
         """'state[1]' -> 'state of elbow'."""
@@ -218,7 +229,7 @@ class Run:
         if saved is None:
             return
         for name, now in self._identity().items():
-            if saved[name] != now:
+            if saved.get(name, now) != now:  # states from before there was "frozen" have none
                 raise OptionsError(f"{self.options.output}: {CHANGED[name]}; use another --output for another run")
         parameters = trained(self.model)
         for name, parameter in parameters.items():
@@ -235,7 +246,12 @@ class Run:
         self.losses, self.held_out_losses = ([tuple(x) for x in saved[name]] for name in ("losses", "held_out_losses"))
 
     def _identity(self) -> dict[str, object]:
-        return {"robot": self.robot.to_yaml(), "recordings": self.fingerprint, "pieces": self.pieces}
+        return {
+            "robot": self.robot.to_yaml(),
+            "recordings": self.fingerprint,
+            "pieces": self.pieces,
+            "frozen": self.frozen,
+        }
 
     def save(self) -> None:
         """The state, to resume from, and the loss curve. Only what is trained: the rest comes from --init again."""
@@ -304,14 +320,15 @@ class Run:
                     self._read_losses()
                     speed = (self.step - first) * options.batch / (time.monotonic() - began)
                     self._log(board, bar, rate, speed)
+                late = options.minutes and world.agreed(time.monotonic() - began > options.minutes * 60)
                 due = self.step % options.evaluate_every == 0 or self.step == options.steps
-                if due and len(self.held_out):
+                if (due or late) and len(self.held_out):  # a run always ends with a look
                     self.held_out_losses.append((self.step, self.evaluate()))
                     if board is not None:
                         board.add_scalar("loss/held_out", self.held_out_losses[-1][1], self.step)
                 if self.step % options.save_every == 0:
                     self.save()
-                if options.minutes and world.agreed(time.monotonic() - began > options.minutes * 60):
+                if late:
                     break
         if self.step > self._saved:
             self.save()
@@ -371,6 +388,7 @@ CHANGED = {
     "robot": "the robot file is not the one that this run began with",
     "recordings": "the recordings are not those that this run began with",
     "pieces": "processes x --accumulate is not what this run began with",
+    "frozen": "the weights of --init are not those that this run began with",
 }
 FAULTS = (
     OptionsError, RobotFileError, BagError, CacheError, CheckpointError, ConfigError, StateError, TrainingError,
