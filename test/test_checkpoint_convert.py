@@ -79,22 +79,81 @@ def test_pi05_libero_takes_pi0s_prompt_when_told(tmp_path):
     assert load_bundle(tmp_path / "out").settings.prompt_format == "pi0"
 
 
+def with_actions(robot, **kinds):
+    joints = tuple(joint.model_copy(update={"action": kinds.get(joint.name)}) for joint in robot.joints)
+    return robot.model_copy(update={"joints": joints})
+
+
 def test_lerobots_absolute_actions_are_not_added_to_the_state(tmp_path):
     robot = load_robot(ROBOT)
-    joints = tuple(joint.model_copy(update={"action": "absolute"}) for joint in robot.joints)
-    absolute = robot.model_copy(update={"joints": joints})
     checkpoint = open_checkpoint(LAYOUTS / "lerobot", config=TINY)
-    relative = replace(checkpoint, data={**checkpoint.data, "use_relative_actions": True})
-    check_actions(checkpoint, absolute, "source")
-    check_actions(relative, robot, "source")
+    check_actions(checkpoint, with_actions(robot, **dict.fromkeys(robot.joint_names, "absolute")), "source")
     check_actions(open_checkpoint(LAYOUTS / "openpi/model.safetensors", config=TINY), robot, "source")
-    with pytest.raises(CheckpointError, match="relative to the state, but in .* none is"):
-        check_actions(relative, absolute, "source")
     (tmp_path / "sizes.json").write_text(json.dumps(TINY.to_dict()))
     sizes = str(tmp_path / "sizes.json")
-    with pytest.raises(CheckpointError, match="absolute positions, .* for .*; set `action: absolute` for these joints"):
+    with pytest.raises(CheckpointError, match="; set `action: absolute` for shoulder_pan_joint, .*, wrist_3_joint$"):
         convert(Options(LAYOUTS / "lerobot", tmp_path / "out", robot=ROBOT, model_config=sizes))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("says", "relative"),
+    [  # lerobot/processor/relative_action_processor.py: names by place, excluded where they hold a word of the list
+        ({}, 7),
+        ({"action_feature_names": None, "relative_exclude_joints": ["gripper"]}, 7),
+        ({"action_feature_names": [*"abcdef", "Gripper.pos"], "relative_exclude_joints": ["gripper"]}, 6),
+        ({"action_feature_names": [*"abcdef", "gripper.pos"]}, 6),
+        ({"action_feature_names": [*"abcdef", "gripper.pos"], "relative_exclude_joints": []}, 7),
+    ],
+)
+def test_lerobots_relative_actions_are_compared_joint_by_joint(says, relative):
+    robot = load_robot(ROBOT)  # six relative joints and an absolute gripper
+    checkpoint = open_checkpoint(LAYOUTS / "lerobot", config=TINY)
+    checkpoint = replace(checkpoint, data={**checkpoint.data, "use_relative_actions": True, **says})
+    every = with_actions(robot, finger_joint="relative")
+    fitting, other = (every, robot) if relative == 7 else (robot, every)
+    check_actions(checkpoint, fitting, "source")
+    kind = "relative" if relative == 7 else "absolute"
+    with pytest.raises(CheckpointError, match=f"source: .*'six_joint_arm'.*; set `action: {kind}` for finger_joint$"):
+        check_actions(checkpoint, other, "source")
+    with pytest.raises(CheckpointError, match="`action: relative` for elbow_joint"):
+        check_actions(checkpoint, with_actions(fitting, elbow_joint="absolute"), "source")
+
+
+@pytest.mark.parametrize(
+    ("says", "word"),
+    [
+        ({"action_feature_names": 7}, "action_feature_names"),
+        ({"relative_exclude_joints": "gripper"}, "relative_exclude_joints"),
+    ],
+)
+def test_names_of_relative_actions_that_are_none_are_refused(says, word):
+    checkpoint = open_checkpoint(LAYOUTS / "lerobot", config=TINY)
+    checkpoint = replace(checkpoint, data={**checkpoint.data, "use_relative_actions": True, **says})
+    with pytest.raises(CheckpointError, match=f"source: config.json: {word} must be a list of names, found"):
+        check_actions(checkpoint, load_robot(ROBOT), "source")
+
+
+def test_a_lerobot_policy_of_another_number_of_joints_is_refused():
+    robot = load_robot(ROBOT)
+    absolute = with_actions(robot, **dict.fromkeys(robot.joint_names, "absolute"))
+    checkpoint = open_checkpoint(LAYOUTS / "lerobot", config=TINY)
+    for dims in (7, 8):  # those of the arm, or the model's, padding included
+        check_actions(replace(checkpoint, data={"output_features": {"action": {"shape": [dims]}}}), absolute, "source")
+    with pytest.raises(
+        CheckpointError, match="source: lerobot trained it on 6 actions, but 'six_joint_arm' has 7 joints"
+    ):
+        check_actions(replace(checkpoint, data={"output_features": {"action": {"shape": [6]}}}), absolute, "source")
+
+
+def test_what_lerobot_does_otherwise_is_told(tmp_path, capsys):
+    (tmp_path / "sizes.json").write_text(json.dumps(TINY.to_dict()))
+    sizes = str(tmp_path / "sizes.json")
+    convert(Options(LAYOUTS / "lerobot", tmp_path / "out", model_config=sizes))
+    told = capsys.readouterr().out
+    assert "bars beside images are at -3 in lerobot" in told and "cleans no prompts" in told
+    convert(Options(LAYOUTS / "openpi/model.safetensors", tmp_path / "other", model_config=sizes))
+    assert "in lerobot" not in capsys.readouterr().out
 
 
 def test_the_horizon_that_no_weights_hold_can_be_given(tmp_path, capsys):

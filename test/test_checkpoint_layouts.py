@@ -72,7 +72,9 @@ def test_jax_shapes_tell_the_heads_and_the_horizon_is_assumed_aloud():
 
 
 def test_unknown_widths_without_a_config_ask_for_one():
-    with pytest.raises(CheckpointError, match=r"number of attention heads .* width 48 .*--model-config") as error:
+    with pytest.raises(
+        CheckpointError, match=r"number of attention heads .* width 48 .*`convert` .*--model-config"
+    ) as error:
         open_checkpoint(LAYOUTS / "lerobot")
     one_line(error.value)
 

@@ -257,6 +257,19 @@ def test_what_was_assumed_about_a_foreign_checkpoint_is_told_before_training(dat
     assert "horizon of 50 actions assumed, no config.json says it" in notes
 
 
+def test_a_foreign_normalisation_does_not_stand_in_the_way_of_training(data, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    save_file(kit.random_start(PRESETS["nano"]).state_dict(), tmp_path / "foreign" / "model.safetensors")
+    mapping = {"STATE": "MIN_MAX", "ACTION": "MIN_MAX"}
+    config = {"type": "pi0", "chunk_size": 5, "normalization_mapping": mapping}
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps(config))
+    begin = start(
+        parse(kit.arguments(data, tmp_path / "out", init=tmp_path / "foreign")), load_robot(data / "robot.yaml")
+    )
+    assert begin.settings.normalisation == "quantile"
+    assert any("normalisation is not known here, quantile is used instead" in note for note in begin.notes)
+
+
 def make_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

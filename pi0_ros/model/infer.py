@@ -84,7 +84,7 @@ def infer_config(
         tower, found = ("vision", width) if gemma_heads else ("language", vlm_width)
         raise CheckpointError(
             f"{source}: the number of attention heads of a {tower} tower of width {found} is in no shape and no "
-            "preset; give the model's config (--model-config, a JSON file with its sizes)"
+            "preset; `convert` takes the model's sizes (--model-config JSON_FILE)"
         )
     if queries % gemma_heads or keys % (queries // gemma_heads):
         raise CheckpointError(f"{source}: {gemma_heads} heads do not divide queries of {queries} and keys of {keys}")

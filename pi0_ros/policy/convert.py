@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -74,6 +75,10 @@ class Options:
     """ALOHA's joint flips and gripper curves, for openpi's ALOHA checkpoints. Default: the source's, or none."""
 
 
+class UnknownNormalisation(CheckpointError):
+    """A lerobot checkpoint whose statistics are used in a way that is not known here."""
+
+
 def convert(options: Options) -> str:
     """Do what the options ask for, telling what was recognised; returns the new folder's digest ("" for openpi's).
 
@@ -88,7 +93,7 @@ def convert(options: Options) -> str:
     print(checkpoint.describe())
     if options.horizon is not None:
         checkpoint = _with_horizon(checkpoint, options.horizon)
-    for note in checkpoint.notes:
+    for note in (*checkpoint.notes, *lerobot_notes(checkpoint)):
         print(f"  {note}")
     robot = load_robot(options.robot) if options.robot else (own.robot if own else None)
     if robot is not None:
@@ -124,16 +129,15 @@ def foreign_settings(checkpoint: Checkpoint, where: str, normalisation: str | No
     config, data = checkpoint.config, checkpoint.data
     if config_kind(data) != "lerobot":
         return BundleSettings(config, normalisation=normalisation or "")
-    mapping, features = data.get("normalization_mapping") or {}, data.get("output_features") or {}
+    mapping, dims = data.get("normalization_mapping") or {}, _action_dims(checkpoint, where)
     try:
         said = {mapping[key] for key in ("STATE", "ACTION") if key in dict(mapping)}
-        dims = features["action"]["shape"][0] if "action" in dict(features) else config.action_dim
     except (TypeError, ValueError, LookupError):
-        raise CheckpointError(f"{where}: config.json: normalization_mapping or output_features make no sense") from None
+        raise CheckpointError(f"{where}: config.json: normalization_mapping makes no sense") from None
     if normalisation is None and said:
         if len(said) > 1 or not said <= set(_LEROBOT_NORMALISATION):
             found = ", ".join(sorted(map(str, said)))
-            raise CheckpointError(
+            raise UnknownNormalisation(
                 f"{where}: normalization_mapping is {found} for state and actions; MEAN_STD or QUANTILES for both is "
                 "known here; say --normalisation to use other statistics"
             )
@@ -146,23 +150,62 @@ def foreign_settings(checkpoint: Checkpoint, where: str, normalisation: str | No
     )
 
 
+def lerobot_notes(checkpoint: Checkpoint) -> list[str]:
+    """What a lerobot checkpoint saw in training and will not see here."""
+    if checkpoint.layout != "lerobot":
+        return []
+    notes = ["bars beside images are at -3 in lerobot (up to 0.4.4), here at -1; square images have none"]
+    if not checkpoint.config.pi05:
+        notes.append('lerobot cleans no prompts of pi0, here outer white space goes and "_" becomes a space')
+    return notes
+
+
 def check_actions(checkpoint: Checkpoint, robot: Robot, where: str) -> None:
     """CheckpointError where the robot file would take a lerobot policy's actions for something else: they are absolute
     positions unless its config.json says use_relative_actions. openpi's checkpoints say nothing about it."""
     if checkpoint.layout != "lerobot":
         return
-    relative = [joint.name for joint in robot.joints if joint.relative]
-    if checkpoint.data.get("use_relative_actions"):
-        if not relative:
-            raise CheckpointError(
-                f"{where}: lerobot trained it on actions relative to the state, but in {robot.name!r} none is; set "
-                "`action: relative` for the joints that were"
-            )
-    elif relative:
+    dims = _action_dims(checkpoint, where)
+    if dims not in (len(robot.joints), checkpoint.config.action_dim):
         raise CheckpointError(
-            f"{where}: lerobot trained it on absolute positions, but {robot.name!r} would add them to the state for "
-            f"{', '.join(relative)}; set `action: absolute` for these joints"
+            f"{where}: lerobot trained it on {dims} actions, but {robot.name!r} has {len(robot.joints)} joints; the "
+            "robot file must have the joints that it was trained on, in their order"
         )
+    trained = _relative_dims(checkpoint.data, len(robot.joints), where)
+    other = [(joint.name, to) for joint, to in zip(robot.joints, trained, strict=True) if joint.relative != to]
+    if other:
+        ways = [
+            f"`action: {kind}` for {', '.join(name for name, to in other if to == relative)}"
+            for kind, relative in (("relative", True), ("absolute", False))
+            if any(to == relative for _, to in other)
+        ]
+        raise CheckpointError(
+            f"{where}: lerobot and {robot.name!r} differ in which actions are added to the state; "
+            f"set {' and '.join(ways)}"
+        )
+
+
+def _action_dims(checkpoint: Checkpoint, where: str) -> Any:
+    features = checkpoint.data.get("output_features") or {}
+    try:
+        return features["action"]["shape"][0] if "action" in dict(features) else checkpoint.config.action_dim
+    except (TypeError, ValueError, LookupError):
+        raise CheckpointError(f"{where}: config.json: output_features make no sense") from None
+
+
+def _relative_dims(data: Mapping[str, Any], joints: int, where: str) -> list[bool]:
+    """Which action dimensions lerobot made relative: all, but for those whose name holds a word of the excluded ones;
+    names that it did not know exclude nothing (lerobot: processor/relative_action_processor.py)."""
+    if not data.get("use_relative_actions"):
+        return [False] * joints
+    given = {"action_feature_names": data.get("action_feature_names") or []}
+    given["relative_exclude_joints"] = data.get("relative_exclude_joints", ["gripper"]) or []
+    for key, value in given.items():
+        if not isinstance(value, list):
+            raise CheckpointError(f"{where}: config.json: {key} must be a list of names, found {value!r:.80}")
+    names, excluded = ([str(name).lower() for name in value] for value in given.values())
+    relative = [not any(word and word in name for word in excluded) for name in names[:joints]]
+    return relative + [True] * (joints - len(relative))
 
 
 def foreign_units(robot: Robot, stats: NormStats, settings: BundleSettings) -> list[str]:

@@ -12,7 +12,7 @@ from pi0_ros.model.config import PRESETS
 from pi0_ros.model.flow import Cold, NoiseSource, Pink, White, noise_source_from_dict
 from pi0_ros.model.pi0 import Pi0
 from pi0_ros.policy.bundle import BundleSettings, is_bundle, load_bundle
-from pi0_ros.policy.convert import foreign_settings
+from pi0_ros.policy.convert import UnknownNormalisation, foreign_settings
 from pi0_ros.policy.tokenizer import ByteTokenizer
 from pi0_ros.robot import Robot
 from pi0_ros.training.lora import add_lora
@@ -111,7 +111,11 @@ def _from_checkpoint(path: Path, robot: Robot, notes: list[str]) -> tuple[Bundle
         checkpoint, settings, tokenizer = bundle.weights(), bundle.settings, bundle.tokenizer
     else:
         checkpoint = open_checkpoint(path)
-        settings = foreign_settings(checkpoint, str(path))
+        try:
+            settings = foreign_settings(checkpoint, str(path))
+        except UnknownNormalisation:  # only in what way: the statistics are new in any case
+            settings = foreign_settings(checkpoint, str(path), "quantile")
+            notes.append(f"{path}: its normalisation is not known here, quantile is used instead")
         folder = path if path.is_dir() else path.parent
         beside = (folder / "tokenizer.json").is_file() or len(list(folder.glob("*.model"))) == 1
         tokenizer = folder if beside else None
