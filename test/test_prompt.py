@@ -82,9 +82,17 @@ def test_truncation_warns_once_for_a_prompt(caplog):
             assert len(encoder.encode("sort the screws", np.full(6, value))) == 40
         encoder.encode("stack the boxes", np.zeros(6))
     assert [record.getMessage() for record in caplog.records] == [
-        "prompt 'sort the screws' has 64 tokens, only the first 40 count",
-        "prompt 'stack the boxes' has 64 tokens, only the first 40 count",
+        "prompt 'sort the screws' has 64 tokens, only the first 40 count: some of the state is cut",
+        "prompt 'stack the boxes' has 64 tokens, only the first 40 count: some of the state is cut",
     ]
+
+
+@pytest.mark.parametrize(("kind", "max_len"), [("pi0", 10), ("pi05", 54)])
+def test_truncation_that_leaves_the_state_whole_says_nothing_of_it(caplog, kind, max_len):
+    with caplog.at_level(logging.WARNING):
+        ids = PromptEncoder(ByteTokenizer(), kind, max_len).encode("sort the screws", np.zeros(6))
+    assert kind == "pi0" or text(ids).endswith(" 128")
+    assert caplog.records[0].getMessage().endswith(f"tokens, only the first {max_len} count")
 
 
 def test_a_prompt_is_tokenised_once():

@@ -170,6 +170,31 @@ def test_a_model_of_words_without_its_tokenizer_is_refused(data, tmp_path, capsy
     assert "a model of 300 tokens needs the tokenizer it was made for: give --tokenizer" in line
 
 
+def test_a_prompt_that_pushes_the_state_out_is_refused(data, tmp_path, capsys):
+    from dataclasses import replace
+
+    # "Task: wave, State: 255 255 255" of bytes and the beginning are 31 tokens, and 10 follow
+    for room, told in ((30, "error"), (31, "warning"), (40, "warning"), (41, None)):
+        config = replace(kit.TINY, pi05=True, max_token_len=room)
+        save_bundle(tmp_path / f"{room}", kit.random_start(config), BundleSettings(config), None, None)
+        words = kit.arguments(data, tmp_path / f"out{room}", init=tmp_path / f"{room}", prompt="wave", steps=1)
+        if told == "error":
+            line = refusal(capsys, words)
+            assert "prompt 'wave' has 41 tokens with the state, the model reads 30: some of the state would be" in line
+            assert "give a shorter --prompt" in line
+            assert not (tmp_path / f"out{room}").exists()
+            continue
+        assert main(words) == 0
+        warning = f"warning: prompt 'wave' has 41 tokens with the state, the model reads the first {room} alone"
+        assert (warning in capsys.readouterr().out) == (told == "warning")
+
+
+def test_a_prompt_whose_end_is_not_read_is_told(data, tmp_path, capsys):
+    assert main(kit.arguments(data, tmp_path / "out", prompt="point at it", steps=1)) == 0
+    told = "warning: prompt 'point at it' has 13 tokens, the model reads the first 12 alone\n"
+    assert told in capsys.readouterr().out
+
+
 def held(folder: Path, rate: int, kind: str = "Float64MultiArray", lead: float = 0.0) -> tuple[Path, Path]:
     """Commands, `rate` a second, each due after `lead` s, and a robot file of 10 Hz that reads them."""
     items = [item for item in bag_kit.episode(seconds=4.0) if item.topic != "/command"]

@@ -57,12 +57,22 @@ class PromptEncoder:
         if self.reads_state:
             if state is None:
                 raise ValueError(f"prompt format {self.format!r} holds the state, none was given")
-            return self._cut(prompt, self.tokenizer.encode(self._with_state(prompt, np.asarray(state)), bos=True))
+            return self._cut(prompt, *self.tokens(prompt, state))
         if prompt not in self._cached:
-            self._cached[prompt] = self._cut(prompt, self._without_state(prompt))
+            self._cached[prompt] = self._cut(prompt, *self.tokens(prompt))
             while len(self._cached) > 64:  # prompts come from outside
                 del self._cached[next(iter(self._cached))]
         return self._cached[prompt]
+
+    def tokens(self, prompt: str, state: np.ndarray | None = None) -> tuple[list[int], bool]:
+        """As `encode`, but all ids, however many, and whether cutting them to `max_len` costs some of the state."""
+        if not self.reads_state:
+            return self.tokenizer.encode(clean(prompt), bos=True) + self.tokenizer.encode("\n"), False
+        text = self._with_state(prompt, np.asarray(state))
+        ids = self.tokenizer.encode(text, bos=True)
+        if len(ids) <= self.max_len:
+            return ids, False
+        return ids, len(self.tokenizer.encode(text.rpartition(";")[0], bos=True)) > self.max_len
 
     def encode_padded(self, prompt: str, state: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int64 [max_len], padded on the right with 0, and their validity, bool [max_len]."""
@@ -71,16 +81,14 @@ class PromptEncoder:
         padded[: len(ids)] = ids
         return padded, np.arange(self.max_len) < len(ids)
 
-    def _without_state(self, prompt: str) -> list[int]:
-        return self.tokenizer.encode(clean(prompt), bos=True) + self.tokenizer.encode("\n")
-
     def _with_state(self, prompt: str, state: np.ndarray) -> str:
         if self.format == "lerobot_pi05":
             state = np.pad(state, (0, max(self.action_dim - len(state), 0)))
         return f"Task: {clean(prompt)}, State: {' '.join(map(str, state_bins(state)))};\nAction: "
 
-    def _cut(self, prompt: str, ids: list[int]) -> np.ndarray:
+    def _cut(self, prompt: str, ids: list[int], costs_state: bool) -> np.ndarray:
         if len(ids) > self.max_len and prompt not in self._warned:
             self._warned.add(prompt)
-            _log.warning("prompt %.80r has %d tokens, only the first %d count", prompt, len(ids), self.max_len)
+            what = ": some of the state is cut" if costs_state else ""
+            _log.warning("prompt %.80r has %d tokens, only the first %d count%s", prompt, len(ids), self.max_len, what)
         return np.array(ids[: self.max_len], np.int64)

@@ -77,6 +77,14 @@ class Dataset:
         unit, episode = self.episodes[self._place(index)]
         return unit, episode, int(self._tick[index]) - self.units[unit].episodes[episode]["begin"]
 
+    def prompts(self) -> set[str]:
+        """Those of all samples."""
+        found = set()
+        for place, (number, _) in enumerate(self.episodes):
+            unit, ticks = self.units[number], self._tick[self._offsets[place] : self._offsets[place + 1]]
+            found |= {unit.prompts[i] for i in np.unique(unit.arrays["prompt"][ticks])}
+        return found
+
     def _place(self, index: int) -> int:
         return int(np.searchsorted(self._offsets, index, side="right")) - 1
 

@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
@@ -84,6 +85,7 @@ class Run:
         self._load_data()
         if world.first and (still := [self._named(place) for place in self.stats.constant()]):
             print(f"warning: never changes in these recordings, so any change will seem huge: {', '.join(still)}")
+        self._check_prompts()
         self.transforms = build_transforms(self.robot, self.stats, self.settings)
         self.model = begin.model(options)
         self.frozen = frozen_digest(self.model)  # while its weights are whole
@@ -142,6 +144,21 @@ class Run:
                     f"warning: {seen} of {len(held_out)} held-out episodes were trained on before, in runs that "
                     f"{options.init} comes from: the held-out loss is flattered"
                 )
+
+    def _check_prompts(self) -> None:
+        """OptionsError for a prompt that leaves no room for the state; a warning where the end of one is not read."""
+        encoder, longest = self.encoder, np.ones(len(self.robot.joints))  # 1 is bin 255, and none has more digits
+        found = [
+            (len(ids), prompt, costs_state)
+            for prompt in self.train_set.prompts() | self.held_out.prompts()
+            for ids, costs_state in (encoder.tokens(prompt, longest),)
+        ]
+        count, prompt, costs_state = max(found)
+        has = f"prompt {prompt!r:.80} has {count} tokens{' with the state' * encoder.reads_state}, the model reads"
+        if costs_state:
+            raise OptionsError(f"{has} {encoder.max_len}: some of the state would be cut; give a shorter --prompt")
+        if count > encoder.max_len and self.world.first:
+            print(f"warning: {has} the first {encoder.max_len} alone")
 
     def _named(self, place: str) -> str:
         """'state[1]' -> 'state of elbow'."""
