@@ -131,12 +131,28 @@ def test_the_defaults_are_those_of_openpi():
         (["--noise-beta", "-1"], "--noise-beta must be from 0 to 4, found -1.0"),
         (["--cold-strength", "5"], "--cold-strength must be above 0 and at most 1, found 5.0"),
         (["--cold-strength", "0"], "--cold-strength must be above 0 and at most 1, found 0.0"),
+        (["--noise-beta", "2"], "--noise-beta 2.0 is of pink noise: give --noise pink, too"),
+        (["--noise-beta", "2", "--noise", "cold"], "--noise-beta 2.0 is of pink noise"),
+        (["--cold", "mask"], "--cold mask is of a cold start: give --noise cold, too"),
+        (["--cold-strength", "0.5", "--noise", "white"], "--cold-strength 0.5 is of a cold start: give --noise cold"),
         (["--idle", "nan"], "--idle must be at least 0, found nan"),
     ],
 )
 def test_options_that_cannot_be_are_refused_by_name(words, message):
     with pytest.raises(OptionsError, match=message):
         parse(["--bags", "a", "--robot", "b", "--output", "c", *words]).parts()
+
+
+def test_options_of_a_noise_source_go_with_it():
+    words = ["--bags", "a", "--robot", "b", "--output", "c"]
+    assert parse([*words, "--noise", "pink", "--noise-beta", "2"]).noise_beta == 2
+    assert parse([*words, "--noise", "cold", "--cold", "mask", "--cold-strength", "0.5"]).cold == "mask"
+    assert parse([*words, "--noise-beta", "1"]).noise is None  # as options.yaml writes it
+
+
+def test_shards_of_one_process_are_told_to_be_none(data, tmp_path, capsys):
+    assert main(kit.arguments(data, tmp_path / "out", steps=1, shard=True)) == 0
+    assert "--shard shares nothing out: this is one process (torchrun starts several)" in capsys.readouterr().out
 
 
 def test_options_come_from_a_file_and_the_command_line_has_the_last_word(tmp_path):

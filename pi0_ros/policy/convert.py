@@ -279,7 +279,7 @@ def _statistics(options: Options, own: Bundle | None) -> NormStats | None:
 def _describe(stats: NormStats) -> str:
     quantiles = "no quantiles" if stats.state.q01 is None or stats.actions.q01 is None else "quantiles"
     constant = stats.constant()
-    flat = f"; never changed in the data: {', '.join(constant)}" if constant else ""
+    flat = f"; (almost) never changed in the data: {', '.join(constant)}" if constant else ""
     return f"state of {len(stats.state)}, actions of {len(stats.actions)}, {quantiles}{flat}"
 
 

@@ -91,7 +91,8 @@ class NormStats:
     actions: Stats
 
     def constant(self) -> list[str]:
-        """What never changed in the data, such as 'actions[5]': normalising divides by nearly nothing there."""
+        """What never changed in the data, such as 'actions[5]', or so seldom that its quantiles are the same:
+        normalising divides by nearly nothing there."""
         faults = []
         for name in ("state", "actions"):
             stats = getattr(self, name)

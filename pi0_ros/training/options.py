@@ -132,6 +132,15 @@ class TrainOptions:
         self._require("final_learning_rate", 0 <= self.final_learning_rate <= 1, "must be from 0 to 1")
         self._require("noise_beta", 0 <= self.noise_beta <= 4, "must be from 0 to 4")
         self._require("cold_strength", 0 < self.cold_strength <= 1, "must be above 0 and at most 1")
+        for name, source, kind in (
+            ("noise_beta", "pink", "pink noise"),
+            ("cold", "cold", "a cold start"),
+            ("cold_strength", "cold", "a cold start"),
+        ):
+            value = getattr(self, name)
+            if self.noise != source and value != getattr(type(self), name):
+                flag = name.replace("_", "-")
+                raise OptionsError(f"--{flag} {value} is of {kind}: give --noise {source}, too")
         if both := set(self.freeze) & set(self.lora):
             raise OptionsError(f"--freeze and --lora both name {', '.join(sorted(both))}: choose one for each part")
         if self.lora and not self.init:

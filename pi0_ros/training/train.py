@@ -82,9 +82,13 @@ class Run:
         self.encoder = PromptEncoder(tokenizer, self.settings.prompt_format, config.max_token_len, config.action_dim)
         for note in begin.notes if world.first else ():
             print(note)
+        if options.shard and world.size == 1:
+            print("note: --shard shares nothing out: this is one process (torchrun starts several)")
         self._load_data()
         if world.first and (still := [self._named(place) for place in self.stats.constant()]):
-            print(f"warning: never changes in these recordings, so any change will seem huge: {', '.join(still)}")
+            print(
+                f"warning: (almost) never changes in these recordings, so any change will seem huge: {', '.join(still)}"
+            )
         self._check_prompts()
         self.transforms = build_transforms(self.robot, self.stats, self.settings)
         self.model = begin.model(options)
