@@ -69,16 +69,19 @@ def in_hole(item):
     return at(HOLE[0]) < item.time < at(HOLE[1])
 
 
-def test_no_chunk_runs_across_a_stretch_of_which_nothing_was_recorded(tmp_path):
+def test_no_chunk_reaches_into_a_stretch_of_which_nothing_was_recorded(tmp_path):
+    """Nobody knows what was commanded in it: the last command before, held, is no demonstration."""
     bag = kit.write_split_bag(tmp_path / "bag", kit.episode(seconds=6.0), 6)
     (bag / "bag_2.mcap").unlink()  # the third second
     (unit,) = load_units(bag, kit.robot(), 28, cache=tmp_path / "cache", idle=0, jobs=1)
     dataset = Dataset([unit], horizon=5)
     ticks = [dataset.where(i)[2] for i in range(len(dataset))]
-    assert len(unit.episodes) == 1 and ticks == [*range(20), *range(30, 60)]
-    before = dataset.sample(ticks.index(18))
-    np.testing.assert_allclose(before["actions"][:, 0] * 60, [18, 19, 19, 19, 19])
-    assert before["action_mask"].tolist() == [True, True, False, False, False]
+    assert len(unit.episodes) == 1 and ticks == [*range(16), *range(30, 60)]
+    before = dataset.sample(ticks.index(15))
+    np.testing.assert_allclose(before["actions"][:, 0] * 60, [15, 16, 17, 18, 19])
+    masks = [dataset.sample(i)["action_mask"].all() for i in range(len(dataset))]
+    assert masks == [True] * 42 + [False] * 4  # at the end of the episode the last action is held
+    assert len(Dataset([unit], horizon=21)) == 30
     after = dataset.sample(ticks.index(30))
     np.testing.assert_allclose(after["actions"][:, 0] * 60, [31, 31, 32, 33, 34])  # the first leads by a tick
     assert after["action_mask"].all()

@@ -170,9 +170,7 @@ def test_the_page_holds_all_it_shows(inspect, bags, tmp_path):
 def test_ticks_before_the_first_command_of_some_joint_are_warned_of(inspect, tmp_path):
     late = [i for i in kit.episode(seconds=2.0) if i.topic != "/command" or i.time >= kit.START + kit.SECOND]
     _, _, _, data = inspect(kit.write_bag(tmp_path / "bag", late))
-    assert (
-        "at 10 of 20 ticks kept some joint has no known command: no sample begins there" in data["summary"]["warnings"]
-    )
+    assert "at 10 of 20 ticks kept some joint has no known command: no chunk holds them" in data["summary"]["warnings"]
 
 
 REFUSALS = {

@@ -22,9 +22,9 @@ MOST_ROWS = 4_000_000  # actions that quantiles are taken of; of a larger set, e
 class Dataset:
     """Samples (observation at a tick, action chunk from that tick) of the episodes of cached bags.
 
-    A sample begins at every usable tick whose action is known. Action k of the chunk is what was commanded for k ticks
-    later; past the end of the episode, or of what is known of it, the last action is repeated (as openpi and lerobot
-    do) and `action_mask` False.
+    A sample begins at every usable tick from which on every action of the chunk is known. Action k of the chunk is what
+    was commanded for k ticks later; past the end of the episode the last action is repeated (as openpi and lerobot do)
+    and `action_mask` False.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Dataset:
         many samples of each episode, from its beginning; None for all."""
         self.units, self.horizon, self.cameras = list(units), horizon, tuple(cameras)
         self.episodes = list(all_episodes(units) if episodes is None else episodes)
-        begins = [_begins(self.units[unit], episode) for unit, episode in self.episodes]
+        begins = [_begins(self.units[unit], episode, horizon) for unit, episode in self.episodes]
         if first is not None:
             begins = [ticks[ticks < ticks[:1] + first] for ticks in begins]
         self._offsets = np.concatenate([[0], np.cumsum([len(ticks) for ticks in begins], dtype=np.int64)])
@@ -97,9 +97,7 @@ class Dataset:
     def _rows(self, unit: Unit, episode: int, ticks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The ticks of the chunks that begin at `ticks` of an episode, and whether they lie in it: [B, H] both."""
         rows, end = ticks[:, None] + np.arange(self.horizon), unit.episodes[episode]["end"]
-        inside = (rows < end) & unit.arrays["known"][np.minimum(rows, end - 1)]
-        inside = np.logical_and.accumulate(inside, axis=1)
-        return np.minimum(rows, ticks[:, None] + inside.sum(axis=1, keepdims=True) - 1), inside
+        return np.minimum(rows, end - 1), rows < end
 
     def chunks(self, stride: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Every stride-th sample without images, in blocks: state [B, J], actions [B, H, J], action_mask [B, H]."""
@@ -113,10 +111,13 @@ class Dataset:
                 yield arrays["state"][at], arrays["actions"][rows], inside
 
 
-def _begins(unit: Unit, episode: int) -> np.ndarray:
-    """int64, the ticks of an episode at which a sample may begin."""
+def _begins(unit: Unit, episode: int, horizon: int = 1) -> np.ndarray:
+    """int64, the ticks of an episode at which a sample may begin: none from which it would reach an unknown action."""
     begin, end = unit.episodes[episode]["begin"], unit.episodes[episode]["end"]
-    return begin + np.flatnonzero(unit.arrays["usable"][begin:end] & unit.arrays["known"][begin:end])
+    unknown = np.concatenate([[0], np.cumsum(~unit.arrays["known"][begin:end])])  # of the ticks before each
+    ticks = np.arange(end - begin)
+    whole = unknown[np.minimum(ticks + horizon, end - begin)] == unknown[ticks]
+    return begin + np.flatnonzero(unit.arrays["usable"][begin:end] & whole)
 
 
 def all_episodes(units: Sequence[Unit]) -> list[tuple[int, int]]:

@@ -305,7 +305,7 @@ def _warnings(
         found.append("some episodes have no prompt: give one with --prompt or as prompt.default of the robot file")
     if without := sum(e["without_action"] for e in episodes):
         kept = sum(e["kept"] for e in episodes)
-        found.append(f"at {without} of {kept} ticks kept some joint has no known command: no sample begins there")
+        found.append(f"at {without} of {kept} ticks kept some joint has no known command: no chunk holds them")
     if waits := [e["waited"] for e in episodes if e["waited"] > 1.0]:
         found.append(f"{len(waits)} episodes lose up to {max(waits):.1f} s until every stream has begun")
     return found
