@@ -148,6 +148,23 @@ def test_the_recorded_form_and_the_live_form_agree(streams, ticks, skew):
     assert result.dropped() == lost
 
 
+@given(streams, st.lists(times, min_size=1, max_size=8), st.integers(0, 40), st.data())
+def test_a_recorded_stream_that_is_not_used_at_a_tick_is_as_if_it_were_not_there(streams, ticks, skew, data):
+    recorded = [
+        StreamTimes(str(i), np.array(stamps, np.int64), age, latency)
+        for i, (stamps, age, latency) in enumerate(streams)
+    ]
+    draw = st.lists(st.booleans(), min_size=len(ticks), max_size=len(ticks)).map(np.array)
+    used = {stream.name: data.draw(draw) for stream in recorded[1:]}
+    result = align_ticks(recorded, np.array(ticks), skew, used)
+    for t, tick in enumerate(ticks):
+        here = [stream for stream in recorded if used.get(stream.name, np.ones(len(ticks), bool))[t]]
+        alone = align_ticks(here, np.array([tick]), skew)
+        assert (result.fault[t], result.skew_ns[t]) == (alone.fault[0], alone.skew_ns[0])
+        culprit = -1 if alone.ok[0] else int(here[alone.culprit[0]].name)
+        assert result.culprit[t] == culprit
+
+
 def test_of_many_recorded_samples_with_one_stamp_the_last_recorded_wins():
     stamps = np.random.default_rng(0).integers(0, 10, 2000)
     result = align_ticks([StreamTimes("a", stamps, 100)], np.arange(10), 0)

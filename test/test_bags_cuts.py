@@ -97,7 +97,7 @@ def test_a_hole_is_noted_with_its_length(tmp_path):
     with Bag(files) as bag:
         recording = read_recording(bag, kit.robot())
         cut_episodes(recording, kit.robot())
-    assert "nothing was recorded for 2.0 s: no chunk runs across that" in recording.notes
+    assert "nothing was recorded for 2.0 s: no chunk reaches into that" in recording.notes
 
 
 def test_what_was_told_before_a_hole_is_not_known_after_it(tmp_path):

@@ -181,6 +181,45 @@ def test_two_publishers_on_one_topic_are_two_streams(cut):
     assert episode.usable.all()
 
 
+def test_joint_states_that_are_newer_elsewhere_need_not_be_fresh(cut):
+    robot = kit.robot(state={"topics": ["/joint_states", "/hand"]})
+    items = kit.episode(seconds=2.0)
+    hand = [kit.joint_state(at(k / 2) - MS, [0.25], ["grip"], "/hand") for k in range(1, 4)]
+    recording, (episode,) = cut([*items, *hand], robot)
+    assert [stream.name for stream in recording.states] == ["/joint_states", "/hand"]
+    assert episode.ticks_ns[0] == at(0)  # the hand is known before its own topic speaks
+    assert episode.usable.all() and not episode.dropped
+    assert set(episode.state[:, 2]) == {0.0, 1.0}
+    alone = [
+        kit.joint_state(i.time, i.message.position[:2], kit.JOINTS[:2]) for i in items if i.topic == "/joint_states"
+    ]
+    _, (episode,) = cut([*other("/joint_states", items), *alone, *hand], robot)
+    assert episode.ticks_ns[0] == at(0.5) - MS and episode.dropped["/hand: stale"] > 0
+
+
+def test_joints_that_come_alone_and_all_together_are_taken_from_the_newest(cut):
+    items = other("/joint_states", kit.episode(seconds=2.0))
+    for k in range(100):
+        few = k % 10  # all of them five times a second, the arm alone in between
+        items.append(kit.joint_state(at(k / 50), [k, -k, 1.0][: 2 if few else 3], kit.JOINTS[: 2 if few else 3]))
+    _, (episode,) = cut(items, kit.robot(state={"topics": ["/joint_states"], "max_age": 0.3}, max_skew=0.3))
+    assert episode.usable.all()
+    np.testing.assert_array_equal(episode.state[:, 0], np.arange(20) * 5)
+    assert episode.state[:, 2].tolist() == [1.0] * 20
+
+
+def test_joint_states_without_stamps_are_left_out_where_others_have_them(cut):
+    items, robot = kit.episode(seconds=1.0), kit.robot(state={"topics": ["/joint_states", "/hand"]})
+    hand = [kit.joint_state(at(0.5), [0.25], ["grip"], "/hand")]
+    hand[0].message.header = kit.header(0)
+    recording, (episode,) = cut([*items, *hand], robot)
+    assert "/hand: every header stamp is 0; left out, the other joint states have its joints, too" in recording.notes
+    assert episode.usable.all()
+    arm = [kit.joint_state(i.time, i.message.position[:2], kit.JOINTS[:2]) for i in items if i.topic == "/joint_states"]
+    recording, episodes = cut([*other("/joint_states", items), *arm, *hand], robot)
+    assert not episodes and recording.problems[0].startswith("/hand: every header stamp is 0; set `clock: bag`")
+
+
 @pytest.mark.parametrize("kind", ["JointState", "Float64MultiArray"])
 def test_actions_of_the_other_kinds_hold_from_their_own_tick(cut, kind):
     items = other("/command", kit.episode(seconds=1.0))
@@ -482,3 +521,60 @@ def test_ticks_of_a_bag_see_what_the_live_buffers_would_have_given(tmp_path_fact
             assert episode.frames["base_0_rgb"][k] == found.samples["frame"].payload
             assert episode.state[k, 0] == found.samples["state"].payload / 100
             assert episode.skew_ns[k] == found.skew_ns
+
+
+class Listener:
+    """Stands in for a ROS node: keeps the callbacks of its subscriptions."""
+
+    def __init__(self):
+        self.callbacks = {}
+
+    def create_subscription(self, kind, topic, callback, qos):
+        self.callbacks[topic] = callback
+
+    def get_clock(self):
+        return self
+
+    def now(self):
+        return self
+
+    nanoseconds = 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_ticks_of_a_bag_see_what_the_node_would_have_of_joint_states_of_every_kind(tmp_path_factory, seed):
+    pytest.importorskip("rclpy")
+    from pi0_ros.ros.streams import Snapshot, Streams
+
+    rng = np.random.default_rng(seed)
+    kinds = [("/joint_states", kit.JOINTS), ("/joint_states", ("elbow", "shoulder")), ("/joint_states", ("grip",)),
+             ("/hand", ("grip",)), ("/hand", ("elbow", "grip"))]  # fmt: skip
+    counts = [int(rng.choice([few, 3, 30, 100])) for few in (1, 0, 0, 1, 0)]  # something on every topic
+    robot = kit.robot(
+        cameras={"base_0_rgb": {"topic": "/cam/image_raw", "transport": "compressed", "max_age": 0.3}},
+        state={"topics": ["/joint_states", "/hand"], "max_age": 0.15, "latency": 0.02},
+        max_skew=0.2,
+    )
+    stamps = np.split(rng.permutation(2000)[: sum(counts)] * MS + kit.START, np.cumsum(counts)[:-1])
+    items = [kit.compressed(kit.START + k * 50 * MS, kit.picture(k)) for k in range(40)]
+    for (topic, names), times in zip(kinds, stamps, strict=True):
+        items += [kit.joint_state(int(ns), rng.normal(size=len(names)), names, topic) for ns in times]
+    items = sorted(items, key=lambda item: item.time)
+    bag = [*items, kit.trajectory(kit.START, [(0.1, [1, 0, 0])])]
+    (files,) = find_bags(kit.write_bag(tmp_path_factory.mktemp("node") / "bag", bag))
+    with Bag(files) as opened:
+        (episode,) = cut_episodes(read_recording(opened, robot), robot, WHOLE)
+    node = Listener()
+    streams = Streams(node, robot, lambda: None)
+    for k, tick in enumerate(episode.ticks_ns):
+        while items and items[0].time <= tick + 20 * MS:
+            item = items.pop(0)
+            if item.topic in node.callbacks:
+                node.callbacks[item.topic](item.message)
+        found = streams.observe(int(tick))
+        assert isinstance(found, Snapshot) == episode.usable[k]
+        if isinstance(found, Snapshot):
+            np.testing.assert_array_equal(episode.state[k], found.state)
+            assert episode.frames["base_0_rgb"][k] == round((found.frames["base_0_rgb"].time_ns - kit.START) / 50 / MS)
+            assert episode.skew_ns[k] == round(found.skew * 1e9)

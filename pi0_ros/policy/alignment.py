@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+FAR_NS = 2**62  # further than any stamp
 CLOCK_RESET_NS = 1_000_000_000  # a stamp this far ahead of the tick is not early: the clock was set back
 Kind = Literal["missing", "stale", "skew", "clock"]
 KINDS: tuple[Kind, ...] = ("missing", "stale", "skew", "clock")
@@ -193,30 +194,42 @@ def newest_indices(times_ns: np.ndarray, ticks_ns: np.ndarray) -> np.ndarray:
     return np.searchsorted(times_ns, ticks_ns, side="right").astype(np.int64) - 1
 
 
-def align_ticks(streams: Sequence[StreamTimes], ticks_ns: np.ndarray, max_skew_ns: int) -> AlignedTicks:
-    """`align` at every tick, int64 [T], over whole streams, without the check for clock resets."""
+def align_ticks(
+    streams: Sequence[StreamTimes],
+    ticks_ns: np.ndarray,
+    max_skew_ns: int,
+    used: Mapping[str, np.ndarray] | None = None,
+) -> AlignedTicks:
+    """`align` at every tick, int64 [T], over whole streams, without the check for clock resets.
+
+    `used`: stream -> bool [T], whether `align` would be given it at that tick; everywhere where nothing is said.
+    """
     ticks = np.asarray(ticks_ns, dtype=np.int64)
     fault, culprit = np.full(len(ticks), -1, np.int8), np.full(len(ticks), -1, np.int64)
     chosen = np.empty((len(streams), len(ticks)), np.int64)
+    asked = np.ones((len(streams), len(ticks)), bool)
     indices = {}
     for i, stream in enumerate(streams):
         stamps = np.asarray(stream.stamps_ns, dtype=np.int64)
         order = np.argsort(stamps, kind="stable")  # stable: of equal stamps the last recorded stays last, and wins
         times = stamps[order] - stream.latency_ns
         at = newest_indices(times, ticks)
-        missing = at < 0
-        indices[stream.name] = np.where(missing, -1, order[at] if len(order) else -1)
+        asked[i] = (used or {}).get(stream.name, True)
+        missing = (at < 0) & asked[i]
+        indices[stream.name] = np.where(at < 0, -1, order[at] if len(order) else -1)
         chosen[i] = times[at] if len(times) else 0
-        stale = ~missing & (ticks - chosen[i] > stream.max_age_ns)
+        stale = (at >= 0) & asked[i] & (ticks - chosen[i] > stream.max_age_ns)
         for bad, kind in ((missing, "missing"), (stale, "stale")):
             first = bad & (fault < 0)
             fault[first], culprit[first] = KINDS.index(kind), i
-    complete = np.all([at >= 0 for at in indices.values()], axis=0) if streams else np.zeros(len(ticks), bool)
-    spread = chosen.max(axis=0) - chosen.min(axis=0) if streams else np.zeros(len(ticks), np.int64)
-    skew = np.where(complete, spread, 0)
-    apart = (skew > max_skew_ns) & (fault < 0)
-    fault[apart] = KINDS.index("skew")
-    culprit[apart] = chosen.argmin(axis=0)[apart] if streams else -1
+    skew = np.zeros(len(ticks), np.int64)
+    if len(streams):
+        there = np.array(list(indices.values())) >= 0
+        complete = (there | ~asked).all(axis=0) & asked.any(axis=0)
+        oldest, newest = (np.where(asked, chosen, limit) for limit in (FAR_NS, -FAR_NS))
+        skew = np.where(complete, newest.max(axis=0) - oldest.min(axis=0), 0)
+        apart = (skew > max_skew_ns) & (fault < 0)
+        fault[apart], culprit[apart] = KINDS.index("skew"), oldest.argmin(axis=0)[apart]
     return AlignedTicks(indices, fault, culprit, skew)
 
 

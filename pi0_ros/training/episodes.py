@@ -1,19 +1,20 @@
 """From a recording to episodes on the action grid: what was observed and commanded at every tick, and what was dropped.
 
-Ticks lie `1 / control_rate` apart, from the first moment at which every observation stream has spoken to the last
-message of any. Which message belongs to a tick is decided by `policy.alignment`, as on the robot. Commands do not gate
-the start: before the first one the action is marked unknown, and again from where nothing at all was recorded (a split
-file is missing, the recorder stalled) to the next command.
+Ticks lie `1 / control_rate` apart, from the first moment at which every camera and joint has spoken to the last message
+of any. Which message belongs to a tick is decided by `policy.alignment`, as on the robot; and as there, a joint is read
+from the newest message that has it, and only those that are read must be fresh and together. Commands do not gate the
+start: before the first one the action is marked unknown, and again from where nothing at all was recorded (a split file
+is missing, the recorder stalled) to the next command.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pi0_ros.policy.alignment import AlignedTicks, StreamTimes, align_ticks
+from pi0_ros.policy.alignment import FAR_NS, AlignedTicks, StreamTimes, align_ticks, newest_indices
 from pi0_ros.robot import Robot
 from pi0_ros.training.bags import BagError
 from pi0_ros.training.commands import Commands, commanded
@@ -59,46 +60,63 @@ class Episode:
     dropped: Counter[str] = field(default_factory=Counter)
     idle_start: float = 0.0  # seconds
     idle_end: float = 0.0
-    waited: float = 0.0  # seconds from its beginning until every observation stream had spoken
+    waited: float = 0.0  # seconds from its beginning until every camera and joint had spoken
 
 
 @dataclass(frozen=True)
 class _Sorted:
-    """An observation stream in order of time: `times` less latency, `order` back to the order of recording."""
+    """An observation stream in order of time: `times` less latency, `order` back to the order of recording; `joints`
+    that it tells of, none of a camera."""
 
     name: str
     times: np.ndarray
     order: np.ndarray
     max_age_ns: int
+    joints: tuple[int, ...]
 
     def within(self, begin: int, end: int) -> _Sorted:
         low, high = np.searchsorted(self.times, [begin, end + 1])
-        return _Sorted(self.name, self.times[low:high], self.order[low:high], self.max_age_ns)
+        return replace(self, times=self.times[low:high], order=self.order[low:high])
 
 
 def cut_episodes(recording: Recording, robot: Robot, selection: Selection = Selection()) -> list[Episode]:  # noqa: B008
     """The episodes of a recording without problems.
 
     Of a marked episode only what was said within it counts: observations and commands from before a reset mean another
-    scene. One in which a stream is silent is left out and noted.
+    scene. One in which a camera or joint is silent is left out and noted.
 
     Raises:
         BagError: the stamps span more than two days.
     """
-    if recording.problems or any(not len(stream.time_ns) for stream in recording.observed):
-        return []
     streams = _sorted_streams(recording, robot)
-    first, last = min(int(s.times[0]) for s in streams), max(int(s.times[-1]) for s in streams)
+    if recording.problems or None in _spoken(streams, robot).values():
+        return []
+    times = np.concatenate([stream.times for stream in streams])
+    first, last = int(times.min()), int(times.max())
     episodes = []
     for begin, end, label in _spans(recording.marks, first, last):
         here = [stream.within(begin, end) for stream in streams]
-        if silent := [stream.name for stream in here if not len(stream.times)]:
+        spoken = _spoken(here, robot)
+        if silent := [name for name, time in spoken.items() if time is None]:
             recording.notes.append(f"episode {label!r}: left out, no message of {', '.join(silent)} in it")
             continue
         since = begin if recording.marks else -np.inf
         commands = [commands.within(since, end) for commands in recording.commands]
-        episodes.append(_episode(recording, robot, selection, here, commands, begin, label))
+        here = [stream for stream in here if len(stream.times)]
+        start = max(spoken.values())
+        episodes.append(_episode(recording, robot, selection, here, commands, (begin, start), label))
     return episodes
+
+
+def _spoken(streams: list[_Sorted], robot: Robot) -> dict[str, int | None]:
+    """When each camera and joint was first told of, None for never."""
+    told: dict[str, list[_Sorted]] = {slot: [s for s in streams if s.name == slot] for slot in robot.present_cameras}
+    for number, joint in enumerate(robot.joint_names):
+        told[f"joint {joint}"] = [stream for stream in streams if number in stream.joints]
+    return {
+        name: min((int(stream.times[0]) for stream in by if len(stream.times)), default=None)
+        for name, by in told.items()
+    }
 
 
 def _spans(marks: list[tuple[int, str]], first: int, last: int) -> list[tuple[int, int, str]]:
@@ -119,10 +137,11 @@ def _episode(
     selection: Selection,
     streams: list[_Sorted],
     commands: list[Commands],
-    begin: int,
+    span: tuple[int, int],
     label: str,
 ) -> Episode:
-    start, stop = max(int(s.times[0]) for s in streams), max(int(s.times[-1]) for s in streams)
+    """`span`: where it begins, and where every camera and joint has spoken."""
+    (begin, start), stop = span, max(int(s.times[-1]) for s in streams)
     if stop - start > LONGEST_NS:
         raise BagError(f"{recording.source}: stamps span {(stop - start) / 3.6e12:.0f} hours; some must be wrong")
     count = int((stop - start) * robot.control_rate // 1e9) + 1
@@ -134,7 +153,7 @@ def _episode(
         longest = max(end - begin for begin, end in holes) / 1e9
         often = f", and {len(holes) - 1} times for less" if len(holes) > 1 else ""
         where = f"episode {label!r}: " if label else ""
-        recording.notes.append(f"{where}nothing was recorded for {longest:.1f} s{often}: no chunk runs across that")
+        recording.notes.append(f"{where}nothing was recorded for {longest:.1f} s{often}: no chunk reaches into that")
     actions, known = _commanded(commands, ticks, holes, len(robot.joints))
     usable = aligned.ok.copy()
     head, tail = _active(state, actions, robot, selection.idle)
@@ -197,13 +216,37 @@ def _observe(
     recording: Recording, robot: Robot, streams: list[_Sorted], ticks: np.ndarray
 ) -> tuple[AlignedTicks, np.ndarray, dict[str, np.ndarray]]:
     times = [StreamTimes(stream.name, stream.times, stream.max_age_ns) for stream in streams]
-    aligned = align_ticks(times, ticks, round(robot.max_skew * 1e9))
+    sources = _sources(streams, ticks, len(robot.joints))
+    used = {
+        stream.name: np.isin(sources[:, stream.joints], (i, -1)).any(axis=1)  # -1: the joint is missing
+        for i, stream in enumerate(streams)
+        if stream.joints
+    }
+    aligned = align_ticks(times, ticks, round(robot.max_skew * 1e9), used)
     messages = {s.name: np.where(aligned.indices[s.name] >= 0, s.order[aligned.indices[s.name]], -1) for s in streams}
     frames = {
         slot: np.where(messages[slot] >= 0, stream.ordinal[messages[slot]], -1)
         for slot, stream in recording.cameras.items()
     }
-    return aligned, _state(recording, messages, len(ticks), len(robot.joints)), frames
+    by_name = {stream.name: stream for stream in recording.states}
+    state = np.full(sources.shape, np.nan)
+    for i, stream in enumerate(streams):
+        for column, joint in enumerate(stream.joints):
+            here = sources[:, joint] == i
+            state[here, joint] = by_name[stream.name].positions[messages[stream.name][here], column]
+    return aligned, state, frames
+
+
+def _sources(streams: list[_Sorted], ticks: np.ndarray, joints: int) -> np.ndarray:
+    """int64 [T, J], the stream from which each joint is read at each tick: the one with the newest message that has it.
+    -1 where none has one yet."""
+    sources, newest = np.full((len(ticks), joints), -1), np.full((len(ticks), joints), -FAR_NS)
+    for i, stream in enumerate(streams):
+        times = np.append(stream.times, -FAR_NS)[newest_indices(stream.times, ticks)]  # -1, before the first: the last
+        for joint in stream.joints:
+            better = times > newest[:, joint]
+            sources[better, joint], newest[better, joint] = i, times[better]
+    return sources
 
 
 def _sorted_streams(recording: Recording, robot: Robot) -> list[_Sorted]:
@@ -211,23 +254,13 @@ def _sorted_streams(recording: Recording, robot: Robot) -> list[_Sorted]:
     limits |= {slot: (camera.max_age, camera.latency) for slot, camera in robot.present_cameras.items()}
     streams = []
     for stream in recording.observed:
+        if stream.joints and not len(stream.time_ns):
+            continue  # all its stamps are wrong, and it tells nothing
         max_age, latency = limits[stream.name]
         order = np.argsort(stream.time_ns, kind="stable")  # of equal stamps the last recorded stays last, and wins
         times = stream.time_ns[order] - round(latency * 1e9)
-        streams.append(_Sorted(stream.name, times, order, round(max_age * 1e9)))
+        streams.append(_Sorted(stream.name, times, order, round(max_age * 1e9), stream.joints))
     return streams
-
-
-def _state(recording: Recording, indices: dict[str, np.ndarray], ticks: int, joints: int) -> np.ndarray:
-    """float64 [T, J] from stream -> message at each tick, -1 for none; a joint of several streams from the newest."""
-    state, newest = np.full((ticks, joints), np.nan), np.full((ticks, joints), np.iinfo(np.int64).min)
-    for stream in recording.states:
-        at, columns = indices[stream.name], list(stream.joints)
-        times = np.where(at >= 0, stream.time_ns[at], np.iinfo(np.int64).min)[:, None]
-        better = times > newest[:, columns]
-        state[:, columns] = np.where(better, stream.positions[at], state[:, columns])
-        newest[:, columns] = np.where(better, times, newest[:, columns])
-    return state
 
 
 def _active(state: np.ndarray, actions: np.ndarray, robot: Robot, idle: float) -> tuple[int, int]:

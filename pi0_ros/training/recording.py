@@ -252,13 +252,11 @@ class _Reader:
     def _state_streams(self, topic: str | None) -> list[Stream]:
         """One stream for each set of joints on a topic: drivers of arm and gripper often share one."""
         groups = {joints: rows for (where, joints), rows in self.states.items() if where == topic}
-        # A set within a larger one adds nothing, and a joint that a driver named once must not age everything else.
-        whole = [joints for joints in groups if not any(set(joints) < set(other) for other in groups)]
         streams = []
-        for joints in whole:
+        for joints, rows in groups.items():
             names = ", ".join(self.robot.joint_names[joint] for joint in joints)
-            stream = self._stream(topic if len(whole) == 1 else f"{topic} ({names})", topic, groups[joints])
-            stream.joints, stream.positions = joints, np.array(groups[joints].values).reshape(-1, len(joints))
+            stream = self._stream(topic if len(groups) == 1 else f"{topic} ({names})", topic, rows)
+            stream.joints, stream.positions = joints, np.array(rows.values).reshape(-1, len(joints))
             streams.append(stream)
         return streams
 
@@ -292,15 +290,10 @@ class _Reader:
             delay = stream.bag_ns - stream.header_ns - offset.at(stream.bag_ns)
             away = np.abs(delay)
             if len(stamped) and not stamped.any():
-                recording.problems.append(
-                    f"{what}: every header stamp is 0; set `clock: bag` in the robot file to align by time of recording"
-                )
+                self._leave_out(stream, f"{what}: every header stamp is 0")
             elif len(stamped) and (away[stamped] > AWAY_NS).all():
                 apart = f"{away[stamped].min() / 1e9:.0f} s"
-                recording.problems.append(
-                    f"{what}: header stamps are {apart} away from those of the other streams; "
-                    "set `clock: bag` in the robot file to align by time of recording"
-                )
+                self._leave_out(stream, f"{what}: header stamps are {apart} away from those of the other streams")
             else:
                 wrong = stamped & (away > AWAY_NS)
                 recording.faults[stream.topic, "header stamp 0"] += int((~stamped).sum())
@@ -316,6 +309,16 @@ class _Reader:
                 )
         recording.faults = +recording.faults
         self._note_clocks()
+
+    def _leave_out(self, stream: Stream, fault: str) -> None:
+        """A problem, unless other joint states tell of the same joints: they would always be newer on the robot."""
+        others = [other for other in self.recording.states if other is not stream]
+        if stream.joints and set(stream.joints) <= {joint for other in others for joint in other.joints}:
+            self.recording.states = others
+            self.recording.notes.append(f"{fault}; left out, the other joint states have its joints, too")
+        else:
+            way = "set `clock: bag` in the robot file to align by time of recording"
+            self.recording.problems.append(f"{fault}; {way}")
 
     def _check_ahead(self, what: str, delay: np.ndarray) -> None:
         """Stamps from the future of the joint states: of another clock. The node takes none that are 1 s ahead."""

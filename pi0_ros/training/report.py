@@ -135,7 +135,8 @@ def _still(recording: Recording, robot: Robot) -> list[str]:
     spread = np.full(len(spans), np.nan)
     for stream in recording.states:
         if len(stream.positions) > 1:
-            spread[list(stream.joints)] = stream.positions.std(axis=0)
+            joints = list(stream.joints)
+            spread[joints] = np.fmax(spread[joints], stream.positions.std(axis=0))  # of several streams the livelier
     if not (spread < NEAR_CONSTANT * spans).all():
         return []
     return [f"the arm stands still: standard deviation at most {spread.max():.2g}, which blows up normalisation"]
