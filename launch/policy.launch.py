@@ -37,7 +37,11 @@ ARGUMENTS = [
 
 def nodes(context: LaunchContext) -> list[Node]:
     given = {argument.name: LaunchConfiguration(argument.name).perform(context) for argument in ARGUMENTS}
-    switches = {name: given[name] == "true" for name in ("autostart", "use_sim_time")}
+    # A parameter file has the last word over a default of this launch file, not over what was given to it.
+    usual, told = {"autostart": True, "use_sim_time": False}, {}
+    for name, value in usual.items():
+        if given[name] != str(value).lower():
+            told[name] = not value
     files = [given["params_file"]] if given["params_file"] else []
     # What is not given here is left to the parameter file.
     checkpoint = {"checkpoint": given["checkpoint"]} if given["checkpoint"] else {}
@@ -52,13 +56,13 @@ def nodes(context: LaunchContext) -> list[Node]:
         Node(
             executable="policy_node",
             name="policy_node",
-            parameters=[*files, switches | robot | checkpoint],
+            parameters=[usual, *files, told | robot | checkpoint],
             **common,
         ),
         Node(
             executable="chunk_player",
             name="chunk_player",
-            parameters=[*files, switches | player_robot | played],
+            parameters=[usual, *files, told | player_robot | played],
             **common,
         ),
     ]

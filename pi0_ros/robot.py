@@ -31,6 +31,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
+TURNS, FASTEST = 30.0, 50.0  # rad and rad/s: no revolute joint goes further or faster, in degrees nearly all do
+
 
 def _topic(name: str) -> str:
     if not re.fullmatch(r"(~/|/)?[A-Za-z_]\w*(/[A-Za-z_]\w*)*", name, re.ASCII):
@@ -60,6 +62,14 @@ class Camera(_Section):
     latency: NonNegative = 0.0  # how long before its stamp the light was seen; subtracted from the stamp
     reliability: Literal["best_effort", "reliable"] = "best_effort"
 
+    @model_validator(mode="after")
+    def _topic_of_images(self) -> Camera:
+        if self.topic.endswith("/compressed"):
+            raise ValueError(
+                f"topic {self.topic!r}: give it without /compressed, and transport: compressed, which subscribes to it"
+            )
+        return self
+
 
 class Joint(_Section):
     """One joint, in model order. Positions in radians, or metres for a prismatic joint.
@@ -81,6 +91,11 @@ class Joint(_Section):
     def _consistent(self) -> Joint:
         if self.position[0] >= self.position[1]:
             raise ValueError(f"joint {self.name!r}: position {list(self.position)} must be [lowest, highest]")
+        if self.kind == "revolute" and (max(map(abs, self.position)) > TURNS or self.velocity > FASTEST):
+            raise ValueError(
+                f"joint {self.name!r}: position {list(self.position)} and velocity {self.velocity:g} must be in "
+                f"radians, within {TURNS:g} rad and {FASTEST:g} rad/s; are these degrees?"
+            )
         if self.kind == "gripper":
             if self.open is None or self.closed is None or self.open == self.closed:
                 raise ValueError(

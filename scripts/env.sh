@@ -1,4 +1,4 @@
-# Source this file: activates the virtual environment, the built package and a discovery that stays on this machine.
+# Source this file: activates the virtual environment and the built package.
 if [ -z "${BASH_VERSION:-}" ]; then
     echo "error: scripts/env.sh is for bash" >&2
     return 1
@@ -10,16 +10,17 @@ if [ ! -e "$_pi0_ros_root/install/setup.bash" ] || [ ! -e "$_pi0_ros_root/.venv/
     return 1
 fi
 . "$_pi0_ros_root/.venv/bin/activate"
-# With ROS 2 from wheels the virtual environment is itself a prefix that ROS looks for packages in.
+# With ROS 2 from wheels the virtual environment is itself a prefix that ROS looks for packages in, and discovery stays on
+# this machine. With a distribution it is left as it is: arm and GPU may be on two machines.
 if [ -d "$_pi0_ros_root/.venv/share/ament_index" ]; then
     case ":${AMENT_PREFIX_PATH:-}:" in
         *":$_pi0_ros_root/.venv:"*) ;;
         *) export AMENT_PREFIX_PATH="$_pi0_ros_root/.venv${AMENT_PREFIX_PATH:+:$AMENT_PREFIX_PATH}" ;;
     esac
+    export ROS_AUTOMATIC_DISCOVERY_RANGE="${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST}"
 fi
 case $- in *u*) set +u && _pi0_ros_nounset=yes ;; *) _pi0_ros_nounset= ;; esac # colcon's file reads unset variables
 . "$_pi0_ros_root/install/setup.bash"
 [ -z "$_pi0_ros_nounset" ] || set -u
-export ROS_AUTOMATIC_DISCOVERY_RANGE="${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST}"
 export MUJOCO_GL="${MUJOCO_GL:-egl}"
 unset _pi0_ros_root _pi0_ros_nounset

@@ -52,6 +52,7 @@ class Arm:
         self.robot, self.node = robot, node
         self.position = np.array(start, dtype=np.float64)
         self.sensing = True
+        self.stuck = False  # as after an emergency stop: it takes commands, and stays
         self.trail: list[tuple[float, np.ndarray]] = []  # (s, [J]) at 100 Hz
         self.streamed: list[tuple[float, np.ndarray]] = []  # (s, [j]) as it came
         self.trajectories: list[JointTrajectory] = []
@@ -76,7 +77,7 @@ class Arm:
 
     def _mover(self, places):
         def move(message: Float64MultiArray) -> None:
-            self.position[places] = message.data
+            self.position[places] = self.position[places] if self.stuck else message.data
             self.streamed.append((self.now(), np.array(message.data)))
 
         return move

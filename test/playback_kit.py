@@ -52,6 +52,8 @@ class Bench:
         self.trail = []  # positions at every tick that had a command
         self.plans = []  # (now, Plan)
         self.sends = 0
+        self._told = np.zeros(3, bool)  # joints whose controllers were told something
+        self._streamed = np.array([name in streamed for name in NAMES])
         if start:
             self.player.start()
 
@@ -75,7 +77,8 @@ class Bench:
                 continue
             self.trail.append(self.player.commanded.copy())
             self.sends += commands.stream
-            self.arm = self.player.commanded + self.sag
+            self._told |= (self._streamed & commands.stream) | (~self._streamed & (commands.plan is not None))
+            self.arm = np.where(self._told, self.player.commanded + self.sag, self.arm)
             if commands.plan is not None:
                 self.plans.append((self.now, commands.plan))
 

@@ -208,6 +208,26 @@ def test_activating_again_does_not_undo_a_stop(mixed):
     mixed.ros.spin_until(mixed.watch.is_in(PLAYING))
 
 
+def test_activating_again_does_not_undo_that_the_arm_does_not_follow(streamed):
+    said = []
+    streamed.node.create_subscription(DiagnosticArray, "/diagnostics", lambda m: said.extend(m.status), 10)
+    player = streamed.player()
+    streamed.play(0.3)
+    streamed.arm.stuck = True
+    streamed.ros.spin_until(streamed.watch.is_in(STOPPED, "the arm does not follow"))
+    why = streamed.watch.status.reason
+    streamed.ros.spin_until(lambda: any(r.level == b"\x02" and why in r.message for r in said), what="an ERROR")
+    for back in (("deactivate", "activate"), ("deactivate", "cleanup", "configure", "activate")):
+        for transition in back:
+            getattr(player, f"trigger_{transition}")()
+        before = streamed.policy.sequence
+        streamed.ros.spin_until(lambda: streamed.policy.sequence > before + 3)  # noqa: B023
+        streamed.ros.spin_until(streamed.watch.is_in(STOPPED, why))
+    streamed.arm.stuck = False
+    assert streamed.call("start").success
+    streamed.ros.spin_until(streamed.watch.is_in(PLAYING))
+
+
 def test_deactivate_brakes_and_cleanup_leaves_nothing(streamed):
     player = streamed.player()
     streamed.play(0.3)
@@ -298,7 +318,7 @@ def test_simulated_time_is_the_players_time_and_a_jump_back_holds(ros, tmp_path)
         message.clock.sec, message.clock.nanosec = int(time["now"]), int(time["now"] % 1 * 1e9)
         publisher.publish(message)
 
-    clock.create_timer(0.01, beat)
+    ticking = clock.create_timer(0.01, beat)
     simulated = ros.node("simulated", parameter_overrides=[Parameter("use_sim_time", value=True)])
     arm = Arm(simulated, stage.robot, START)
     policy = Policy(simulated, stage.robot, START)
@@ -311,6 +331,12 @@ def test_simulated_time_is_the_players_time_and_a_jump_back_holds(ros, tmp_path)
     ros.spin_until(stage.watch.is_in(PLAYING))
     assert stage.watch.status.header.stamp.sec < 80 and stage.watch.status.epoch == 1
     assert np.isfinite(np.array([p for _, p in arm.streamed])).all()
+    ros.spin_until(lambda: np.abs(arm.streamed[-1][1] - arm.streamed[-5][1]).max() > 0.02, what="it moves")
+    clock.destroy_timer(ticking)  # the simulator died
+    ros.spin_until(stage.watch.is_in(HOLDING, "no joint state"), what="holds when time stands still")
+    ros.spin_until(lambda: player._player.at_rest, what="it rests")
+    way = np.array([position for _, position in arm.streamed[-20:]])
+    assert np.abs(np.diff(way, axis=0)).max() < 0.03  # without a step
     player.trigger_deactivate()
 
 
@@ -360,7 +386,7 @@ def test_a_killed_player_leaves_trajectories_that_end_at_rest(mixed):
         process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_brakes_before_the_player_goes_down(streamed, number):
     process = run_player(streamed)
     try:
@@ -380,11 +406,16 @@ def test_a_signal_brakes_before_the_player_goes_down(streamed, number):
         process.kill()
 
 
-def test_a_wrong_parameter_is_one_line():
-    command = [sys.executable, "-m", "pi0_ros.ros.chunk_player", "--ros-args", "-p", "handover:=jump"]
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ("handover:=jump", "'handover': found 'jump', must be one of 'blend', 'ensemble', 'switch'"),
+        ("velocty_scale:=0.2", "'velocty_scale': there is none of this name, did you mean 'velocity_scale'?"),
+    ],
+)
+def test_a_wrong_parameter_is_one_line(given, fault):
+    command = [sys.executable, "-m", "pi0_ros.ros.chunk_player", "--ros-args", "-p", given]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert done.stderr.strip() == (
-        "error: parameter 'handover': found 'jump', must be one of 'blend', 'ensemble', 'switch'"
-    )
+    assert done.stderr.strip() == f"error: parameter {fault}"

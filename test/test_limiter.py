@@ -15,7 +15,7 @@ SLACK = 1e-9
 
 
 def one(low=-1.0, high=1.0, velocity=2.0, acceleration=10.0) -> Limits:
-    return Limits(*(np.array([float(x)]) for x in (low, high, velocity, acceleration)))
+    return Limits(*(np.array([float(x)]) for x in (low, high, velocity, acceleration, acceleration)))
 
 
 def follow(limiter: Limiter, q: float, target, steps: int, speed: float = 1.0) -> np.ndarray:

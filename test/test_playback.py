@@ -10,7 +10,7 @@ from pi0_ros.ros.limiter import Limits
 from pi0_ros.ros.playback import Offer, Playback, Rules, TimedActions, fault_of
 
 S = 1_000_000_000
-WIDE = Limits(np.full(1, -10.0), np.full(1, 10.0), np.full(1, 2.0), np.full(1, 10.0))
+WIDE = Limits(np.full(1, -10.0), np.full(1, 10.0), np.full(1, 2.0), np.full(1, 10.0), np.full(1, 10.0))
 RULES = Rules(("a",), WIDE, max_age=1.0, max_ahead=0.05, refuse_limits=False)
 
 
@@ -62,7 +62,7 @@ def test_actions_beyond_the_limits_are_clamped_even_when_huge():
 
 
 def test_blend_begins_at_the_old_motion_and_ends_at_the_new_chunk():
-    playback = Playback(1, "blend", blend_time=0.2, decay=0.0)
+    playback = Playback(WIDE.velocity, "blend", blend_time=0.2, decay=0.0)
     playback.push(chunk(np.linspace(0, 2, 21)), 0)  # 1 rad/s
     before = playback.at(round(0.5 * S))
     playback.push(chunk(np.full(21, 0.7)), round(0.5 * S))
@@ -79,7 +79,7 @@ def test_blend_begins_at_the_old_motion_and_ends_at_the_new_chunk():
 def test_a_chunk_with_the_same_actions_as_the_old_one_changes_nothing():
     # Real-time chunking: what was frozen from the previous chunk joins it without a seam.
     path = np.linspace(0, 2, 21)
-    playback = Playback(1, "blend", blend_time=0.2, decay=0.0)
+    playback = Playback(WIDE.velocity, "blend", blend_time=0.2, decay=0.0)
     playback.push(chunk(path), 0)
     expected = [at(playback, t)[0] for t in (0.5, 0.55, 0.6)]
     moment = round(0.5 * S)
@@ -90,7 +90,7 @@ def test_a_chunk_with_the_same_actions_as_the_old_one_changes_nothing():
 
 
 def test_switch_takes_the_new_chunk_at_once():
-    playback = Playback(1, "switch", blend_time=0.2, decay=0.0)
+    playback = Playback(WIDE.velocity, "switch", blend_time=0.2, decay=0.0)
     playback.push(chunk(np.zeros(21)), 0)
     playback.push(chunk(np.ones(21)), round(0.5 * S))
     playback.join(round(0.5 * S), np.zeros(1), np.zeros(1))
@@ -98,7 +98,7 @@ def test_switch_takes_the_new_chunk_at_once():
 
 
 def test_ensemble_weights_chunks_exponentially_oldest_first():
-    playback = Playback(1, "ensemble", blend_time=0.1, decay=0.5)
+    playback = Playback(WIDE.velocity, "ensemble", blend_time=0.1, decay=0.5)
     for k, value in enumerate((1.0, 2.0, 4.0)):
         playback.push(chunk(np.full(41, value)), round(0.3 * k * S))
     w = [math.exp(-0.5 * i) for i in range(3)]
@@ -107,7 +107,7 @@ def test_ensemble_weights_chunks_exponentially_oldest_first():
 
 
 def test_ensemble_has_no_step_where_chunks_come_and_go():
-    playback = Playback(1, "ensemble", blend_time=0.1, decay=0.01)
+    playback = Playback(WIDE.velocity, "ensemble", blend_time=0.1, decay=0.01)
     playback.push(chunk(np.full(11, 1.0)), 0)  # until 1.0 s
     first = [at(playback, t)[0] for t in np.arange(0.0, 0.5, 1e-3)]
     playback.push(chunk(np.full(11, 2.0), stamp=0.5), round(0.5 * S))  # until 1.5 s

@@ -51,7 +51,7 @@ event = st.one_of(
     interpolation=st.sampled_from(["linear", "cubic"]),
     limits=st.sampled_from(["clamp", "clamp", "clamp", "refuse"]),
     streamed=st.sampled_from([NAMES, ("g",), ()]),
-    sag=st.tuples(*[st.one_of(st.just(0.0), st.floats(-0.2, 0.2))] * 3),
+    sag=st.tuples(*[st.one_of(st.just(0.0), st.floats(-0.045, 0.045))] * 3),
 )
 def test_limits_hold_and_nothing_is_ever_nan_whatever_comes(events, handover, interpolation, limits, streamed, sag):
     bench = Bench(streamed, handover=handover, interpolation=interpolation, limits=limits, approach_speed=0.5)

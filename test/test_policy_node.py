@@ -193,7 +193,11 @@ def test_start_stop_pause_work_beside_the_lifecycle(bench):
     assert b.call(Trigger, "stop").success
     b.until(lambda: b.chunks[-1].horizon == 0)  # the player holds at once
     assert b.chunks[-1].epoch == epoch + 1
-    published = health.chunks
+    b.node.trigger_deactivate()
+    b.node.trigger_activate()  # does not undo a stop
+    published, begin = health.chunks, b.now()
+    b.until(lambda: b.now() - begin > 0.2 * SECOND, doing=b.send)
+    assert health.chunks == published
     assert b.call(Trigger, "start").success
     b.until(lambda: health.chunks > published, doing=b.send)
     assert b.policy.resets == 2

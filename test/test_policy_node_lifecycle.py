@@ -209,7 +209,7 @@ def test_help_lists_the_parameters(capsys):
     assert "realtime_chunking ('auto'): keep" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_program_cleanly_and_tells_the_player(ros, tmp_path, number):
     """While it waits to be configured, and while it is active."""
     (tmp_path / "robot.yaml").write_text(ROBOT)

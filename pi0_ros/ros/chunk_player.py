@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rclpy.clock import Clock
+from rclpy.clock_type import ClockType
 from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from sensor_msgs.msg import JointState
 from std_srvs.srv import Trigger
@@ -35,6 +37,7 @@ from pi0_ros.ros.program import ManagedNode, run_node
 from pi0_ros.ros.qos import LATCHED, NEWEST, SENSOR
 
 STATUS_PERIOD = SECOND // 10  # ns
+STANDS_STILL = SECOND  # ns; a clock that says the same for so long has stopped
 UNTRAINED = "random"  # the digest of a policy without a checkpoint
 STOPPED_BY_CALL = "stopped by ~/stop, ~/start goes on"
 
@@ -45,10 +48,10 @@ def _set(name: str, default: Any, description: str, *bounds: float, **more: Any)
 
 SPECS = (
     _set("robot_file", "", "path of the robot file, or of a checkpoint folder with one"),
-    _set("rate", 100.0, "control rate: how often commands are computed, Hz", 1, 1000),
+    _set("rate", 100.0, "control rate: how often commands are computed, Hz", 20, 1000),
     _set("interpolation", "linear", "between two actions of a chunk", choices=("linear", "cubic")),
     _set("handover", "blend", "how a chunk follows another", choices=("blend", "ensemble", "switch")),
-    _set("blend_time", 0.3, "how long a hand-over fades, s", 0, 10),
+    _set("blend_time", 0.3, "how long a hand-over fades, s", 0, 2),
     _set("ensemble_decay", 0.01, "ensemble: chunk i (0 the oldest) weighs exp(-decay * i)", 0, 10),
     _set("hold_after", 0.0, "how long a chunk's last action stands before holding counts, s", 0, 60),
     _set(
@@ -64,7 +67,7 @@ SPECS = (
     _set("play_untrained", False, "play chunks of untrained random weights, for a simulated arm"),
     _set("limits", "clamp", "what happens to actions beyond the robot's limits", choices=("clamp", "refuse")),
     _set("velocity_scale", 1.0, "share of the robot file's velocity limits to use", 0.01, 1),
-    _set("acceleration_scale", 1.0, "share of the robot file's acceleration limits to use", 0.01, 1),
+    _set("acceleration_scale", 1.0, "share of the robot file's acceleration limits to use; braking uses all", 0.01, 1),
     _set(
         "approach_threshold",
         0.25,
@@ -76,14 +79,14 @@ SPECS = (
     _set(
         "following_error",
         0.5,
-        "stop until ~/start when a joint is further from its command, rad; for prismatic joints a fifth of it, m; "
-        "0: never",
+        "stop until ~/start when a joint is further from its command, rad; for prismatic joints a fifth of it, m; or "
+        "stands still for 1 s while chunks move it; 0: never",
         0,
         100,
     ),
     _set("trajectory.window", 0.4, "JointTrajectory: how far ahead is sent before coming to rest, s", 0.05, 10),
     _set("trajectory.rate", 10.0, "JointTrajectory: how often it is sent again, Hz", 0.5, 100),
-    _set("trajectory.lead", 0.02, "JointTrajectory: its first point is at least so far ahead, s", 0, 1),
+    _set("trajectory.lead", 0.02, "JointTrajectory: its first point is at least so far ahead, s", 0, 0.2),
     _set("trajectory.velocities", True, "JointTrajectory: send velocities too"),
     _set("dry_run", False, "judge and sample chunks, send nothing"),
     Spec("start_on_activate", True, "play at once; false: wait for ~/start"),
@@ -119,11 +122,13 @@ class ChunkPlayer(ManagedNode):
         self._outputs: Outputs | None = None
         self._robot: Robot | None = None
         self._subscriptions_made: list[Any] = []
-        self._timer = None
+        self._ticking: list[Any] = []
+        self._read = (0, 0)  # ns, what the node's clock said last, and the steady time at which it began to
+        self._logged: tuple[int, str] | None = None  # state and reason, without that of a refused chunk
         self._said: tuple[int, str] | None = None  # state and reason of the last status
         self._said_at = 0  # ns
         self._active = False
-        self._stopped = False  # by ~/stop, until ~/start: activating again does not undo it
+        self._stopped = ""  # why, until ~/start: activating again does not undo it
         try:
             self._settings = Parameters(self, SPECS)
         except ParameterError:
@@ -154,6 +159,8 @@ class ChunkPlayer(ManagedNode):
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the reason why configure fails
             return self._configure_failed(error)
         self._failure, self._settings.frozen = "", True
+        scales = f"velocity x {settings.velocity_scale:g}, acceleration x {settings.acceleration_scale:g}"
+        self.get_logger().info(f"configured for robot '{robot.name}', {scales}")
         self._say()
         return super().on_configure(state)
 
@@ -161,12 +168,19 @@ class ChunkPlayer(ManagedNode):
         """Tick, and play unless `start_on_activate` is false or ~/stop was the last word."""
         self._active, self._ticked = True, 0.0
         if self._stopped:
-            self._player.stop(STOPPED_BY_CALL)
+            self._player.stop(self._stopped)
         elif self._settings["start_on_activate"]:
             self._player.start()
         else:
             self._player.stop("not started: start_on_activate is false, call ~/start")
-        self._timer = self.create_timer(1.0 / self._settings["rate"], self._tick)  # on the node's clock
+        # Steady: a timer of the system's clock would pause for as long as that is set back. Simulated time has a pace
+        # of its own, and whoever stops it must not leave the arm moving.
+        period, steady = 1.0 / self._settings["rate"], Clock(clock_type=ClockType.STEADY_TIME)
+        if self.get_parameter("use_sim_time").value:
+            self._ticking.append(self.create_timer(period, self._tick))
+            self._ticking.append(self.create_timer(period, self._go_on, clock=steady))
+        else:
+            self._ticking.append(self.create_timer(period, self._tick, clock=steady))
         self._say()
         return super().on_activate(state)
 
@@ -206,18 +220,17 @@ class ChunkPlayer(ManagedNode):
         self._player = self._outputs = self._robot = None
 
     def _come_to_rest(self, why: str) -> None:
-        """Brake, if active. Blocks for as long as braking takes (velocity limit / acceleration limit)."""
-        if self._timer is not None:
-            self.destroy_timer(self._timer)
-            self._timer = None
+        """Brake, if active. Blocks for as long as braking takes."""
+        while self._ticking:
+            self.destroy_timer(self._ticking.pop())
         if not self._active:
             return
         self._active = False
         self._player.stop(why)
         period, limits = 1.0 / self._settings["rate"], self._player.limits
-        now = self._now()
+        now = self._time()
         # Counted, not read from the clock: simulated time stands still while this callback has the executor.
-        for _ in range(math.ceil(float(np.max(limits.velocity / limits.acceleration)) / period) + 10):
+        for _ in range(math.ceil(float(np.max(limits.velocity / limits.braking)) / period) + 10):
             now += round(period * SECOND)
             self._command(now)
             if self._player.at_rest:
@@ -255,13 +268,13 @@ class ChunkPlayer(ManagedNode):
             "plays from the next chunk on" if self._active else "the node is not active: activate it first"
         )
         if self._active:
-            self._stopped = False
+            self._stopped = ""
             self._player.start()
             self._say()
         return response
 
     def _stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        response.success, response.message, self._stopped = True, "stopped, ~/start goes on", True
+        response.success, response.message, self._stopped = True, "stopped, ~/start goes on", STOPPED_BY_CALL
         if self._active:
             self._player.stop(STOPPED_BY_CALL)
             self._say()
@@ -273,8 +286,11 @@ class ChunkPlayer(ManagedNode):
 
     def _tick(self) -> None:
         began = time.perf_counter()
-        now = self._now()
+        now = self._time()
         self._command(now)
+        if self._player.lost and not self._stopped:
+            self._stopped = self._player.lost
+            self.get_logger().error(self._stopped)
         if (self._player.state, self._player.reason) != self._said or not 0 <= now - self._said_at < STATUS_PERIOD:
             self._say()
         self._cost.add(began, time.perf_counter() - began)
@@ -282,10 +298,23 @@ class ChunkPlayer(ManagedNode):
             self._interval.add(began, began - self._ticked)
         self._ticked = began
 
+    def _go_on(self) -> None:
+        """Tick where the node's clock does not."""
+        if self._time() != self._now():
+            self._tick()
+
+    def _time(self) -> int:
+        """The node's clock; where that stands still, it goes on at its usual pace: joint states age, the arm brakes."""
+        now, steady = self._now(), time.monotonic_ns()
+        if now != self._read[0]:
+            self._read = now, steady
+        still = steady - self._read[1]
+        return now + still if still > STANDS_STILL else now
+
     def _command(self, now: int) -> None:
         commands = self._player.tick(now)
         if commands is not None and not self._player.settings.dry_run:
-            self._outputs.send(commands, now)
+            self._outputs.send(commands, max(now, self._now()))  # computing them takes milliseconds
 
     def _say(self) -> None:
         """Publish the status."""
@@ -304,9 +333,12 @@ class ChunkPlayer(ManagedNode):
             commanded=[] if player.commanded is None else player.commanded.tolist(),
         )
         message.header.stamp = to_stamp(now)
-        if self._said is None or self._said[0] != player.state:
-            reason = f": {player.reason}" if player.reason else ""
-            self.get_logger().info(f"{STATES[player.state]}{reason}")
+        told = f"{STATES[player.state]}: {player.reason}".removesuffix(": ")
+        if self._logged is None or self._logged[0] != player.state:
+            self.get_logger().info(told)
+        elif self._logged[1] != player.why:
+            self.get_logger().info(told, throttle_duration_sec=1.0)  # an approach has other numbers with each chunk
+        self._logged = player.state, player.why
         self._said, self._said_at = (player.state, player.reason), now
         self._status.publish(message)
 
@@ -322,10 +354,12 @@ class ChunkPlayer(ManagedNode):
             return [report]
         now, clock = self._now(), time.perf_counter()
         if self._active and player.reason:
-            judge = report.error if player.blind else report.warn
+            judge = report.error if player.blind or player.lost else report.warn
             judge(f"{STATES[player.state].lower()}: {player.reason}")
         if unheard := self._outputs.unheard():
             report.warn(f"no controller listens on {', '.join(unheard)}: is it loaded, and is that its topic?")
+        if (policies := self.count_publishers("action_chunk")) > 1:
+            report.warn(f"{policies} nodes publish chunks: the arm would follow all of them in turn")
         report.add("state", STATES[player.state])
         report.add("robot", self._robot.name)
         for name in ("epoch", "sequence", "played", "refused", "holds", "handover_delay"):

@@ -6,7 +6,7 @@ limits hold between the grid points too, and a cubic through positions and veloc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -21,20 +21,23 @@ class Limits:
     high: np.ndarray
     velocity: np.ndarray
     acceleration: np.ndarray
+    braking: np.ndarray  # the acceleration of coming to rest, not below the other one
 
     def of(self, joints: np.ndarray) -> Limits:
         """The limits of some joints, by index [j]."""
-        return Limits(self.low[joints], self.high[joints], self.velocity[joints], self.acceleration[joints])
+        return Limits(*(getattr(self, field.name)[joints] for field in fields(self)))
 
 
 def robot_limits(robot: Robot, velocity_scale: float = 1.0, acceleration_scale: float = 1.0) -> Limits:
-    """The robot file's limits, velocity and acceleration times a scale in (0, 1]."""
+    """The robot file's limits, velocity and acceleration times a scale in (0, 1]; braking keeps all of it."""
     position = np.array([joint.position for joint in robot.joints], dtype=np.float64)
+    acceleration = np.array([joint.acceleration for joint in robot.joints])
     return Limits(
         low=position[:, 0].copy(),
         high=position[:, 1].copy(),
         velocity=velocity_scale * np.array([joint.velocity for joint in robot.joints]),
-        acceleration=acceleration_scale * np.array([joint.acceleration for joint in robot.joints]),
+        acceleration=acceleration_scale * acceleration,
+        braking=acceleration,
     )
 
 
@@ -51,7 +54,7 @@ class Limiter:
         """`step` in seconds."""
         self.limits, self.dt = limits, step
         self._a = limits.acceleration
-        self._ah = limits.acceleration * step
+        self._ah, self._bh = limits.acceleration * step, limits.braking * step
         # Following brakes a little less hard than it may, so that a target that moves as well is not overrun.
         self._soft = 0.8 * limits.acceleration
         # Gain of the last bit of following, 1/s: the largest at which braking from the curve below stays legal.
@@ -79,21 +82,23 @@ class Limiter:
             self._gain * size, self._soft * (np.sqrt(0.25 * h * h + 2.0 * size / self._soft) - 0.5 * h)
         )
         wanted = target_velocity + np.copysign(closing, left)
-        return self._move(q, v, np.minimum(np.maximum(wanted, -most), most))
+        return self._move(q, v, np.minimum(np.maximum(wanted, -most), most), self._ah)
 
     def brake(self, q: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The state one step later when coming to rest as fast as is allowed: [J], [J]."""
-        return self._move(q, v, np.zeros_like(v))
+        return self._move(q, v, np.zeros_like(v), self._bh)
 
-    def _move(self, q: np.ndarray, v: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The step to the legal velocity nearest to `wanted`."""
+    def _move(
+        self, q: np.ndarray, v: np.ndarray, wanted: np.ndarray, change: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The step to the legal velocity nearest to `wanted`, at most by `change`."""
         h, limits, a = self.dt, self.limits, self._a
         high, low = np.maximum(limits.high, q), np.minimum(limits.low, q)
         # Largest w with (v + w) h / 2 + w h / 2 + w^2 / (2 a) <= room; room < 0 only by rounding.
         coast = q + v * (0.5 * h)
         up = a * np.maximum(np.sqrt(h * h + 2.0 * np.maximum(high - coast, 0.0) / a) - h, 0.0)
         down = a * np.maximum(np.sqrt(h * h + 2.0 * np.maximum(coast - low, 0.0) / a) - h, 0.0)
-        top = np.minimum(np.minimum(v + self._ah, limits.velocity), up)
-        bottom = np.maximum(np.maximum(v - self._ah, -limits.velocity), -down)
+        top = np.minimum(np.minimum(v + change, limits.velocity), up)
+        bottom = np.maximum(np.maximum(v - change, -limits.velocity), -down)
         w = np.minimum(np.maximum(wanted, bottom), top)
         return np.minimum(np.maximum(q + (v + w) * (0.5 * h), low), high), w

@@ -6,6 +6,7 @@ shows and refuses wrong values with a reason that names the parameter, the value
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,8 +94,19 @@ class Parameters:
             except ParameterException as error:
                 reason = str(error).partition("Reason: ")[2].removesuffix(f": {spec.name}") or str(error)
                 raise ParameterError(reason) from None
+        self._refuse_unknown()
         if on_change is not None:
             node.add_post_set_parameters_callback(lambda changed: self._tell(on_change, changed))
+
+    def _refuse_unknown(self) -> None:
+        """rclpy drops what a command line or a file gives and no node declares. Misspelt, that may be a limit."""
+        for name in self._node._parameter_overrides:  # noqa: SLF001 - there is no public way to them
+            if self._node.has_parameter(name) or name.startswith("qos_overrides."):
+                continue
+            said = f"parameter '{name}': there is none of this name"
+            if meant := difflib.get_close_matches(name, self._specs, 1):
+                raise ParameterError(f"{said}, did you mean '{meant[0]}'?")
+            self._node.get_logger().warning(f"{said}, it is ignored; --help lists those that there are")
 
     def __getitem__(self, name: str) -> Any:
         value = self._node.get_parameter(name).value

@@ -15,7 +15,7 @@ import numpy as np
 from pi0_ros.ros.limiter import Limits
 
 SECOND = 1_000_000_000  # ns
-MOST_DT = 10.0  # s; a longer time between two actions is a fault, not a slow robot
+LEAST_DT, MOST_DT = 0.001, 10.0  # s; another time between two actions is a fault, not a fast or a slow robot
 MOST_MEMBERS = 16  # chunks that an ensemble averages over
 
 
@@ -51,8 +51,8 @@ def fault_of(offer: Offer, rules: Rules, now: int) -> str | None:
         return "untrained random weights made it (play_untrained allows that, on a simulated arm)"
     if offer.joint_names != rules.joint_names:
         return f"joints {list(offer.joint_names)} are not {list(rules.joint_names)}"
-    if not (0.0 < offer.dt <= MOST_DT):
-        return f"dt is {offer.dt} s, must be above 0 and at most {MOST_DT:g}"
+    if not (LEAST_DT <= offer.dt <= MOST_DT):
+        return f"dt is {offer.dt} s, must be from {LEAST_DT:g} to {MOST_DT:g}"
     if offer.horizon < 1 or offer.actions.size != offer.horizon * len(offer.joint_names):
         return f"{offer.actions.size} values are not horizon {offer.horizon} times {len(offer.joint_names)} joints"
     finite = np.isfinite(offer.actions)
@@ -142,7 +142,9 @@ class Playback:
         "switch": the new chunk at once; the limiter alone smooths the step.
     """
 
-    def __init__(self, joints: int, handover: str, blend_time: float, decay: float) -> None:
+    def __init__(self, fastest: np.ndarray, handover: str, blend_time: float, decay: float) -> None:
+        """`fastest` [J]: the velocity limits."""
+        joints, self._fastest = len(fastest), fastest
         self._handover, self._fade, self._decay = handover, max(1, round(blend_time * SECOND)), decay
         self._members: list[tuple[TimedActions, int]] = []  # oldest first, with the time of arrival
         self._joined = 0  # ns, when the offsets below were taken
@@ -177,6 +179,9 @@ class Playback:
         if self._handover == "switch":
             return
         here, moving = self.at(at)
+        # A chunk that jumps (a gripper that closes within one action) has a velocity there that nothing will ever have:
+        # making up for it would begin with a move the other way.
+        moving = np.clip(moving, -self._fastest, self._fastest)
         self._joined = at
         self._offset, self._offset_velocity = position - here, velocity - moving
 

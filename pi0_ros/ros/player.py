@@ -14,9 +14,10 @@ import numpy as np
 
 from pi0_ros.robot import Robot
 from pi0_ros.ros.limiter import robot_limits
-from pi0_ros.ros.motion import Stream, Window
+from pi0_ros.ros.motion import CATCH_UP, Stream, Window
 from pi0_ros.ros.playback import SECOND, Offer, Playback, Rules, TimedActions, fault_of, joint_index
 from pi0_ros.ros.rest import Rest
+from pi0_ros.ros.stall import Stall
 
 # The numbers of PlayerStatus.
 STOPPED, HOLDING, PLAYING, APPROACHING, DRY_RUN = range(5)
@@ -107,7 +108,8 @@ class Player:
         self._resend = max(1, round(settings.resend * settings.rate))
 
         joints = len(self.joint_names)
-        self.playback = Playback(joints, settings.handover, settings.blend_time, settings.ensemble_decay)
+        fastest = self.limits.velocity
+        self.playback = Playback(fastest, settings.handover, settings.blend_time, settings.ensemble_decay)
         self.played = self.refused = self.holds = 0
         self.sequence = self.epoch = 0  # of the chunk that is played, or was last
         self.handover_delay = 0.0  # actions of that chunk that were past when it took over
@@ -117,11 +119,14 @@ class Player:
         self._measured_at = np.full(joints, -1, dtype=np.int64)  # ns, by joint
         self._state_note = ""
         self.blind = False  # holds because joint states are missing
-        self._mode, self._why, self._refusal = STOPPED, "not started", ""
+        self.lost = ""  # why it stopped by itself: the arm does not follow
+        self._mode, self.why, self._refusal = STOPPED, "not started", ""
         self._running = False  # between start and stop
-        self._afresh = False  # started, and not yet seen where the arm is
+        self._afresh = False  # not yet seen where the arm is, since it was started or not seen for a while
+        self._anew = False  # started, and no chunk taken over since
         far = min(settings.approach_threshold, settings.following_error or math.inf)
         self._rest = Rest(self._arm, far * self._unit, self._unit)
+        self._stall = Stall(self._arm, self._unit)
         self._following = False  # a chunk moves the arm
         self._speed = 1.0
         self._pending: TimedActions | None = None  # accepted, taken over at the next tick
@@ -151,9 +156,16 @@ class Player:
         good = (values >= 2 * low - high) & (values <= 2 * high - low)  # false for NaN
         self.measured[mine[good]] = values[good]
         self._measured_at[mine[good]] = min(stamp, now)  # a clock ahead of ours must not make them last longer
-        self._state_note = ""
+        late = (now - stamp) / SECOND
+        self._state_note = (
+            f"; they come, stamped {late:.2g} s before this node's clock" if late > self._state_age else ""
+        )
+        if self.commanded is None:
+            return
         # Not in `tick`: an arm that is moved while nothing is played, or the node is inactive, must be noticed too.
-        if self.commanded is not None and not self._following and self.at_rest:
+        if self._following or not self.at_rest:
+            self._rest.lags(self.measured, self.commanded)
+        else:
             self._rest.watch(now, self.measured, self.commanded)
 
     def offer(self, offer: Offer, now: int) -> str:
@@ -190,7 +202,7 @@ class Player:
     def start(self) -> None:
         """Play from the next chunk on."""
         if not self._running:
-            self._running, self._afresh, self._refusal = True, True, ""
+            self._running, self._afresh, self._anew, self._refusal, self.lost = True, True, True, "", ""
             self._drop("no chunk yet")
             self._halt(HOLDING, "no chunk yet")
 
@@ -210,7 +222,7 @@ class Player:
     @property
     def reason(self) -> str:
         """Why it holds, is stopped or approaches, and why the newest chunk was refused; empty while all is well."""
-        return "; ".join(part for part in (self._why, self._refusal) if part)
+        return "; ".join(part for part in (self.why, self._refusal) if part)
 
     @property
     def at_rest(self) -> bool:
@@ -243,7 +255,8 @@ class Player:
         if self.commanded is None:
             return None
         # Of an arm that was moved at rest, or is not seen, nothing is known that would make it safe to take it back.
-        held = self._running and not (self._afresh or self._rest.moved or self.blind)
+        # And before a first chunk nobody asked for anything: a gripper holds what it was told, not where that ended.
+        held = self._running and not (self._anew or self._afresh or self._rest.moved or self.blind)
         send, plan = self.stream is not None and (held or not self.at_rest), None
         if self.stream is not None:
             self.stream.advance(self._index, steps, self._guide, self._speed)
@@ -257,8 +270,16 @@ class Player:
         """Control periods since the last tick, to the nearest."""
         if self._last < 0:
             self._grid = now - (self._index + 1) * self._period
-        self._last = now
-        return (now - self._grid + self._period // 2) // self._period - self._index
+        before, self._last = self._last, now
+        steps = (now - self._grid + self._period // 2) // self._period - self._index
+        if steps > CATCH_UP and self.stream is not None and self.commanded is not None:
+            # Paused: what takes positions has stood where it was told last, and others may have moved it since.
+            self.stream.seed(self.commanded)
+            self._afresh = True
+            self._measured_at[self._measured_at <= before] = -1
+            if self._running:
+                self._halt(HOLDING, "there was a pause")
+        return steps
 
     def _time(self, index: int) -> int:
         return self._grid + index * self._period
@@ -283,11 +304,14 @@ class Player:
         """Follow or hold, with the reason."""
         if self._following or not self.at_rest:
             self._rest.begin_anew()
+        if not self._following:
+            self._stall.begin_anew()
         if not self._running:
             return
         fault = self._state_fault(now)
         self.blind = bool(fault)
         if fault:
+            self._afresh = True
             self._halt(HOLDING, fault)
             return
         if self.commanded is None or (self._afresh and self._rest.moved):
@@ -297,8 +321,9 @@ class Player:
             self._halt(HOLDING, "the arm is not yet at rest where it was told")
             return
         self._afresh = False
-        if self._following and self.playback.chunk is not None and (lost := self._not_followed()):
+        if self._following and self.playback.chunk is not None and (lost := self._not_followed(now)):
             self.stop(lost)  # an emergency stop, a collision: who releases the arm says when it goes on
+            self.lost = lost
             return
         chunk, self._pending = self._pending, None
         at = self._time(self._index + self._lead)
@@ -327,13 +352,19 @@ class Player:
         which = "" if len(missing) == len(old) else f" of {', '.join(missing)}"
         return f"no joint state{which} for more than {self._state_age:g} s{self._state_note}"
 
-    def _not_followed(self) -> str:
+    def _not_followed(self, now: int) -> str:
         """Why the arm does not do what is commanded, or "": going on would let it jump when it is released."""
         most, (worst, gap) = self.settings.following_error, self._farthest(self.measured, self.commanded)
-        if not most or self.settings.dry_run or gap <= most:
+        if not most or self.settings.dry_run:
             return ""
-        name, allowed = self.joint_names[worst], most * self._unit[worst]
-        return f"the arm does not follow: joint '{name}' is more than {allowed:g} from its command; ~/start goes on"
+        if gap > most:
+            name, allowed = self.joint_names[worst], most * self._unit[worst]
+            return f"the arm does not follow: joint '{name}' is more than {allowed:g} from its command; ~/start goes on"
+        meant = np.clip(self.playback.chunk.at(now)[1], -self.limits.velocity, self.limits.velocity)
+        stuck = self._stall.watch(now, self.measured, self.commanded, meant * self._speed)
+        if stuck is None:
+            return ""
+        return f"the arm does not follow: joint '{self.joint_names[stuck]}' stands still; ~/start goes on"
 
     def _farthest(self, here: np.ndarray, there: np.ndarray) -> tuple[int, float]:
         """The joint of the arm by which two positions [J] differ most, and by how much, in units of the thresholds."""
@@ -366,33 +397,36 @@ class Player:
             self.played += 1
             self.epoch, self.sequence, self.handover_delay = chunk.epoch, chunk.sequence, chunk.past(at)
         self._following = self._plan_now = True
+        self._anew = False
         most, (worst, gap) = self.settings.approach_threshold, self._farthest(chunk.at(at)[0], position)
         if gap > most:
             self.playback.alone()
             self._mode, self._speed, unit = APPROACHING, self.settings.approach_speed, self._unit[worst]
-            self._why = (
+            self.why = (
                 f"approaching at limited speed: joint '{self.joint_names[worst]}' is {gap * unit:.3g} from where "
                 f"chunk {chunk.sequence} begins, more than {most * unit:g}"
             )
             return
         if not playing or self.settings.handover == "blend":
             self.playback.join(at, position, velocity)
-        self._mode, self._speed, self._why = PLAYING, 1.0, ""
+        self._mode, self._speed, self.why = PLAYING, 1.0, ""
 
     def _approach(self, at: int) -> None:
         """Go over to playing when near enough."""
         position, velocity = self._commanded_at_lead()
         if self._farthest(self.playback.at(at)[0], position)[1] <= 0.25 * self.settings.approach_threshold:
             self.playback.join(at, position, velocity)
-            self._mode, self._speed, self._why, self._plan_now = PLAYING, 1.0, "", True
+            self._mode, self._speed, self.why, self._plan_now = PLAYING, 1.0, "", True
 
     def _commanded(self) -> tuple[np.ndarray, np.ndarray]:
         """[J] position and velocity that a new motion starts from.
 
         What is commanded, unless the arm was moved while it rested (by hand or by another program, a simulator's
-        reset): then where it is. A dry run always starts where the arm is.
+        reset), or is started anew and elsewhere (an emergency stop before): then where it is. A dry run always starts
+        where the arm is.
         """
-        if self.settings.dry_run or self._rest.moved:
+        elsewhere = self._anew and self.at_rest and self._rest.off(self.measured, self.commanded)
+        if self.settings.dry_run or self._rest.moved or elsewhere:
             self._seed()
         return self._commanded_at_lead()
 
@@ -420,7 +454,7 @@ class Player:
         """Brake and keep still."""
         self._plan_now = self._plan_now or self._following
         self._following, self._speed = False, 1.0
-        self._mode, self._why = mode, why
+        self._mode, self.why = mode, why
 
     def _drop(self, why: str) -> None:
         self.playback.clear()

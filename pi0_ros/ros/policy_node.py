@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rclpy.clock import JumpThreshold, TimeJump
+from rclpy.clock import Clock, JumpThreshold, TimeJump
+from rclpy.clock_type import ClockType
 from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
@@ -100,6 +101,7 @@ class PolicyNode(ManagedNode):
         self._streams: Streams | None = None
         self._entities: list[tuple[Callable[[Any], Any], Any]] = []  # how to destroy what configure made
         self._timer = None
+        self._stopped = False  # by ~/stop, until ~/start: activating again does not undo it
         # From the wall clock, so that a restarted node's epochs are newer than any that the player knows.
         self._epoch = int(time.time()) & 0x7FFFFFFF
         try:
@@ -145,6 +147,7 @@ class PolicyNode(ManagedNode):
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Begin to tick."""
         self._worker.activate()
+        self._worker.run(not self._stopped)
         self._set_timer()
         return super().on_activate(state)
 
@@ -222,7 +225,10 @@ class PolicyNode(ManagedNode):
         self._drop_timer()
         rate = self._settings["rate"]
         tick = self._worker.tick_due if rate else self._worker.wake
-        self._timer = self.create_timer(1.0 / (rate or HEARTBEAT), tick)  # on the node's clock
+        # Of the node's clock only where that is simulated: one of the system's pauses for as long as that is set back.
+        simulated = self.get_parameter("use_sim_time").value
+        clock = self.get_clock() if simulated else Clock(clock_type=ClockType.STEADY_TIME)
+        self._timer = self.create_timer(1.0 / (rate or HEARTBEAT), tick, clock=clock)
 
     def _drop_timer(self) -> None:
         if self._timer is not None:
@@ -271,7 +277,8 @@ class PolicyNode(ManagedNode):
         if message.data.strip():
             self._keep_prompt(message.data)
         else:
-            self.get_logger().warning(f"an empty prompt was ignored, it stays '{self._worker.prompt}'")
+            kept = f"{self._worker.prompt:.80}"
+            self.get_logger().warning(f"an empty prompt was ignored, it stays '{kept}'", throttle_duration_sec=1.0)
 
     def _keep_prompt(self, prompt: str) -> None:
         # Through the parameter, so that `ros2 param get` tells the prompt however it was set.
@@ -295,10 +302,15 @@ class PolicyNode(ManagedNode):
         return response
 
     def _start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        return self._answer(response, lambda worker: worker.run(True), "ticking")
+        def start(worker: Worker) -> None:
+            self._stopped = False
+            worker.run(True)
+
+        return self._answer(response, start, "ticking")
 
     def _stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         def stop(worker: Worker) -> None:
+            self._stopped = True
             worker.run(False)
             worker.bump()
 

@@ -20,7 +20,7 @@ from pi0_ros.ros.diagnostics import DiagnosticsPublisher
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
 
 NodeType = TypeVar("NodeType", bound=Node)
-_ending = threading.Event()  # set by SIGINT and SIGTERM
+_ending = threading.Event()  # set by SIGINT, SIGTERM and SIGHUP
 
 
 def ending() -> bool:
@@ -86,8 +86,8 @@ def run_node(
 ) -> int:
     """Run a node until it is told to end, then destroy it; the exit code.
 
-    SIGINT and SIGTERM end it, however often they come: rclpy's own handlers would end the context before the node has
-    come to rest, and launch passes on the Ctrl-C that the terminal has already sent.
+    SIGINT, SIGTERM and a terminal that is closed end it, however often they come: rclpy's own handlers would end the
+    context before the node has come to rest, and launch passes on the Ctrl-C that the terminal has already sent.
 
     Args:
         specs: of the parameters, for --help.
@@ -102,8 +102,9 @@ def run_node(
         return 0
     node, code = None, 0
     _ending.clear()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: _ending.set())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda *_: _ending.set())
     try:
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         node = make()

@@ -15,7 +15,7 @@ class Rest:
 
     An arm is never quite where it is commanded: it lags behind, and at rest it sags by its weight; commanding where it
     sags to would let it sag again. So what counts is the place where a joint settled, and until it has, that it comes
-    no further away from its command.
+    no further away from its command than when it was last seen under way.
 
     Args:
         arm: bool [J], the joints that count (a gripper may close on what it holds).
@@ -29,31 +29,37 @@ class Rest:
 
     def __init__(self, arm: np.ndarray, far: np.ndarray, unit: np.ndarray) -> None:
         self._arm, self._far, self._give = arm, far, GIVE * unit
+        self._gap = np.zeros(len(arm))  # from the command, as it was last seen while commands moved the arm
         self.begin_anew()
 
     def begin_anew(self) -> None:
         """Commands move the arm."""
         self._since = -1  # ns
         self._place: np.ndarray | None = None  # [J], where it settled
-        self._gap: np.ndarray | None = None  # [J], from the command when that came to rest
         self.moved = False
         self.stayed = np.ones(len(self._arm), bool)
+
+    def lags(self, measured: np.ndarray, commanded: np.ndarray) -> None:
+        """What was measured while commands move the arm: positions [J]."""
+        self._gap = np.abs(measured - commanded)
 
     def watch(self, now: int, measured: np.ndarray, commanded: np.ndarray) -> None:
         """What was measured at `now` (ns) while the command rests: positions [J]."""
         if not 0 <= self._since <= now:
             self._since = now
         gap = np.abs(measured - commanded)
-        if self._gap is None:
-            self._gap = gap
-        if self._place is None and now - self._since > SETTLING * SECOND:
-            self._place = measured.copy()
         if self._place is None:
             away = gap > self._gap + self._give
+            if now - self._since > SETTLING * SECOND:
+                self._place = measured.copy()
         else:
             self.stayed = np.abs(measured - self._place) <= self._give
             away = ~self.stayed | (gap > self._far)
         self.moved = self.moved or bool((away & self._arm).any())
+
+    def off(self, measured: np.ndarray, commanded: np.ndarray) -> bool:
+        """Whether the arm is further from its command than it may change its place by itself."""
+        return bool(((np.abs(measured - commanded) > self._give) & self._arm).any())
 
     def far(self, measured: np.ndarray, commanded: np.ndarray) -> bool:
         """Whether the arm is too far from its command to go on from there, moved or only late."""

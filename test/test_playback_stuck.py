@@ -1,0 +1,205 @@
+"""An arm that does not go where chunks lead it, or was elsewhere while nobody looked, is never made to jump."""
+
+import numpy as np
+import pytest
+from playback_kit import NAMES, PERIOD, Bench
+
+from pi0_ros.ros.playback import SECOND
+from pi0_ros.ros.player import APPROACHING, HOLDING, PLAYING, STOPPED
+
+BOTH = pytest.mark.parametrize("streamed", [NAMES, ()], ids=["positions", "trajectories"])
+STANDS = "the arm does not follow: joint 'a' stands still; ~/start goes on"
+
+
+def closed_loop(bench: Bench, reach: float, ticks: int, stuck=False, seconds=0.5) -> None:
+    """A policy that plans from where it sees the arm, ten times a second: by `reach` further within `seconds`."""
+    for k in range(ticks):
+        arm = bench.arm.copy()
+        if k % 10 == 0:
+            time = np.arange(21) * 0.05
+            way = reach * np.minimum(1, time / seconds) * (1 if arm[0] < 0.3 else -1)
+            bench.offer(np.stack([arm[0] + way, arm[1] + 0 * way, 0.5 + 0 * way], axis=1))
+        bench.tick()
+        if stuck:
+            bench.arm = arm
+
+
+@BOTH
+@pytest.mark.parametrize("reach", [0.2, 0.3, 0.45])
+def test_an_arm_that_stands_still_under_a_policy_that_plans_from_where_it_sees_it_is_stopped(streamed, reach):
+    bench = Bench(streamed)
+    bench.tick(2)
+    closed_loop(bench, reach, 200)
+    assert bench.seen == (PLAYING, "")
+    closed_loop(bench, reach, 250, stuck=True)
+    assert bench.seen == (STOPPED, STANDS) and bench.player.lost == STANDS
+    sent = bench.sends, len(bench.plans)
+    closed_loop(bench, reach, 100)  # released
+    assert bench.seen == (STOPPED, STANDS) and (bench.sends, len(bench.plans)) == sent
+
+
+@pytest.mark.parametrize("changes", [{}, {"velocity_scale": 0.05}, {"acceleration_scale": 0.05}], ids=str)
+def test_an_arm_that_lags_sags_or_is_slow_is_not_taken_for_one_that_stands_still(changes):
+    bench = Bench(**changes)
+    bench.sag = np.array([-0.12, 0.0, 0.0])
+    bench.tick(2)
+    behind = [bench.arm.copy()] * 15  # 0.15 s late
+    for k in range(600):
+        if k % 10 == 0:
+            time = np.arange(21) * 0.05
+            still = k > 400  # a policy that waits
+            goal = bench.arm[0] + (0.12 + 0 * time if still else 0.12 + 0.3 * time * (1 if k % 200 < 100 else -1))
+            bench.offer(np.stack([goal, 0 * time, 0.5 + 0 * time], axis=1))
+        bench.tick()
+        behind.append(bench.arm.copy())
+        bench.arm = behind[-15]
+        assert bench.player.state in (PLAYING, APPROACHING, HOLDING), bench.seen
+
+
+def test_following_error_0_switches_that_off():
+    bench = Bench(following_error=0.0)
+    bench.tick(2)
+    closed_loop(bench, 0.3, 50)
+    closed_loop(bench, 0.3, 300, stuck=True)
+    assert bench.seen == (PLAYING, "")
+
+
+@pytest.mark.parametrize("pause", [0.06, 0.3, 10.0])
+@pytest.mark.parametrize("moved", [0.0, -0.8])
+def test_after_a_pause_positions_go_on_from_where_the_arm_is(pause, moved):
+    """The process was suspended in mid-motion: what takes positions stood still meanwhile, or others moved it."""
+    bench = Bench()
+    bench.tick(2)
+    time = np.arange(41) * 0.05
+    bench.offer(np.stack([np.minimum(1.9 * time, 0.9), 0 * time, 0 * time], axis=1))
+    bench.tick(30)
+    bench.now += round(pause * SECOND)
+    bench.arm = arm = bench.arm + [moved, 0, 0]
+    for _ in range(60):
+        bench.now += PERIOD
+        commands = bench.player.tick(bench.now)  # timers come before subscriptions
+        if commands is not None and commands.stream:
+            assert abs(bench.player.commanded[0] - arm[0]) < 0.02 + 1e-6
+            return
+        bench.player.observe(NAMES, arm, bench.now, bench.now)
+    pytest.fail("it did not go on")
+
+
+@BOTH
+@pytest.mark.parametrize("moved", [0.1, 0.2, -0.24])
+@pytest.mark.parametrize("stopped", [False, True], ids=["unseen", "stopped and unseen"])
+def test_an_arm_that_was_moved_while_it_was_not_seen_is_gone_on_with_from_where_it_is(streamed, moved, stopped):
+    bench = Bench(streamed, policy_timeout=0.0)
+    bench.tick(2)
+    bench.lively()
+    bench.tick(30)
+    if stopped:
+        bench.player.stop("stop service")
+    bench.sensing = False
+    bench.tick(200)
+    sent = bench.sends, len(bench.plans)
+    arm = bench.arm = bench.player.commanded + [moved, 0, 0]
+    if stopped:
+        bench.player.start()
+    bench.sensing = True
+    for _ in range(20):
+        bench.arm = arm.copy()
+        bench.tick()
+    bench.arm = arm.copy()
+    bench.offer(np.tile(arm, (41, 1)))
+    bench.tick()
+    first = bench.trail[-1] if streamed else bench.plans[-1][1].positions[0]
+    assert (bench.sends, len(bench.plans)) != sent
+    np.testing.assert_allclose(first, arm, atol=1e-3)
+
+
+@pytest.mark.parametrize("seen", [0.2, 0.9, 1.2])
+def test_that_the_arm_was_seen_at_rest_before_does_not_hide_that_it_was_moved_after(seen):
+    bench = Bench()
+    bench.tick(2)
+    bench.lively()
+    bench.tick(30)
+    bench.player.stop("stop service")
+    bench.tick(30 + round(seen * 100))
+    bench.sensing = False
+    bench.tick(200)
+    arm = bench.arm = bench.player.commanded + [0.2, 0, 0]
+    bench.player.start()
+    bench.sensing, sent = True, bench.sends
+    for k in range(150):
+        bench.arm = arm.copy()
+        if k == 100:
+            bench.offer(np.tile(arm, (41, 1)))
+        bench.tick()
+        if bench.sends > sent:
+            break
+    np.testing.assert_allclose(bench.player.commanded, arm, atol=1e-3)
+
+
+@BOTH
+@pytest.mark.parametrize("wait", [0.5, 10.0])
+def test_what_an_emergency_stop_left_short_of_its_command_does_not_jump_there_at_the_next_start(streamed, wait):
+    bench = Bench(streamed, policy_timeout=0.0)
+    bench.tick(2)
+    time = np.arange(41) * 0.05
+    bench.offer(np.stack([np.minimum(0.9 * time, 0.9), 0 * time, 0 * time], axis=1))
+    bench.tick(50)
+    stuck = bench.arm.copy()
+    for _ in range(15):
+        bench.tick()
+        bench.arm = stuck.copy()
+    bench.player.stop("stop service")
+    for _ in range(round(wait * 100)):
+        bench.tick()
+        bench.arm = stuck.copy()
+    sent = bench.sends
+    bench.player.start()
+    for _ in range(3):
+        bench.tick()
+        bench.arm = stuck.copy()
+    assert bench.sends == sent
+    bench.offer(np.tile(stuck, (41, 1)))
+    bench.tick()
+    first = bench.trail[-1] if streamed else bench.plans[-1][1].positions[0]
+    assert abs(first[0] - stuck[0]) < 1e-3
+
+
+@pytest.mark.parametrize("handover", ["blend", "ensemble", "switch"])
+def test_a_gripper_that_is_told_to_close_does_not_open_first(handover):
+    """A chunk in which it closes from one action to the next, wherever between two of them the hand-over lies."""
+    for late in np.arange(0, 0.05, 0.005):
+        bench = Bench(handover=handover)
+        bench.arm = np.array([0.0, 0.0, 0.8])
+        bench.tick(2)
+        open_, closed = np.tile([0.0, 0.0, 0.8], (21, 1)), np.tile([0.0, 0.0, 0.0], (21, 1))
+        bench.offer(open_)
+        bench.tick(40)
+        both = open_.copy()
+        both[2:] = closed[2:]
+        bench.offer(both, age=0.05 + late)
+        bench.tick(60)
+        assert np.array(bench.trail)[:, 2].max() < 0.8 + 1e-3
+
+
+def test_a_stop_brakes_as_hard_as_the_robot_file_allows_however_gently_chunks_are_played():
+    ticks = {}
+    for scale in (1.0, 0.1):
+        bench = Bench(acceleration_scale=scale, following_error=0.0)
+        bench.tick(2)
+        time = np.arange(201) * 0.05
+        bench.offer(np.stack([np.minimum(0.4 * time, 0.9), 0 * time, 0 * time], axis=1))
+        bench.tick(150)
+        assert bench.player.stream.v[0] == pytest.approx(0.4, abs=0.02)
+        bench.player.stop("stop service")
+        ticks[scale] = next(k for k in range(1000) if bench.player.at_rest or bench.tick())
+    assert ticks[0.1] <= ticks[1.0] + 1 < 8
+
+
+def test_joint_states_that_come_late_by_their_stamps_are_told_from_none():
+    bench = Bench()
+    for _ in range(30):
+        bench.now += PERIOD
+        bench.player.observe(NAMES, bench.arm, bench.now - SECOND // 5, bench.now)
+        bench.player.tick(bench.now)
+    why = "no joint state for more than 0.1 s; they come, stamped 0.2 s before this node's clock"
+    assert bench.seen == (HOLDING, why)
