@@ -46,13 +46,18 @@ class _OneDnnLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
             _product(grad, weight.t()) if needs_x else None,
-            _product(grad.t(), x.t()) if needs_weight else None,
+            _weight_gradient(grad, x) if needs_weight else None,
             grad.sum(dim=0) if needs_bias else None,
         )
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # x @ weight.T + bias
+
+
+def _weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    # grad.T @ x [out, in]. The product turns its first operand round in memory, so that is the smaller one.
+    return _product(grad.t(), x.t()) if grad.shape[1] <= x.shape[1] else _product(x.t(), grad.t()).t()
 
 
 def _takes_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
