@@ -145,7 +145,9 @@ class Policy:
         if robot is not None and bundle.robot is not None and (faults := bundle.robot.contradictions(robot)):
             raise PolicyError(f"{folder}: trained for another robot than {robot.name!r}: {'; '.join(faults)}")
         if constant := bundle.stats.constant():
-            _log.warning("%s: (almost) never changed in training, so any change will seem huge: %s", folder, ", ".join(constant))
+            _log.warning(
+                "%s: (almost) never changed in training, so any change will seem huge: %s", folder, ", ".join(constant)
+            )
         tokenizer = load_tokenizer(bundle.tokenizer, bundle.settings.model.vocab_size)
         pick_device(device, dtype)  # a wrong name is told before gigabytes are read
         return cls(
