@@ -3,11 +3,14 @@
 ros2 launch pi0_ros policy.launch.py robot:=my_arm.yaml checkpoint:=my_checkpoint
 """
 
+from pathlib import Path
+
 from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
+DEFAULTS = str(Path(__file__).parents[1] / "config/launch.params.yaml")
 ARGUMENTS = [
     DeclareLaunchArgument("robot", default_value="", description="robot file; empty: the one in the checkpoint folder"),
     DeclareLaunchArgument(
@@ -27,42 +30,45 @@ ARGUMENTS = [
         description="play random weights too: on a simulated arm",
     ),
     DeclareLaunchArgument(
-        "autostart", default_value="true", choices=["true", "false"], description="configure and activate both nodes"
+        "autostart",
+        default_value="",
+        choices=["", "true", "false"],
+        description="configure and activate both nodes; empty: as params_file says, else true",
     ),
     DeclareLaunchArgument(
-        "use_sim_time", default_value="false", choices=["true", "false"], description="time comes from /clock"
+        "use_sim_time",
+        default_value="",
+        choices=["", "true", "false"],
+        description="time comes from /clock; empty: as params_file says, else false",
     ),
 ]
 
 
 def nodes(context: LaunchContext) -> list[Node]:
     given = {argument.name: LaunchConfiguration(argument.name).perform(context) for argument in ARGUMENTS}
-    # A parameter file has the last word over a default of this launch file, not over what was given to it.
-    usual, told = {"autostart": True, "use_sim_time": False}, {}
-    for name, value in usual.items():
-        if given[name] != str(value).lower():
-            told[name] = not value
-    files = [given["params_file"]] if given["params_file"] else []
-    # What is not given here is left to the parameter file.
+    # What is not given here is left to the parameter file, and what that leaves out to the defaults. In this order: of
+    # the entries that match a node the last wins, and a dictionary before a file would be one with that after it.
+    told = {name: given[name] == "true" for name in ("autostart", "use_sim_time") if given[name]}
+    files = [DEFAULTS, *([given["params_file"]] if given["params_file"] else [])]
     checkpoint = {"checkpoint": given["checkpoint"]} if given["checkpoint"] else {}
     played = {name: True for name in ("dry_run", "play_untrained") if given[name] == "true"}
     common = {"package": "pi0_ros", "namespace": given["namespace"], "output": "screen"}
     robot = {"robot_file": given["robot"]} if given["robot"] else {}
     # The player finds the robot file in a checkpoint folder.
     player_robot = {"robot_file": given["robot"] or given["checkpoint"]} if robot or checkpoint else {}
-    if not player_robot and not files:
+    if not player_robot and not given["params_file"]:
         raise RuntimeError("give robot:=FILE (config/ has examples to copy), checkpoint:=FOLDER, or both")
     return [
         Node(
             executable="policy_node",
             name="policy_node",
-            parameters=[usual, *files, told | robot | checkpoint],
+            parameters=[*files, told | robot | checkpoint],
             **common,
         ),
         Node(
             executable="chunk_player",
             name="chunk_player",
-            parameters=[usual, *files, told | player_robot | played],
+            parameters=[*files, told | player_robot | played],
             **common,
         ),
     ]

@@ -85,6 +85,27 @@ def started(path: Path, **arguments: str) -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("key", ["/**/chunk_player", "/**", "/chunk_player", "chunk_player"])
+def test_a_parameter_file_counts_over_the_launch_files_defaults_and_its_arguments_over_both(tmp_path, key):
+    """By the three files that launch gives a node, in policy.launch.py's order; however the middle one names it."""
+    rclpy = pytest.importorskip("rclpy", reason="needs ROS 2")
+    given, told = tmp_path / "given.yaml", tmp_path / "told.yaml"
+    given.write_text(
+        yaml.safe_dump({key: {"ros__parameters": {"dry_run": False, "autostart": False, "velocity_scale": 0.2}}})
+    )
+    told.write_text(yaml.safe_dump({"/chunk_player": {"ros__parameters": {"dry_run": True}}}))
+    arguments = ["--ros-args"]
+    for path in (ROOT / "config/launch.params.yaml", given, told):
+        arguments += ["--params-file", str(path)]
+    context = rclpy.Context()
+    rclpy.init(args=arguments, context=context)
+    node = rclpy.create_node("chunk_player", context=context, automatically_declare_parameters_from_overrides=True)
+    found = {name: node.get_parameter(name).value for name in ("dry_run", "autostart", "velocity_scale")}
+    node.destroy_node()
+    rclpy.shutdown(context=context)
+    assert found == {"dry_run": True, "autostart": False, "velocity_scale": 0.2}
+
+
 @needs_launch
 def test_policy_launch_without_robot_and_checkpoint_says_what_to_give():
     with pytest.raises(RuntimeError, match=r"give robot:=FILE .* checkpoint:=FOLDER, or both"):

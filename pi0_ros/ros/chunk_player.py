@@ -123,7 +123,10 @@ class ChunkPlayer(ManagedNode):
         self._robot: Robot | None = None
         self._subscriptions_made: list[Any] = []
         self._ticking: list[Any] = []
-        self._read = (0, 0)  # ns, what the node's clock said last, and the steady time at which it began to
+        self._read = (
+            0,
+            time.monotonic_ns(),
+        )  # ns, what the node's clock said last, and the steady time at which it began to
         self._logged: tuple[int, str] | None = None  # state and reason, without that of a refused chunk
         self._said: tuple[int, str] | None = None  # state and reason of the last status
         self._said_at = 0  # ns
@@ -339,7 +342,7 @@ class ChunkPlayer(ManagedNode):
         elif self._logged[1] != player.why:
             self.get_logger().info(told, throttle_duration_sec=1.0)  # an approach has other numbers with each chunk
         self._logged = player.state, player.why
-        self._said, self._said_at = (player.state, player.reason), now
+        self._said, self._said_at = (player.state, player.reason), self._time()
         self._status.publish(message)
 
     def _now(self) -> int:

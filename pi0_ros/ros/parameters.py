@@ -104,7 +104,7 @@ class Parameters:
             if self._node.has_parameter(name) or name.startswith("qos_overrides."):
                 continue
             said = f"parameter '{name}': there is none of this name"
-            if meant := difflib.get_close_matches(name, self._specs, 1):
+            if meant := difflib.get_close_matches(name, self._specs, 1, 0.85):
                 raise ParameterError(f"{said}, did you mean '{meant[0]}'?")
             self._node.get_logger().warning(f"{said}, it is ignored; --help lists those that there are")
 

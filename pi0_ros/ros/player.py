@@ -25,6 +25,7 @@ STATES = ("STOPPED", "HOLDING", "PLAYING", "APPROACHING", "DRY_RUN")
 
 JUMP_BACK = 0.1  # s; less is a clock being adjusted, more is another time (bag loop, simulator reset)
 FUTURE_STATE = 0.5  # s; joint states stamped further ahead of the clock are from another clock
+PAUSE = 0.15  # s; ticks that stay away for longer are a pause, in which others may have moved the arm
 METRES = 0.2  # thresholds are in rad; for a prismatic joint they count as this many m a rad
 
 
@@ -124,6 +125,7 @@ class Player:
         self._running = False  # between start and stop
         self._afresh = False  # not yet seen where the arm is, since it was started or not seen for a while
         self._anew = False  # started, and no chunk taken over since
+        self._short = False  # it did not follow, and no chunk was taken over since
         far = min(settings.approach_threshold, settings.following_error or math.inf)
         self._rest = Rest(self._arm, far * self._unit, self._unit)
         self._stall = Stall(self._arm, self._unit)
@@ -164,7 +166,7 @@ class Player:
             return
         # Not in `tick`: an arm that is moved while nothing is played, or the node is inactive, must be noticed too.
         if self._following or not self.at_rest:
-            self._rest.lags(self.measured, self.commanded)
+            self._rest.lags(now, self.measured, self.commanded)
         else:
             self._rest.watch(now, self.measured, self.commanded)
 
@@ -209,6 +211,7 @@ class Player:
     def stop(self, reason: str) -> None:
         """Come to rest and play nothing until `start`."""
         self._running = self.blind = False
+        self.lost = ""
         self._drop(reason)
         self._halt(STOPPED, reason)
 
@@ -257,7 +260,7 @@ class Player:
         # Of an arm that was moved at rest, or is not seen, nothing is known that would make it safe to take it back.
         # And before a first chunk nobody asked for anything: a gripper holds what it was told, not where that ended.
         held = self._running and not (self._anew or self._afresh or self._rest.moved or self.blind)
-        send, plan = self.stream is not None and (held or not self.at_rest), None
+        send, plan = self.stream is not None and bool(held or self.stream.v.any()), None
         if self.stream is not None:
             self.stream.advance(self._index, steps, self._guide, self._speed)
             self.commanded[self.stream.joints] = self.stream.q
@@ -272,7 +275,12 @@ class Player:
             self._grid = now - (self._index + 1) * self._period
         before, self._last = self._last, now
         steps = (now - self._grid + self._period // 2) // self._period - self._index
-        if steps > CATCH_UP and self.stream is not None and self.commanded is not None:
+        if (
+            steps * self._period > PAUSE * SECOND
+            and steps > CATCH_UP
+            and self.stream is not None
+            and self.commanded is not None
+        ):
             # Paused: what takes positions has stood where it was told last, and others may have moved it since.
             self.stream.seed(self.commanded)
             self._afresh = True
@@ -323,7 +331,7 @@ class Player:
         self._afresh = False
         if self._following and self.playback.chunk is not None and (lost := self._not_followed(now)):
             self.stop(lost)  # an emergency stop, a collision: who releases the arm says when it goes on
-            self.lost = lost
+            self.lost, self._short = lost, True
             return
         chunk, self._pending = self._pending, None
         at = self._time(self._index + self._lead)
@@ -360,8 +368,9 @@ class Player:
         if gap > most:
             name, allowed = self.joint_names[worst], most * self._unit[worst]
             return f"the arm does not follow: joint '{name}' is more than {allowed:g} from its command; ~/start goes on"
-        meant = np.clip(self.playback.chunk.at(now)[1], -self.limits.velocity, self.limits.velocity)
-        stuck = self._stall.watch(now, self.measured, self.commanded, meant * self._speed)
+        chunk, fastest = self.playback.chunk, self.limits.velocity * self._speed
+        meant, ahead = np.clip(chunk.at(now)[1], -fastest, fastest), chunk.at(now + SECOND)[0]
+        stuck = self._stall.watch(now, self.measured, self._measured_at, self.commanded, meant, ahead)
         if stuck is None:
             return ""
         return f"the arm does not follow: joint '{self.joint_names[stuck]}' stands still; ~/start goes on"
@@ -397,7 +406,7 @@ class Player:
             self.played += 1
             self.epoch, self.sequence, self.handover_delay = chunk.epoch, chunk.sequence, chunk.past(at)
         self._following = self._plan_now = True
-        self._anew = False
+        self._anew = self._short = False
         most, (worst, gap) = self.settings.approach_threshold, self._farthest(chunk.at(at)[0], position)
         if gap > most:
             self.playback.alone()
@@ -425,7 +434,8 @@ class Player:
         reset), or is started anew and elsewhere (an emergency stop before): then where it is. A dry run always starts
         where the arm is.
         """
-        elsewhere = self._anew and self.at_rest and self._rest.off(self.measured, self.commanded)
+        left_short = self._short or self._rest.off(self.measured, self.commanded)
+        elsewhere = self._anew and self.at_rest and left_short
         if self.settings.dry_run or self._rest.moved or elsewhere:
             self._seed()
         return self._commanded_at_lead()

@@ -318,7 +318,12 @@ class PolicyNode(ManagedNode):
 
     def _pause(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         done = "paused, the player goes on to the end of its chunk or its policy_timeout" if request.data else "ticking"
-        return self._answer(response, lambda worker: worker.run(not request.data), done)
+
+        def pause(worker: Worker) -> None:
+            self._stopped = self._stopped and request.data
+            worker.run(not request.data)
+
+        return self._answer(response, pause, done)
 
     def _reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         return self._answer(response, Worker.set_back, "buffers and caches cleared, chunks so far are void")

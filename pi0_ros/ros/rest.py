@@ -8,6 +8,7 @@ from pi0_ros.ros.playback import SECOND
 
 SETTLING = 1.0  # s; so long after its command came to rest an arm catches up, swings and sags by itself
 GIVE = 0.05  # rad; by so much a joint at rest may change its place by itself
+HABIT = 5.0  # s; what an arm did for so long under way is its way
 
 
 class Rest:
@@ -30,6 +31,7 @@ class Rest:
     def __init__(self, arm: np.ndarray, far: np.ndarray, unit: np.ndarray) -> None:
         self._arm, self._far, self._give = arm, far, GIVE * unit
         self._gap = np.zeros(len(arm))  # from the command, as it was last seen while commands moved the arm
+        self._usual, self._seen = np.zeros(len(arm)), -1  # the same over the last seconds; ns
         self.begin_anew()
 
     def begin_anew(self) -> None:
@@ -39,9 +41,11 @@ class Rest:
         self.moved = False
         self.stayed = np.ones(len(self._arm), bool)
 
-    def lags(self, measured: np.ndarray, commanded: np.ndarray) -> None:
-        """What was measured while commands move the arm: positions [J]."""
+    def lags(self, now: int, measured: np.ndarray, commanded: np.ndarray) -> None:
+        """What was measured at `now` (ns) while commands move the arm: positions [J]."""
         self._gap = np.abs(measured - commanded)
+        seconds, self._seen = max(now - self._seen, 0) / SECOND, now
+        self._usual += (self._gap - self._usual) * min(seconds, 0.1) / HABIT
 
     def watch(self, now: int, measured: np.ndarray, commanded: np.ndarray) -> None:
         """What was measured at `now` (ns) while the command rests: positions [J]."""
@@ -58,8 +62,8 @@ class Rest:
         self.moved = self.moved or bool((away & self._arm).any())
 
     def off(self, measured: np.ndarray, commanded: np.ndarray) -> bool:
-        """Whether the arm is further from its command than it may change its place by itself."""
-        return bool(((np.abs(measured - commanded) > self._give) & self._arm).any())
+        """Whether the arm is further from its command than it usually lags and sags, and may move by itself."""
+        return bool(((np.abs(measured - commanded) > self._usual + self._give) & self._arm).any())
 
     def far(self, measured: np.ndarray, commanded: np.ndarray) -> bool:
         """Whether the arm is too far from its command to go on from there, moved or only late."""

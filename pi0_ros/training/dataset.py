@@ -125,7 +125,9 @@ def all_episodes(units: Sequence[Unit]) -> list[tuple[int, int]]:
     return [(i, k) for i, unit in enumerate(units) for k in range(len(unit.episodes))]
 
 
-def split(units: Sequence[Unit], held_out: float, seed: int = 0) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def split(
+    units: Sequence[Unit], held_out: float, seed: int = 0, horizon: int = 1
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Episodes to train on and episodes to hold out, both as (unit, episode), by a hash of bag, episode and seed.
 
     Copies of a recording stay on one side. At least one episode is held out when `held_out` > 0 and two differ; the
@@ -133,7 +135,7 @@ def split(units: Sequence[Unit], held_out: float, seed: int = 0) -> tuple[list[t
     """
     same: dict[str, list[tuple[int, int]]] = {}  # by content
     for i, k in all_episodes(units):
-        if len(_begins(units[i], k)):
+        if len(_begins(units[i], k, horizon)):
             same.setdefault(_hash(seed, units[i].index["digest"], k), []).append((i, k))
     count = 0 if held_out <= 0 or len(same) < 2 else min(max(round(held_out * len(same)), 1), len(same) - 1)
     keys = sorted(same)

@@ -360,10 +360,11 @@ class _Reader:
         for (name, joints), rows in self.commands.items():
             source = self.sources[name]
             arrivals, stamps, _, _ = rows.columns()
-            now = arrivals - offset.at(arrivals)  # arrival by the header clock
-            times = stamps = self._command_times(name, topics[name], stamps, now)
             if self.robot.clock == "bag":
-                times, stamps, now = arrivals, stamps + (arrivals - now), arrivals
+                times = stamps = now = arrivals
+            else:
+                now = arrivals - offset.at(arrivals)  # arrival by the header clock
+                times = stamps = self._command_times(name, topics[name], stamps, now)
             latency = round(source.latency * 1e9)
             begins = np.minimum(stamps, now) if source.type == "JointTrajectory" else stamps
             recording.commands.append(rows.commands(joints, begins - latency, stamps - latency))
@@ -372,7 +373,7 @@ class _Reader:
     def _command_times(self, name: str, topic: str, stamps: np.ndarray, now: np.ndarray) -> np.ndarray:
         """Header stamps where there are any that can be true, elsewhere `now`, the time of recording."""
         stamped, wrong = stamps != 0, (stamps != 0) & (np.abs(now - stamps) > AWAY_NS)
-        if self.robot.clock == "header" and stamped.any():
+        if stamped.any():
             apart, what = float(np.median((now - stamps)[stamped])), f"{name} ({topic})"
             if (wrong == stamped).all():
                 self.recording.problems.append(
