@@ -3,8 +3,8 @@
 import numpy as np
 
 from pi0_ros.robot import Robot
-from pi0_ros.ros.playback import SECOND, Offer
-from pi0_ros.ros.player import Player, Settings
+from pi0_ros.ros.judging import SECOND, Offer, Settings
+from pi0_ros.ros.player import Player
 
 PERIOD = SECOND // 100
 ROBOT = Robot.model_validate(

@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from pi0_ros.ros.judging import Offer, Settings, fault_of
 from pi0_ros.ros.limiter import Limits
-from pi0_ros.ros.playback import Offer, Playback, Rules, TimedActions, fault_of
+from pi0_ros.ros.playback import Playback, TimedActions
 
 S = 1_000_000_000
 WIDE = Limits(np.full(1, -10.0), np.full(1, 10.0), np.full(1, 2.0), np.full(1, 10.0), np.full(1, 10.0))
-RULES = Rules(("a",), WIDE, max_age=1.0, max_ahead=0.05, refuse_limits=False)
+SETTINGS = Settings(chunk_max_age=1.0, chunk_max_ahead=0.05)
 
 
 def offer(actions, stamp=0.0, dt=0.1, **changes) -> Offer:
@@ -136,8 +137,8 @@ def test_ensemble_has_no_step_where_chunks_come_and_go():
 )
 def test_a_bad_chunk_is_refused_with_the_reason(change, words):
     good = offer([0.0, 0.1])
-    assert fault_of(good, RULES, 0) is None
-    assert words in fault_of(replace(good, **change), RULES, 0)
+    assert fault_of(good, ("a",), WIDE, SETTINGS, 0) is None
+    assert words in fault_of(replace(good, **change), ("a",), WIDE, SETTINGS, 0)
 
 
 @pytest.mark.parametrize(
@@ -151,5 +152,5 @@ def test_a_bad_chunk_is_refused_with_the_reason(change, words):
     ],
 )
 def test_limits_refuse_judges_the_actions_themselves(actions, words):
-    fault = fault_of(offer(actions), replace(RULES, refuse_limits=True), 0)
+    fault = fault_of(offer(actions), ("a",), WIDE, replace(SETTINGS, limits="refuse"), 0)
     assert fault is None if words is None else words in fault

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from playback_kit import NAMES, PERIOD, ROBOT, VELOCITY, Bench, check_limits, check_plans
 
-from pi0_ros.ros.playback import SECOND
+from pi0_ros.ros.judging import SECOND
 from pi0_ros.ros.player import APPROACHING, DRY_RUN, HOLDING, PLAYING, STOPPED
 
 

@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from playback_kit import HIGH, LOW, NAMES, VELOCITY, Bench, check_limits, check_plans
 
-from pi0_ros.ros.playback import SECOND
+from pi0_ros.ros.judging import SECOND
 
 row = st.tuples(st.floats(-1.2, 1.2), st.floats(-0.7, 2.2), st.floats(-0.2, 1.2))
 wild = st.one_of(st.floats(-1.5, 2.5), st.floats(allow_nan=True, allow_infinity=True))

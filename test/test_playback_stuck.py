@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from playback_kit import NAMES, PERIOD, ROBOT, Bench
 
-from pi0_ros.ros.playback import SECOND
+from pi0_ros.ros.judging import SECOND
 from pi0_ros.ros.player import APPROACHING, HOLDING, PLAYING, STOPPED
 
 BOTH = pytest.mark.parametrize("streamed", [NAMES, ()], ids=["positions", "trajectories"])

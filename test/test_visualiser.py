@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from pi0_ros.robot import config_folder, load_robot
+from pi0_ros.ros.judging import SECOND, Offer, Settings
 from pi0_ros.ros.kinematics import Kinematics, KinematicsError, find_urdf, robot_description
 from pi0_ros.ros.markers import HELD, LATER, NOW, REFUSED, Player, View
-from pi0_ros.ros.playback import SECOND, Offer
-from pi0_ros.ros.player import DRY_RUN, HOLDING, PLAYING, STOPPED, Settings
+from pi0_ros.ros.player import DRY_RUN, HOLDING, PLAYING, STOPPED
 from pi0_ros.ros.player import Player as ChunkPlayer
 
 ROBOT = load_robot(config_folder() / "so101_demo.yaml")

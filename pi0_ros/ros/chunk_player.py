@@ -29,10 +29,10 @@ from pi0_ros.msg import ActionChunk, PlayerStatus
 from pi0_ros.robot import Robot, load_robot
 from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window, title
+from pi0_ros.ros.judging import Offer, Settings
 from pi0_ros.ros.outputs import Outputs, streamed_joints
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec
-from pi0_ros.ros.playback import Offer
-from pi0_ros.ros.player import STATES, Player, Settings
+from pi0_ros.ros.player import STATES, Player
 from pi0_ros.ros.program import ManagedNode, run_node
 from pi0_ros.ros.qos import LATCHED, NEWEST, SENSOR
 

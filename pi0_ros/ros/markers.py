@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
+from pi0_ros.ros.judging import SECOND
 from pi0_ros.ros.kinematics import Kinematics
-from pi0_ros.ros.playback import SECOND
 from pi0_ros.ros.player import DRY_RUN, HOLDING, PLAYING, STATES, STOPPED
 
 NOW, LATER = np.array([1.0, 0.92, 0.24, 1.0]), np.array([1.0, 0.24, 0.63, 1.0])  # rgba

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +17,23 @@ from pi0_ros.ros.limiter import Limiter, Limits
 Guide = Callable[[int], "tuple[np.ndarray, np.ndarray] | None"]
 
 CATCH_UP = 5  # periods made up for at most when ticks come late; what is lost beyond is a pause, not a jump
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A trajectory for the joints of `Player.window`: [n] times in ns, [n, j] positions and velocities."""
+
+    times: np.ndarray
+    positions: np.ndarray
+    velocities: np.ndarray
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What to send now."""
+
+    stream: bool  # the position of `Player.commanded` to the joints of `Player.stream`
+    plan: Plan | None
 
 
 class Stream:

@@ -14,7 +14,8 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from pi0_ros.robot import Command, Robot
 from pi0_ros.ros.conversions import SECOND, to_stamp
-from pi0_ros.ros.player import Commands, Player
+from pi0_ros.ros.motion import Commands
+from pi0_ros.ros.player import Player
 
 RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 KINDS = {"JointTrajectory": JointTrajectory, "Float64MultiArray": Float64MultiArray}

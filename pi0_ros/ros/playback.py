@@ -1,4 +1,4 @@
-"""What a chunk means at a time: judging chunks, sampling them, joining one to the next.
+"""What a chunk means at a time: sampling chunks, joining one to the next.
 
 Pure numpy; times are nanoseconds of the node's clock. Action k of a chunk is meant for `stamp + k * dt`, so where a
 chunk stands does not depend on how long it took to come.
@@ -8,87 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from pi0_ros.ros.judging import SECOND, Offer
 from pi0_ros.ros.limiter import Limits
 
-SECOND = 1_000_000_000  # ns
-LEAST_DT, MOST_DT = 0.001, 10.0  # s; another time between two actions is a fault, not a fast or a slow robot
 MOST_MEMBERS = 16  # chunks that an ensemble averages over
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A chunk as it came, before anyone trusts it."""
-
-    stamp: int  # ns
-    sequence: int
-    epoch: int
-    joint_names: tuple[str, ...]
-    horizon: int
-    dt: float
-    actions: np.ndarray  # float64 [horizon * joints], row-major
-    untrained: bool = False  # made by random weights
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What a chunk must keep to."""
-
-    joint_names: tuple[str, ...]
-    limits: Limits
-    max_age: float  # s, of its stamp when it arrives
-    max_ahead: float  # s, of its stamp before now
-    refuse_limits: bool  # refuse what breaks a limit instead of clamping it later
-    untrained: bool = False  # play what random weights make
-
-
-def fault_of(offer: Offer, rules: Rules, now: int) -> str | None:
-    """Why a chunk is refused, in one line, or None."""
-    if offer.untrained and not rules.untrained:
-        return "untrained random weights made it (play_untrained allows that, on a simulated arm)"
-    if offer.joint_names != rules.joint_names:
-        return f"joints {list(offer.joint_names)} are not {list(rules.joint_names)}"
-    if not (LEAST_DT <= offer.dt <= MOST_DT):
-        return f"dt is {offer.dt} s, must be from {LEAST_DT:g} to {MOST_DT:g}"
-    if offer.horizon < 1 or offer.actions.size != offer.horizon * len(offer.joint_names):
-        return f"{offer.actions.size} values are not horizon {offer.horizon} times {len(offer.joint_names)} joints"
-    finite = np.isfinite(offer.actions)
-    if not finite.all():
-        step, joint = divmod(int(np.argmin(finite)), len(offer.joint_names))
-        return f"action {step} of joint '{offer.joint_names[joint]}' is {offer.actions[np.argmin(finite)]}"
-    age = (now - offer.stamp) / SECOND
-    if age > rules.max_age:
-        return f"its observation is {age:.3f} s old, at most {rules.max_age:g} s are allowed"
-    if -age > rules.max_ahead:
-        return f"its stamp is {-age:.3f} s in the future, at most {rules.max_ahead:g} s are allowed"
-    if rules.refuse_limits:
-        return _broken_limit(offer, rules)
-    return None
-
-
-def _broken_limit(offer: Offer, rules: Rules) -> str | None:
-    """The first limit that the actions themselves break, or None."""
-    actions = offer.actions.reshape(offer.horizon, len(offer.joint_names))
-    limits, slack = rules.limits, 1.0 + 1e-6
-    with np.errstate(over="ignore", invalid="ignore"):  # finite but huge: the difference may not be
-        velocity = np.diff(actions, axis=0) / offer.dt
-        acceleration = np.diff(velocity, axis=0) / offer.dt
-    span = limits.high - limits.low
-    outside = np.maximum(limits.low - actions, actions - limits.high) - 1e-6 * span
-    for what, excess, values, unit in (
-        ("position", outside, actions, ""),
-        ("velocity", np.abs(velocity) - slack * limits.velocity, velocity, "/s"),
-        ("acceleration", np.abs(acceleration) - slack * limits.acceleration, acceleration, "/s^2"),
-    ):
-        broken = ~(excess <= 0)  # NaN is broken
-        if broken.any():
-            step, joint = np.unravel_index(int(np.argmax(broken)), broken.shape)
-            name = rules.joint_names[joint]
-            return f"{what} of joint '{name}' at action {step} is {values[step, joint]:.4g}{unit}, beyond its limit"
-    return None
 
 
 class TimedActions:

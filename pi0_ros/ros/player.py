@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from pi0_ros.robot import Robot
+from pi0_ros.ros.judging import SECOND, Offer, Settings, fault_of
 from pi0_ros.ros.limiter import robot_limits
-from pi0_ros.ros.motion import CATCH_UP, Stream, Window
-from pi0_ros.ros.playback import SECOND, Offer, Playback, Rules, TimedActions, fault_of, joint_index
+from pi0_ros.ros.motion import CATCH_UP, Commands, Plan, Stream, Window
+from pi0_ros.ros.playback import Playback, TimedActions, joint_index
 from pi0_ros.ros.rest import Rest
 from pi0_ros.ros.stall import Stall
 
@@ -27,49 +27,6 @@ JUMP_BACK = 0.1  # s; less is a clock being adjusted, more is another time (bag 
 FUTURE_STATE = 0.5  # s; joint states stamped further ahead of the clock are from another clock
 PAUSE = 0.15  # s; ticks that stay away for longer are a pause, in which others may have moved the arm
 METRES = 0.2  # thresholds are in rad; for a prismatic joint they count as this many m a rad
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to play; the node's parameters of the same names say more."""
-
-    rate: float = 100.0
-    interpolation: str = "linear"
-    handover: str = "blend"
-    blend_time: float = 0.3
-    ensemble_decay: float = 0.01
-    hold_after: float = 0.0
-    play_untrained: bool = False
-    policy_timeout: float = 1.0
-    chunk_max_age: float = 1.0
-    chunk_max_ahead: float = 0.05
-    limits: str = "clamp"
-    velocity_scale: float = 1.0
-    acceleration_scale: float = 1.0
-    approach_threshold: float = 0.25
-    approach_speed: float = 0.2
-    following_error: float = 0.5
-    window: float = 0.4
-    lead: float = 0.02
-    resend: float = 0.1
-    dry_run: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A trajectory for the joints of `Player.window`: [n] times in ns, [n, j] positions and velocities."""
-
-    times: np.ndarray
-    positions: np.ndarray
-    velocities: np.ndarray
-
-
-@dataclass(frozen=True)
-class Commands:
-    """What to send now."""
-
-    stream: bool  # the position of `Player.commanded` to the joints of `Player.stream`
-    plan: Plan | None
 
 
 class Player:
@@ -85,14 +42,6 @@ class Player:
         self.limits = robot_limits(robot, settings.velocity_scale, settings.acceleration_scale)
         self._state_age = robot.state.max_age
         self._hold_after = settings.hold_after * SECOND
-        self._rules = Rules(
-            self.joint_names,
-            self.limits,
-            settings.chunk_max_age,
-            settings.chunk_max_ahead,
-            settings.limits == "refuse",
-            settings.play_untrained or settings.dry_run,
-        )
         # Opening or closing a gripper at once is no jump of the arm: grippers start no approach.
         self._arm = np.array([joint.kind != "gripper" for joint in robot.joints])
         self._unit = np.array([METRES if joint.kind == "prismatic" else 1.0 for joint in robot.joints])  # [J]
@@ -179,7 +128,8 @@ class Player:
             elif offer.epoch == self._epoch and self.playback.chunk is not None:
                 self._heard = now
             return ""
-        fault = self._out_of_order(offer, now) or fault_of(offer, self._rules, now)
+        fault = self._out_of_order(offer, now)
+        fault = fault or fault_of(offer, self.joint_names, self.limits, self.settings, now)
         if fault is None and offer.stamp + (offer.horizon - 1) * offer.dt * SECOND < now - self._hold_after:
             fault = "all its actions are past"
         if fault is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pi0_ros.ros.playback import SECOND
+from pi0_ros.ros.judging import SECOND
 
 SETTLING = 1.0  # s; so long after its command came to rest an arm catches up, swings and sags by itself
 GIVE = 0.05  # rad; by so much a joint at rest may change its place by itself

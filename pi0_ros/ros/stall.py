@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pi0_ros.ros.playback import SECOND
+from pi0_ros.ros.judging import SECOND
 
 SPAN = 1.0  # s; so long an arm may take to follow
 PAUSE = 0.2  # s; without a look for longer, it begins anew
