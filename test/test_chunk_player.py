@@ -399,9 +399,9 @@ def test_a_signal_brakes_before_the_player_goes_down(streamed, number):
         assert process.returncode == 0, errors
         assert "Traceback" not in errors
         check_comes_to_rest(streamed, sent)
-        # It slowed down to nothing: from 20 rad/s^2 at most 1 mrad is left for the last step.
+        # It slowed down to nothing: braking leaves a h^2 / 2 for the last step, of up to five periods where it is busy.
         last = np.array([position for _, position in streamed.arm.streamed[-2:]])
-        assert np.abs(last[1] - last[0]).max() <= 1.1e-3
+        assert (np.abs(last[1] - last[0]) <= np.array([10.0, 4.0, 20.0]) * 0.051**2 / 2).all()
     finally:
         process.kill()
 

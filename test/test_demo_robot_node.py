@@ -87,11 +87,19 @@ def test_a_trajectory_and_a_position_command_move_the_arm(ros, bench):
 def test_a_command_for_the_scene_before_a_reset_moves_nothing(ros, bench):
     sent = bench.robot.get_clock().now().nanoseconds
     bench.reset(7)
+    after = bench.robot.get_clock().now().nanoseconds
+    ros.spin_until(lambda: stamp_ns(bench.states[-1].header.stamp) > after, what="a joint state of the new scene")
     start = bench.state()
     bench.send(start + 0.3, seconds=0.05, stamp=sent)
     bench.send(start - [0, 0, 0, 0, 0, 0.1], seconds=0.05, stamp=bench.robot.get_clock().now().nanoseconds)
-    ros.spin_until(lambda: bench.state()[5] < start[5] - 0.08)
-    np.testing.assert_allclose(bench.state()[:5], start[:5], atol=0.02)
+    begin = len(bench.states)
+
+    def arrived() -> bool:  # the gripper's start shakes the arm a little
+        return bench.state()[5] < start[5] - 0.08 and np.abs(bench.state()[:5] - start[:5]).max() < 0.02
+
+    ros.spin_until(arrived, what="the gripper alone has moved")
+    way = np.array([state.position[:5] for state in bench.states[begin:]])
+    assert np.abs(way - start[:5]).max() < 0.1  # of the 0.3 of the command before
 
 
 def test_bad_commands_are_refused_in_one_line_each_and_the_arm_stays(ros, bench):
