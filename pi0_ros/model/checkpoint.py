@@ -170,9 +170,9 @@ def open_checkpoint(path: str | Path, *, config: Pi0Config | None = None, base: 
             )
         under = open_checkpoint(base, config=config)
         source: Source = _join(under.source, _safetensors(folder / "adapter_model.safetensors", folder))
-        if data:  # lerobot writes the tuned policy's own; horizon, cameras and normalisation are not the base's
-            return _assemble(source, str(path), config, data, _lora_config(folder))
-        return _assemble(source, str(path), under.config, under.data, _lora_config(folder))
+        if not data:  # where lerobot writes the tuned policy's own, horizon, cameras, normalisation are not the base's
+            config, data = under.config, under.data
+        return _assemble(source, str(path), config, data, _lora_config(folder))
     if base is not None:
         raise CheckpointError(f"{path}: a base is given, but there is no adapter_model.safetensors in this folder")
     return _assemble(_open_source(path), str(path), config, data, _lora_config(folder))

@@ -146,8 +146,7 @@ class PolicyNode(ManagedNode):
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Begin to tick."""
-        self._worker.activate()
-        self._worker.run(not self._stopped)
+        self._worker.activate(running=not self._stopped)
         self._set_timer()
         return super().on_activate(state)
 

@@ -51,17 +51,16 @@ class Stall:
 
         Returns the joint that stands still, if one does.
         """
-        left = np.abs(ahead - measured)
+        left, both = np.abs(ahead - measured), np.stack([measured, commanded])
         if self._last < 0 or not self._last < now <= self._last + PAUSE * SECOND:
             self._begin, self._last, self._left = now, now, left
-            self._low, self._high = np.stack([measured, commanded]), np.stack([measured, commanded])
+            self._low = self._high = both
             self._way, self._gaps = np.zeros(len(measured)), np.zeros(len(measured))
             return None
         seconds, self._last = (now - self._last) / SECOND, now
         self._way += meant * seconds
         self._gaps += np.abs(measured - commanded) * seconds
         self._left = np.minimum(self._left, left)
-        both = np.stack([measured, commanded])
         self._low, self._high = np.minimum(self._low, both), np.maximum(self._high, both)
         if now - self._begin < SPAN * SECOND:
             return None

@@ -89,13 +89,14 @@ class Worker:
         self._streams, self._publish = streams, publish
         self._position_limits = np.array([joint.position for joint in self.policy.robot.joints]).T  # low, high: [2, J]
 
-    def activate(self) -> None:
-        """Begin to tick: a new epoch, chunks counted from 0."""
+    def activate(self, running: bool = True) -> None:
+        """Begin to tick, at once or when `run` says so: a new epoch, chunks counted from 0."""
         self.health.fault = self.health.blame = ""
         self._activated = time.monotonic()
         self.handover.forget_all()
         with self._lock:
-            self._active = self._running = self._fresh = True
+            self._active = self._fresh = True
+            self._running = running
             self._sequence, self._used = 0, False
             self._epoch += 1
         self.wake()

@@ -32,6 +32,7 @@ ACTION_TYPES = {
 NAN_SHARE = 0.01  # a larger share of messages with NaN joints is a fault of the robot, not of a start-up
 AWAY_NS = 60 * 1_000_000_000  # a stamp this far from where its neighbours put it is wrong
 APART_NS = 200_000_000  # more than jitter: stamps of another machine's clock
+WAY_OUT = "set `clock: bag` in the robot file to align by time of recording"
 YEAR_NS = 365 * 86_400 * 1_000_000_000
 
 
@@ -317,8 +318,7 @@ class _Reader:
             self.recording.states = others
             self.recording.notes.append(f"{fault}; left out, the other joint states have its joints, too")
         else:
-            way = "set `clock: bag` in the robot file to align by time of recording"
-            self.recording.problems.append(f"{fault}; {way}")
+            self.recording.problems.append(f"{fault}; {WAY_OUT}")
 
     def _check_ahead(self, what: str, delay: np.ndarray) -> None:
         """Stamps from the future of the joint states: of another clock. The node takes none that are 1 s ahead."""
@@ -377,8 +377,7 @@ class _Reader:
             apart, what = float(np.median((now - stamps)[stamped])), f"{name} ({topic})"
             if (wrong == stamped).all():
                 self.recording.problems.append(
-                    f"{what}: header stamps are {abs(apart) / 1e9:.0f} s away from those of the joint states; "
-                    "set `clock: bag` in the robot file to align by time of recording"
+                    f"{what}: header stamps are {abs(apart) / 1e9:.0f} s away from those of the joint states; {WAY_OUT}"
                 )
             elif abs(apart) > APART_NS:
                 self.recording.notes.append(

@@ -122,9 +122,9 @@ class Run:
                 quiet=not self.world.first,
             )
         self.cameras = tuple(slot for slot in self.settings.model.cameras if slot in self.robot.present_cameras)
-        train, held_out = split(units, options.held_out, options.seed, self.settings.model.action_horizon)
-        first = max(1, round(options.first_seconds * self.robot.control_rate)) if options.first_seconds else None
         horizon = self.settings.model.action_horizon
+        train, held_out = split(units, options.held_out, options.seed, horizon)
+        first = max(1, round(options.first_seconds * self.robot.control_rate)) if options.first_seconds else None
         self.train_set, self.held_out = (
             Dataset(units, horizon, episodes=episodes, cameras=self.cameras, first=first)
             for episodes in (train, held_out)
