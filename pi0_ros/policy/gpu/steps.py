@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pi0_ros.model.config import Pi0Config
 from pi0_ros.policy.fused import Fused
+from pi0_ros.policy.gpu import layers
 from pi0_ros.policy.gpu import step_kernels as kernels
 
 
@@ -90,18 +91,33 @@ class DenoisingSteps:
         self.arrived = torch.zeros(expert.width // 16 * _blocks(rows), dtype=torch.int32, device=device)
         self.table_stride = 0 if modulation is None else modulation.stride(0)
         self._fold_shifts()
+        kernel = layers.kernel_for(config, device)
+        self.layers = None if kernel is None else self._all_layers(kernel)
+
+    def _all_layers(self, kernel: layers.Kernel) -> layers.ExpertLayers:
+        """The layers as one kernel, over the same buffers. pi0 has no tables of time, and they are not read."""
+        modulation = self.out_bias if self.modulation is None else self.modulation.contiguous()
+        return layers.ExpertLayers(
+            kernel, self.config, self.weights, self.num_steps + 1, tiles=self.config.expert.width // EMBED.columns,
+            buffers=dict(
+                tokens=self.tokens, scaled=self.scaled, squares=self.squares, q=self.q, keys=self.keys,
+                values=self.values, mixed=self.attended, gated=self.hidden, rope=self.rope, seen=self.seen,
+                when=self.when, qkv_bias=self.qkv_bias, geglu_bias=self.geglu_bias, modulation=modulation,
+            ),
+        )  # fmt: skip
 
     def _fold_shifts(self) -> None:
         """(norm * scale + shift) W = (norm * scale) W + shift W: the second is a bias, a row for every time."""
         expert, out = self.config.expert, self.weights.action_out
         if self.modulation is None:
             self.out_bias = out[1].expand(self.num_steps + 1, -1).contiguous()
-            self.qkv_bias = self.geglu_bias = [self.out_bias] * expert.depth  # not read
+            self.qkv_bias = self.geglu_bias = self.out_bias.expand(expert.depth, -1, -1)  # not read
             return
         shift = self.modulation[:, :, 1, 0].float()  # [steps + 1, 2 * depth + 1, width]
-        layers = self.weights.expert
-        self.qkv_bias = [shift[:, 2 * i] @ layer.qkv.weight.float().T for i, layer in enumerate(layers)]
-        self.geglu_bias = [shift[:, 2 * i + 1] @ layer.geglu.both.weight.float().T for i, layer in enumerate(layers)]
+        experts = self.weights.expert
+        qkv = [shift[:, 2 * i] @ layer.qkv.weight.float().T for i, layer in enumerate(experts)]
+        geglu = [shift[:, 2 * i + 1] @ layer.geglu.both.weight.float().T for i, layer in enumerate(experts)]
+        self.qkv_bias, self.geglu_bias = torch.stack(qkv), torch.stack(geglu)  # [depth, times, columns]
         self.out_bias = F.linear(shift[:, -1], *out).contiguous()
 
     def begin(self) -> None:
@@ -113,6 +129,10 @@ class DenoisingSteps:
         tiles = self._embed(k, state)
         with_state = self.lead > 0 and k == 0
         rows = _Rows(k, self.lead - with_state, self.config.action_horizon + with_state, prefix_rows, with_state)
+        if self.layers is not None:
+            self.layers.run(self.when[k], rows.first, rows.count, prefix_rows, with_state=with_state)
+            self._move(k, self.layers.kernel.clusters)
+            return
         for i, layer in enumerate(self.weights.expert):
             self._project(i, rows, tiles)
             self._attention(i, rows)

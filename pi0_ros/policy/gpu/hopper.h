@@ -1,0 +1,216 @@
+// What layers.cu asks of a GPU of the Hopper kind, one function per instruction (PTX ISA, sections 9.7.8 and 9.7.13 to 15).
+#ifndef PI0_HOPPER
+#define PI0_HOPPER
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using bf16 = u16;
+using Barrier = u64;                         // an mbarrier in shared memory
+struct alignas(64) TensorMap { u64 words[16]; };  // CUtensorMap
+
+#define DEVICE __device__ __forceinline__
+
+DEVICE u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Nothing here waits longer than 40 ms when all is well; a wait of seconds will never end, and would hang the GPU.
+struct Patience {
+    long long since = clock64();
+    DEVICE void check() {
+        if (clock64() - since > 8000000000ll) __trap();
+    }
+};
+
+// --- barriers in shared memory ---------------------------------------------------------------------------------------
+
+DEVICE void barrier_init(Barrier* b, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(b)), "r"(arrivals) : "memory");
+}
+
+DEVICE void barriers_are_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+DEVICE void barrier_arrive(Barrier* b) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(b)) : "memory");
+}
+
+// Arrive, and let the phase last until `bytes` more have been copied in.
+DEVICE void barrier_expect(Barrier* b, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(b)), "r"(bytes) : "memory");
+}
+
+// Arrive at this barrier of the cluster's block `rank`; what was written there before, by this thread or by one that it
+// met since, is seen by who waits.
+DEVICE void barrier_arrive_at(Barrier* b, u32 rank) {
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(address(b)), "r"(rank) : "memory");
+}
+
+DEVICE void barrier_wait(Barrier* b, u32 parity) {
+    Patience patience;
+    for (u32 done = 0;;) {
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(address(b)), "r"(parity) : "memory");
+        if (done) return;
+        patience.check();
+    }
+}
+
+// --- barriers of threads ----------------------------------------------------------------------------------------------
+
+template <int ID, int THREADS> DEVICE void sync_threads() {
+    asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
+}
+
+DEVICE void sync_warp() { __syncwarp(); }
+
+DEVICE void sync_cluster() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// This block's shared memory, from a multiple of 1024 on, as swizzled tiles want it.
+DEVICE u8* block_memory() {
+    extern __shared__ u8 memory[];
+    return memory + (1024 - address(memory) % 1024) % 1024;
+}
+
+DEVICE u32 cluster_rank() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+DEVICE void grid_arrive(u32* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+DEVICE void grid_wait(const u32* counter, u32 arrivals) {
+    Patience patience;
+    for (u32 there = 0;;) {
+        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(counter) : "memory");
+        if (there >= arrivals) break;
+        patience.check();
+    }
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+
+// Between plain writes and copies by the copy engine of the same memory, on both sides.
+DEVICE void fence_for_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Registers of a warpgroup's threads, out of what the block has.
+template <int COUNT> DEVICE void keep_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
+// --- copies -----------------------------------------------------------------------------------------------------------
+
+// The map's box from column x, row y, layer z on into shared memory, swizzled; its bytes count at `b`. STREAMED: is read
+// once, so it needs no place in L2.
+template <bool STREAMED> DEVICE void copy_tile(void* to, const TensorMap* map, int x, int y, int z, Barrier* b) {
+    if constexpr (STREAMED)
+        asm volatile(
+            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+            " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(address(to)), "l"(map), "r"(address(b)), "r"(x), "r"(y), "r"(z),
+            "l"(0x12F0000000000000ull) : "memory");  // evict first
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+            " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(address(to)), "l"(map), "r"(address(b)), "r"(x), "r"(y), "r"(z)
+            : "memory");
+}
+
+// The same to the same places of all blocks in the cluster that `mask` has a bit for.
+DEVICE void copy_tile_to(u16 mask, void* to, const TensorMap* map, int x, int y, int z, Barrier* b) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(address(to)), "l"(map), "r"(address(b)), "r"(x), "r"(y), "r"(z),
+        "h"(mask) : "memory");
+}
+
+DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
+DEVICE void prefetch(const void* p, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+}
+
+// To the same place in the shared memory of the cluster's block `rank`.
+DEVICE void store_at(float4* p, u32 rank, float4 v) {
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+        "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5}; }" ::"r"(address(p)), "r"(rank), "f"(v.x), "f"(v.y),
+        "f"(v.z), "f"(v.w) : "memory");
+}
+
+DEVICE void store_at(float2* p, u32 rank, float2 v) {
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+        "st.shared::cluster.v2.f32 [there], {%2, %3}; }" ::"r"(address(p)), "r"(rank), "f"(v.x), "f"(v.y) : "memory");
+}
+
+// From L2: another multiprocessor may have written it in this very kernel.
+DEVICE uint4 load_fresh(const uint4* p) { return __ldcg(p); }
+DEVICE float load_fresh(const float* p) { return __ldcg(p); }
+
+// --- arithmetic -------------------------------------------------------------------------------------------------------
+
+DEVICE float widen(u32 x) { return __uint_as_float(x << 16); }  // the low half
+DEVICE float widen_high(u32 x) { return __uint_as_float(x & 0xFFFF0000u); }
+
+DEVICE u32 narrow(float low, float high) {
+    u32 both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+// Two of the eight bytes of low and high, see PRMT.
+template <u32 SELECT> DEVICE u32 pick(u32 low, u32 high) { return __byte_perm(low, high, SELECT); }
+
+DEVICE float from_lane(float x, int flipped) { return __shfl_xor_sync(0xFFFFFFFFu, x, flipped); }
+
+// d += a b for a warp: a bf16 [16, 16], b bf16 [16, 8], d f32 [16, 8].
+DEVICE void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
+        " {%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// A matrix unit's view of rows of 128 bytes in shared memory, swizzled as copy_tile leaves them, from 16 columns on.
+DEVICE u64 described(const void* p) {
+    return (u64)((address(p) & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> DEVICE void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
+
+#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
+#define T16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define T20 T16 ", %16, %17, %18, %19"
+#define T32 T20 ", %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define T40 T32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define T44 T40 ", %40, %41, %42, %43"
+#define T48 T44 ", %44, %45, %46, %47"
+#define T52 T48 ", %48, %49, %50, %51"
+
+// d (+)= a b^T for four warps: a bf16 [64, 16], b bf16 [COLUMNS, 16], d f32 [64, COLUMNS], 16 rows a warp; `add` to what
+// d holds.
+#define MULTIPLY_TILES(REGISTERS, COLUMNS, A, B, ADD, ...)                                                             \
+    DEVICE void multiply_tiles(float (&d)[REGISTERS], const void* a, const void* b, int add) {                         \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #ADD ", 0;\n"                                                  \
+                     "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" T##REGISTERS "}, %" #A ", %" #B \
+                     ", p, 1, 1, 0, 0; }"                                                                              \
+                     : __VA_ARGS__ : "l"(described(a)), "l"(described(b)), "r"(add));                                  \
+    }
+
+MULTIPLY_TILES(16, 32, 16, 17, 18, D16(0))
+MULTIPLY_TILES(20, 40, 20, 21, 22, D16(0), D4(16))
+MULTIPLY_TILES(32, 64, 32, 33, 34, D16(0), D16(16))
+MULTIPLY_TILES(40, 80, 40, 41, 42, D16(0), D16(16), D4(32), D4(36))
+MULTIPLY_TILES(44, 88, 44, 45, 46, D16(0), D16(16), D4(32), D4(36), D4(40))
+MULTIPLY_TILES(48, 96, 48, 49, 50, D16(0), D16(16), D16(32))
+MULTIPLY_TILES(52, 104, 52, 53, 54, D16(0), D16(16), D16(32), D4(48))
+
+#endif

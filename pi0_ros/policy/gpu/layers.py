@@ -1,0 +1,196 @@
+"""All layers of the action expert as one kernel, `layers.cu`, on GPUs of the Hopper kind: its compiler and its launch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pi0_ros.model.config import Pi0Config
+from pi0_ros.model.gemma import RMS_EPS
+from pi0_ros.policy.fused import Fused
+
+ROOM = Path(__file__).parent
+CLUSTER, THREADS = 4, 384  # blocks of a cluster, threads of a block
+MOST, LEAST = 32, 26  # clusters: more would have nothing to do, or columns for which there is no instruction
+MEMORY = 232448  # bytes of shared memory, all that a block may have
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`layers.cu` compiled for so many clusters: `launch` takes packed `Params`."""
+
+    clusters: int
+    launch: Callable[[bytes], None]
+
+
+def kernel_for(config: Pi0Config, device: torch.device) -> Kernel | None:
+    """The kernel, where it is for this: gemma_300m as the expert, rows of one tile, Hopper, NVIDIA's bindings."""
+    expert = config.expert
+    sizes = expert.width, expert.mlp_dim, expert.num_heads, expert.num_kv_heads, expert.head_dim
+    if sizes != (1024, 4096, 8, 1, 256) or config.suffix_len > 64 or device.type != "cuda":
+        return None
+    if torch.cuda.get_device_capability(device) != (9, 0) or not importlib.util.find_spec("cuda"):
+        return None
+    kernel = compiled(device.index or 0, config.pi05)
+    return kernel if kernel and kernel.clusters >= config.suffix_len * expert.num_heads / 16 else None
+
+
+def tensor_map(tensor: Tensor, rows: int) -> bytes:
+    """A CUtensorMap of bfloat16 [layers, rows, columns], by tiles of [1, `rows`, 64], swizzled over 128 bytes."""
+    from cuda.bindings import driver
+
+    layers, height, width = tensor.shape
+    small, large = driver.cuuint32_t, driver.cuuint64_t
+    encoded = _checked(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            3,
+            tensor.data_ptr(),
+            [large(size) for size in (width, height, layers)],
+            [large(2 * tensor.stride(1)), large(2 * tensor.stride(0))],
+            [small(size) for size in (64, rows, 1)],
+            [small(1)] * 3,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return struct.pack("16Q", *(int(word) for word in encoded.opaque))
+
+
+class ExpertLayers:
+    """A step's layers in one launch.
+
+    Args:
+        weights: its expert's matrices are put behind one another, as views of one tensor for each kind.
+        buffers: the names that `layers.cu` has for them, in the order of its `Params`, from `tokens` on.
+        tiles: how many sums of squares a row of tokens comes with.
+        encode: what makes the copy engine's view of a tensor.
+    """
+
+    def __init__(
+        self, kernel: Kernel, config: Pi0Config, weights: Fused, times: int, *, buffers: dict[str, Tensor], tiles: int,
+        encode: Callable[[Tensor, int], bytes] = tensor_map,
+    ) -> None:  # fmt: skip
+        self.kernel, self.buffers, expert = kernel, buffers, config.expert
+        self._sizes = config.suffix_len, buffers["keys"].shape[-2], buffers["squares"].shape[-1], tiles
+        self._depth, self._times = expert.depth, times
+        activations = buffers["scaled"], buffers["mixed"], buffers["gated"]
+        layers, clusters = weights.expert, kernel.clusters
+        self._matrices = [
+            (_stacked([layer.qkv for layer in layers]), _largest(10 * expert.head_dim, clusters)),
+            (_stacked([layer.out for layer in layers]), _largest(expert.width, clusters)),
+            (_stacked([layer.geglu.both for layer in layers]), _largest(expert.mlp_dim, clusters * CLUSTER)),
+            (_stacked([layer.down for layer in layers]), _largest(expert.width, clusters)),
+        ]
+        maps = [encode(rows[None], 64) for rows in activations]
+        self._maps = b"".join(maps + [encode(*matrix) for matrix in self._matrices])
+        self._counter = torch.zeros(2, dtype=torch.int32, device=buffers["tokens"].device)
+
+    def run(self, when: Tensor, first: int, rows: int, prefix_rows: int, *, with_state: bool) -> None:
+        """Over `rows` suffix tokens from `first` on, with `prefix_rows` of the cache before the suffix.
+
+        `when`: int32 [rows], each token's entry in the time tables.
+        """
+        pointers = [tensor.data_ptr() for tensor in (self.buffers | {"when": when}).values()]
+        numbers = self._depth, self._times, first, rows, prefix_rows, *self._sizes, with_state
+        pointers.append(self._counter.data_ptr())
+        params = self._maps + struct.pack(f"{len(pointers)}Q{len(numbers)}i", *pointers, *numbers)
+        self.kernel.launch(params + bytes(-len(params) % 64))  # as a struct with tensor maps is padded
+
+
+def _stacked(linears: Sequence) -> Tensor:
+    """The matrices [layers, out, in]; each linear's weight is a view of it from now on."""
+    stack = torch.stack([linear.weight for linear in linears])
+    for linear, weight in zip(linears, stack, strict=True):
+        linear.weight = weight
+    return stack
+
+
+def _largest(columns: int, shares: int) -> int:
+    return 8 * -(-columns // 8 // shares)
+
+
+@functools.cache
+def compiled(device: int, adaptive: bool) -> Kernel | None:
+    """The kernel for as many clusters as `device` has room for, or None where that is too few.
+
+    Raises:
+        RuntimeError: what NVIDIA's compiler or driver says.
+    """
+    clusters = MOST
+    while clusters >= LEAST:
+        function, room = _load(clusters, adaptive)
+        if room >= clusters:
+            return Kernel(clusters, _launcher(function, clusters, device))
+        clusters = room
+    return None
+
+
+def _load(clusters: int, adaptive: bool):
+    """The function, compiled for `clusters`, and how many of them the current device has room for at once."""
+    from cuda.bindings import driver, nvrtc
+
+    header, source = (ROOM / "hopper.h").read_bytes(), (ROOM / "layers.cu").read_bytes()
+    program = _checked(nvrtc.nvrtcCreateProgram(source, b"layers.cu", 1, [header], [b"hopper.h"]))
+    constants = {"ADAPTIVE": int(adaptive), "RMS_EPS": f"{RMS_EPS}f", "CLUSTERS": clusters, "MEMORY": MEMORY}
+    options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{name}={value}" for name, value in constants.items())]
+    options = [option.encode() for option in options]
+    if nvrtc.nvrtcCompileProgram(program, len(options), options)[0]:
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"layers.cu does not compile: {log.decode().strip()}")
+    image = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    _checked(nvrtc.nvrtcGetCUBIN(program, image))
+    module = _checked(driver.cuModuleLoadData(image))  # for good: a few hundred kilobytes, once for each kind of model
+    function = _checked(driver.cuModuleGetFunction(module, b"layers"))
+    most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _checked(driver.cuFuncSetAttribute(function, most, MEMORY))
+    shape = driver.CUlaunchAttribute()
+    shape.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    shape.value.clusterDim.x, shape.value.clusterDim.y, shape.value.clusterDim.z = CLUSTER, 1, 1
+    return function, _checked(driver.cuOccupancyMaxActiveClusters(function, _configured(clusters, shape)))
+
+
+def _configured(clusters: int, attribute):
+    from cuda.bindings import driver
+
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.blockDimX, config.sharedMemBytes = clusters * CLUSTER, THREADS, MEMORY
+    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
+
+
+def _launcher(function, clusters: int, device: int) -> Callable[[bytes], None]:
+    from cuda.bindings import driver
+
+    together = driver.CUlaunchAttribute()  # all blocks at once or none: they wait for one another
+    together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+    together.value.cooperative = 1
+    config = _configured(clusters, together)
+
+    def launch(params: bytes) -> None:
+        config.hStream = torch.cuda.current_stream(device).cuda_stream
+        packed = ctypes.create_string_buffer(params, len(params))
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
+        _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0))
+
+    return launch
+
+
+def _checked(answer: tuple):
+    """What one of NVIDIA's functions gives besides its error code, which has to be zero."""
+    error, *rest = answer
+    if error:
+        raise RuntimeError(f"{type(error).__name__}: {error.name}")
+    return rest[0] if rest else None

@@ -1,0 +1,155 @@
+"""The expert's layers as one kernel: on a Hopper GPU as it is (see test_gpu_kernels), here with threads as fibers."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import struct
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sampler_kit import draw_inputs, make_model
+
+from pi0_ros.model.config import GemmaConfig, Pi0Config, VisionConfig
+from pi0_ros.model.gemma import RMS_EPS
+from pi0_ros.policy.gpu.layers import MEMORY, ROOM, ExpertLayers, Kernel
+from pi0_ros.policy.sampler import Sampler
+
+EXPERT = GemmaConfig(width=1024, depth=2, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)  # gemma_300m's sizes
+CONFIG = Pi0Config(
+    vision=VisionConfig(width=32, depth=1, mlp_dim=48, num_heads=2, patch_size=14, image_size=28),
+    vlm=replace(EXPERT, width=64, mlp_dim=64),
+    expert=EXPERT,
+    vocab_size=50,
+    action_dim=7,
+    action_horizon=50,
+    max_token_len=120,
+    cameras=("base_0_rgb",),
+)
+TOKENS = np.array([2, 7, 9, 41, 3] * 4)
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """Makes launchers of `layers.cu` on this CPU, for pi0 and for pi0.5."""
+    compiler = shutil.which("g++")
+    if not compiler:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("layers")
+    (folder / "layers.cpp").write_text(f"""
+#include "{HERE}/hopper_on_cpu.h"
+#include "{ROOM}/layers.cu"
+extern "C" void launch(const void* bytes, size_t size, u32 seed) {{
+    static Params p;
+    if (size != sizeof p) fail("Params are of another size here than there");
+    std::memcpy(&p, bytes, size);
+    Grid<Params>::run(layers, p, CLUSTERS * RANKS, RANKS, THREADS, sizeof(Shared), seed);
+}}
+""")
+
+    def make(adaptive: bool, clusters: int, seed: int) -> Kernel:
+        library = folder / f"layers_{int(adaptive)}_{clusters}.so"
+        if not library.exists():
+            options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
+            values = {"ADAPTIVE": int(adaptive), "RMS_EPS": f"{RMS_EPS}f", "CLUSTERS": clusters, "MEMORY": MEMORY}
+            constants = [f"-D{name}={value}" for name, value in values.items()]
+            subprocess.run([compiler, *options, *constants, "layers.cpp", "-o", library.name], cwd=folder, check=True)
+        launch = ctypes.CDLL(str(library)).launch
+        return Kernel(clusters, lambda params: launch(params, ctypes.c_size_t(len(params)), seed))
+
+    return make
+
+
+def tensor_map(tensor, rows: int) -> bytes:
+    """What `hopper_on_cpu.h` takes for a CUtensorMap."""
+    layers, height, width = tensor.shape
+    strides = tensor.stride(2), tensor.stride(1), tensor.stride(0)
+    return struct.pack("Q6i3q72x", tensor.data_ptr(), width, height, layers, 64, rows, 1, *strides)
+
+
+def make_layers(sampler: Sampler, kernel: Kernel) -> ExpertLayers:
+    config, expert = sampler.config, sampler.config.expert
+    rows, width = config.suffix_len, expert.width
+
+    def buffer(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype)  # what is not written before it is read shows
+
+    def biases(part: str) -> torch.Tensor:
+        if sampler.modulation is None:
+            return torch.zeros(1)
+        shift = sampler.modulation[:, {"qkv": 0, "geglu": 1}[part] : -1 : 2, 1, 0].float()  # [times, depth, width]
+        matrices = [layer.qkv if part == "qkv" else layer.geglu.both for layer in sampler.weights.expert]
+        return torch.stack([shift[:, i] @ matrix.weight.float().T for i, matrix in enumerate(matrices)])
+
+    tokens = buffer(rows, width)
+    return ExpertLayers(
+        kernel, config, sampler.weights, sampler.num_steps + 1, tiles=32, encode=tensor_map,
+        buffers=dict(
+            tokens=tokens, scaled=tokens if sampler.modulation is None else buffer(rows, width),
+            squares=buffer(64, 64, dtype=torch.float32), q=buffer(rows, 2048), keys=sampler.keys, values=sampler.values,
+            mixed=buffer(rows, 2048), gated=buffer(rows, 4096), rope=torch.view_as_real(sampler.suffix_rope),
+            seen=sampler.valid, when=torch.zeros(1), qkv_bias=biases("qkv"), geglu_bias=biases("geglu"),
+            modulation=torch.zeros(1) if sampler.modulation is None else sampler.modulation,
+        ),
+    )  # fmt: skip
+
+
+def put(layers: ExpertLayers, sampler: Sampler, x: torch.Tensor, k: int, frozen: bool, lead: int) -> None:
+    """Embedded tokens, as the kernel before leaves them."""
+    buffers = layers.buffers
+    buffers["tokens"][lead:] = x
+    y = x.float()
+    buffers["squares"][:32, lead : lead + len(x)] = y.view(len(x), 32, 32).square().sum(-1).T
+    if sampler.modulation is not None:
+        scale = sampler._at_time(sampler.modulation[:, 0], k, frozen)[0].float()
+        buffers["scaled"][lead:] = (y * scale).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
+@pytest.mark.parametrize(("horizon", "clusters"), [(50, 30), (9, 32)])
+def test_a_step_is_that_of_the_plain_sampler(pi05, horizon, clusters, emulated, monkeypatch):
+    config = replace(CONFIG, pi05=pi05, action_horizon=horizon)
+    monkeypatch.setattr("pi0_ros.policy.fused.has_onednn", lambda dtype: False)
+    sampler = Sampler(make_model(config), num_steps=2, dtype=torch.bfloat16)
+    sampler.prompt_multiple = config.max_token_len  # padding that nothing may see
+    images, state, noise = draw_inputs(config)
+    frozen = torch.full((2, config.action_dim), 0.25) if pi05 else None
+    sampler.sample(images, TOKENS, state, noise, frozen=frozen)  # leaves the prefix, and pi0's state, in the cache
+    rows, lead = sampler.prefix_rows, 0 if pi05 else 1
+    sampler._load_inputs(noise, state, frozen)
+
+    layers = make_layers(sampler, emulated(pi05, clusters, seed=horizon))
+    when = torch.where(sampler.free[:, 0] > 0, torch.tensor(0), 2).to(torch.int32)
+    embedded = sampler.embed_actions(sampler.x, 0, pi05)
+    want = sampler.velocity(sampler.x, 0, pi05)
+    cached = sampler.keys.clone(), sampler.values.clone()
+    put(layers, sampler, embedded, 0, pi05, lead)
+    if not pi05:
+        token = F.linear(sampler.state, *sampler.weights.state).to(torch.bfloat16)
+        layers.buffers["tokens"][:1] = token
+        layers.buffers["squares"][:32, 0] = token.float().view(32, 32).square().sum(-1)
+    sampler.keys[:, :, rows:] = sampler.values[:, :, rows:] = float("nan")
+    layers.run(when, 0, config.suffix_len, rows, with_state=not pi05)
+
+    def velocity() -> torch.Tensor:
+        norm, _ = sampler.norm(layers.buffers["tokens"][lead:], 0, -1, pi05)
+        return F.linear(norm.float(), *sampler.weights.action_out)
+
+    def close(got: torch.Tensor, want: torch.Tensor) -> bool:
+        return bool((got - want).float().square().mean() < (0.02 * want.float().square().mean().sqrt()) ** 2)
+
+    got = velocity()
+    assert close(got, want)
+    assert all(close(mine, theirs) for mine, theirs in zip((sampler.keys, sampler.values), cached, strict=True))
+    assert layers._counter.tolist() == [0, 0]
+    if not pi05:  # the steps that follow leave the state token as it is
+        put(layers, sampler, embedded, 0, pi05, lead)
+        sampler.keys[:, :, rows + 1 :] = sampler.values[:, :, rows + 1 :] = float("nan")
+        layers.run(when, 1, config.action_horizon, rows, with_state=False)
+        assert torch.equal(velocity(), got)
