@@ -63,8 +63,6 @@ inline u32 threads_of_a_block, blocks_of_the_grid, blocks_of_a_cluster;
 inline std::vector<Copy> copies;
 inline bool progress;
 
-#define threadIdx (Index{current->index})
-#define blockIdx (Index{current->block->index})
 #define gridDim (Index{blocks_of_the_grid})
 
 [[noreturn]] inline void fail(const char* why) { std::fprintf(stderr, "%s\n", why), std::fflush(stderr), std::_Exit(3); }
@@ -106,11 +104,12 @@ inline void barrier_arrive_at(Barrier* b, u32 rank) { change(at_rank(b, rank), 1
 inline void barrier_wait(Barrier* b, u32 parity) {
     wait_until([&] { return reinterpret_cast<Fields*>(b)->phase != parity; });
 }
-template <int ID, int THREADS> void sync_threads() { meet(current->block->meetings[ID], THREADS); }
-inline void sync_warp() { meet(warp().meeting, 32); }
+template <int THREADS> void sync_threads(int id) { meet(current->block->meetings[id], THREADS); }
 inline void sync_cluster() { meet(current->block->cluster->meeting, threads_of_a_block * blocks_of_a_cluster); }
 inline u8* block_memory() { return current->block->memory; }
 inline u32 cluster_rank() { return current->block->rank; }
+inline u32 thread_index() { return current->index; }
+inline u32 block_index() { return current->block->index; }
 inline u32 atomicAdd(u32* p, u32 x) { return (*p += x) - x; }
 inline void grid_arrive(u32* counter) { ++*counter; }
 inline void grid_wait(const u32* counter, u32 arrivals) { wait_until([&] { return *counter >= arrivals; }); }
@@ -151,9 +150,12 @@ inline void arrive(const Copy& copy) {
 }
 inline void prefetch(const void*, u32) {}
 inline void prefetch_map(const TensorMap*) {}
-template <class T> void store_at(T* p, u32 rank, T v) {
+template <class T> void store_at(T* p, u32 rank, T v, Barrier* b) {
     std::memcpy(at_rank(reinterpret_cast<Barrier*>(p), rank), &v, sizeof v);
+    change(at_rank(b, rank), 0, -(int)sizeof v);
 }
+template <class T> T load_constant(const T* p) { return *p; }
+inline float divide(float x, float y) { return x / y; }
 inline uint4 load_fresh(const uint4* p) { return *p; }
 inline float load_fresh(const float* p) { return *p; }
 
@@ -206,7 +208,7 @@ inline void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 inline void products_begin() {}
 inline void products_commit() {}
 template <int> void products_wait() { meet(warp().meeting, 32); }
-template <int N> void multiply_tiles(float (&d)[N], const void* a, const void* b, int add) {
+template <int N> void multiply_tiles(float (&d)[N], const void* a, const void* b) {
     const int row = current->index % 128 / 32 * 16 + current->index % 32 / 4, column = current->index % 4 * 2;
     auto at = [](const void* tile, int row, int k) {
         return widen(*reinterpret_cast<const bf16*>(swizzled((u64)tile + row * 128 + 2 * k)));
@@ -216,7 +218,7 @@ template <int N> void multiply_tiles(float (&d)[N], const void* a, const void* b
         for (int k = 0; k < 16; k++) values[k] = at(a, row + 8 * side, k);
         for (int j = 0; j < N / 4; j++)
             for (int i = 0; i < 2; i++) {
-                float sum = add ? d[4 * j + 2 * side + i] : 0;
+                float sum = d[4 * j + 2 * side + i];
                 for (int k = 0; k < 16; k++) sum += values[k] * at(b, 8 * j + column + i, k);
                 d[4 * j + 2 * side + i] = sum;
             }

@@ -39,8 +39,7 @@ DEVICE void barrier_expect(Barrier* b, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(b)), "r"(bytes) : "memory");
 }
 
-// Arrive at this barrier of the cluster's block `rank`; what was written there before, by this thread or by one that it
-// met since, is seen by who waits.
+// Arrive at this barrier of the cluster's block `rank`.
 DEVICE void barrier_arrive_at(Barrier* b, u32 rank) {
     asm volatile(
         "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
@@ -60,11 +59,9 @@ DEVICE void barrier_wait(Barrier* b, u32 parity) {
 
 // --- barriers of threads ----------------------------------------------------------------------------------------------
 
-template <int ID, int THREADS> DEVICE void sync_threads() {
-    asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
+template <int THREADS> DEVICE void sync_threads(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
 }
-
-DEVICE void sync_warp() { __syncwarp(); }
 
 DEVICE void sync_cluster() {
     __syncwarp();
@@ -77,10 +74,24 @@ DEVICE u8* block_memory() {
     return memory + (1024 - address(memory) % 1024) % 1024;
 }
 
+// Volatile, so that nothing derived from it is kept in registers, or in memory for want of them, for longer than it is
+// used: shared memory leaves the cache hardly any room.
 DEVICE u32 cluster_rank() {
     u32 rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
+}
+
+DEVICE u32 thread_index() {
+    u32 index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
+DEVICE u32 block_index() {
+    u32 index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    return index;
 }
 
 DEVICE void grid_arrive(u32* counter) {
@@ -90,14 +101,13 @@ DEVICE void grid_arrive(u32* counter) {
 DEVICE void grid_wait(const u32* counter, u32 arrivals) {
     Patience patience;
     for (u32 there = 0;;) {
-        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(counter) : "memory");
-        if (there >= arrivals) break;
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(counter) : "memory");
+        if (there >= arrivals) return;
         patience.check();
     }
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }
 
-// Between plain writes and copies by the copy engine of the same memory, on both sides.
+// Between others' plain writes, once they are seen, and copies of the same memory by the copy engine.
 DEVICE void fence_for_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // Registers of a warpgroup's threads, out of what the block has.
@@ -135,23 +145,32 @@ DEVICE void prefetch(const void* p, u32 bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
 }
 
-// To the same place in the shared memory of the cluster's block `rank`.
-DEVICE void store_at(float4* p, u32 rank, float4 v) {
+// To the same place in the shared memory of the cluster's block `rank`; its bytes count at `b` there.
+DEVICE void store_at(float4* p, u32 rank, float4 v, Barrier* b) {
     asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-        "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5}; }" ::"r"(address(p)), "r"(rank), "f"(v.x), "f"(v.y),
-        "f"(v.z), "f"(v.w) : "memory");
+        "{ .reg .b32 there, b; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 b, %1, %2;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, [b]; }"
+        ::"r"(address(p)), "r"(address(b)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 
-DEVICE void store_at(float2* p, u32 rank, float2 v) {
+DEVICE void store_at(float2* p, u32 rank, float2 v, Barrier* b) {
     asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-        "st.shared::cluster.v2.f32 [there], {%2, %3}; }" ::"r"(address(p)), "r"(rank), "f"(v.x), "f"(v.y) : "memory");
+        "{ .reg .b32 there, b; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 b, %1, %2;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%3, %4}, [b]; }"
+        ::"r"(address(p)), "r"(address(b)), "r"(rank), "f"(v.x), "f"(v.y) : "memory");
 }
 
-// From L2: another multiprocessor may have written it in this very kernel.
-DEVICE uint4 load_fresh(const uint4* p) { return __ldcg(p); }
+// From L2: another multiprocessor may have written it in this very kernel. Asked for where it stands.
+DEVICE uint4 load_fresh(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
 DEVICE float load_fresh(const float* p) { return __ldcg(p); }
+
+// Of what no kernel writes while this one runs.
+template <class T> DEVICE T load_constant(const T* p) { return __ldg(p); }
 
 // --- arithmetic -------------------------------------------------------------------------------------------------------
 
@@ -167,11 +186,13 @@ DEVICE u32 narrow(float low, float high) {
 // Two of the eight bytes of low and high, see PRMT.
 template <u32 SELECT> DEVICE u32 pick(u32 low, u32 high) { return __byte_perm(low, high, SELECT); }
 
+DEVICE float divide(float x, float y) { return __fdividef(x, y); }
+
 DEVICE float from_lane(float x, int flipped) { return __shfl_xor_sync(0xFFFFFFFFu, x, flipped); }
 
 // d += a b for a warp: a bf16 [16, 16], b bf16 [16, 8], d f32 [16, 8].
 DEVICE void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
         " {%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
@@ -195,22 +216,19 @@ template <int LEFT> DEVICE void products_wait() { asm volatile("wgmma.wait_group
 #define T48 T44 ", %44, %45, %46, %47"
 #define T52 T48 ", %48, %49, %50, %51"
 
-// d (+)= a b^T for four warps: a bf16 [64, 16], b bf16 [COLUMNS, 16], d f32 [64, COLUMNS], 16 rows a warp; `add` to what
-// d holds.
-#define MULTIPLY_TILES(REGISTERS, COLUMNS, A, B, ADD, ...)                                                             \
-    DEVICE void multiply_tiles(float (&d)[REGISTERS], const void* a, const void* b, int add) {                         \
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #ADD ", 0;\n"                                                  \
-                     "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" T##REGISTERS "}, %" #A ", %" #B \
-                     ", p, 1, 1, 0, 0; }"                                                                              \
-                     : __VA_ARGS__ : "l"(described(a)), "l"(described(b)), "r"(add));                                  \
+// d += a b^T for four warps: a bf16 [64, 16], b bf16 [COLUMNS, 16], d f32 [64, COLUMNS], 16 rows a warp.
+#define MULTIPLY_TILES(REGISTERS, COLUMNS, A, B, ...)                                                                   \
+    DEVICE void multiply_tiles(float (&d)[REGISTERS], const void* a, const void* b) {                                   \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" T##REGISTERS "}, %" #A ", %" #B \
+                     ", 1, 1, 1, 0, 0;" : __VA_ARGS__ : "l"(described(a)), "l"(described(b)));                          \
     }
 
-MULTIPLY_TILES(16, 32, 16, 17, 18, D16(0))
-MULTIPLY_TILES(20, 40, 20, 21, 22, D16(0), D4(16))
-MULTIPLY_TILES(32, 64, 32, 33, 34, D16(0), D16(16))
-MULTIPLY_TILES(40, 80, 40, 41, 42, D16(0), D16(16), D4(32), D4(36))
-MULTIPLY_TILES(44, 88, 44, 45, 46, D16(0), D16(16), D4(32), D4(36), D4(40))
-MULTIPLY_TILES(48, 96, 48, 49, 50, D16(0), D16(16), D16(32))
-MULTIPLY_TILES(52, 104, 52, 53, 54, D16(0), D16(16), D16(32), D4(48))
+MULTIPLY_TILES(16, 32, 16, 17, D16(0))
+MULTIPLY_TILES(20, 40, 20, 21, D16(0), D4(16))
+MULTIPLY_TILES(32, 64, 32, 33, D16(0), D16(16))
+MULTIPLY_TILES(40, 80, 40, 41, D16(0), D16(16), D4(32), D4(36))
+MULTIPLY_TILES(44, 88, 44, 45, D16(0), D16(16), D4(32), D4(36), D4(40))
+MULTIPLY_TILES(48, 96, 48, 49, D16(0), D16(16), D16(32))
+MULTIPLY_TILES(52, 104, 52, 53, D16(0), D16(16), D16(32), D4(48))
 
 #endif

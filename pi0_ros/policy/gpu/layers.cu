@@ -40,7 +40,8 @@ using OfMlp = Shares<MLP, CLUSTERS * RANKS>;
 
 constexpr int SLOT = OfQkv::LARGEST * CHUNK * 2;       // of the ring, bytes
 constexpr int PARTS = RANKS * OfWidth::LARGEST / 8 * 32 * 16;
-constexpr int SLOTS = (MEMORY - 16 * A_CHUNK - PARTS - 3072) / SLOT;
+constexpr int QKV_PAIRS = (OfQkv::LARGEST + 15) / 16, X_PAIRS = (OfWidth::LARGEST + 15) / 16;  // of a thread, at most
+constexpr int A_SLOTS = 8, SLOTS = (MEMORY - A_SLOTS * A_CHUNK - PARTS - QKV_PAIRS * GROUP * 8 - 3072) / SLOT;
 static_assert(SLOT >= 2 * OfMlp::LARGEST * CHUNK * 2 && SLOT >= 2 * OfWidth::LARGEST * CHUNK * 2, "tiles fit");
 
 struct Params {
@@ -59,27 +60,35 @@ struct Params {
 };
 
 struct Shared {
-    alignas(1024) u8 a[16 * A_CHUNK];                // activations by chunks; attention's and qkv's exchange as well
-    alignas(1024) u8 ring[SLOTS * SLOT];
-    float4 parts[RANKS][OfWidth::LARGEST / 8][32];        // of this block's rows, from each of the cluster
+    alignas(1024) u8 a[A_SLOTS * A_CHUNK];           // a ring of activations; attention's and qkv's exchange as well
+    alignas(1024) u8 ring[SLOTS * SLOT];             // of weights
+    float4 parts[RANKS][OfWidth::LARGEST / 8][32];   // of this block's rows, from each of the cluster
+    float2 rope[QKV_PAIRS][GROUP];                   // cosine and sine for what each thread turns in qkv
     float factor[2][ROWS];
-    Barrier full[SLOTS], empty[SLOTS], arrived[16], go, exchanged, weighed, mixed;
+    Barrier full[SLOTS], empty[SLOTS], arrived[A_SLOTS], drained[A_SLOTS], drained_by_all[A_SLOTS];
+    Barrier go, exchanged, weighed, mixed;
 };
-
 static_assert(sizeof(Shared) + 1024 <= MEMORY, "and the start may have to be moved by up to 1024");
 
 // Where attention and qkv keep what they exchange, within `a`.
 constexpr int QKV_PARTS = QKV_CHUNKS * A_CHUNK;      // float4 [RANKS][OfQkv::LARGEST / 8][32]
-constexpr int Q_STRIDE = 2 * DIM + 64, PART_STRIDE = 2 * DIM + 16;  // bytes, so that rows meet in no bank
-constexpr int PARTS_AT = 16 * Q_STRIDE;              // bf16 [8 warps][16][PART_STRIDE]
-constexpr int MIXED_AT = PARTS_AT + 8 * 16 * PART_STRIDE;  // f32 [RANKS][4][DIM]
+constexpr int Q_STRIDE = 2 * DIM + 64, P_STRIDE = 80, PART_STRIDE = 2 * DIM + 16;  // bytes, so that rows meet in no bank
+constexpr int PAIR_AT = 16 * Q_STRIDE, PAIR = 16 * PART_STRIDE;  // a pair of warps' 16 rows: of P, then of its part
+constexpr int MIXED_AT = PAIR_AT + 4 * PAIR;         // f32 [RANKS][4][DIM]
 constexpr int WEIGHTS_AT = MIXED_AT + RANKS * 4 * DIM * 4;  // float2 [RANKS * 8][16]
-static_assert(WEIGHTS_AT + RANKS * 8 * 16 * 8 <= 16 * A_CHUNK, "attention fits where the activations were");
+constexpr int TOPS_AT = WEIGHTS_AT + RANKS * 8 * 16 * 8;    // f32 [8][16]
+static_assert(TOPS_AT + 8 * 16 * 4 <= A_SLOTS * A_CHUNK, "attention fits where the activations were");
+static_assert(QKV_PARTS + RANKS * OfQkv::LARGEST * 64 <= A_SLOTS * A_CHUNK, "so does qkv's exchange");
 
 struct Where {
     u32 rank, cluster;
     int warp, lane, thread;
 };
+
+DEVICE Where where() {
+    const int thread = thread_index();
+    return {cluster_rank(), block_index() / RANKS, thread / 32, thread % 32, thread};
+}
 
 // --- copies -----------------------------------------------------------------------------------------------------------
 
@@ -122,7 +131,7 @@ DEVICE void copy_weights(const Params& p, Shared& s, const Where& at) {
 
 // Keys and values that the steps find in the cache are read a phase later: into L2 with them, each block a part.
 DEVICE void prefetch_cache(const Params& p, int layer) {
-    const int share = (p.prefix_rows + gridDim.x - 1) / gridDim.x, from = blockIdx.x * share;
+    const int share = (p.prefix_rows + gridDim.x - 1) / gridDim.x, from = block_index() * share;
     const int rows = min(share, p.prefix_rows - from);
     if (rows <= 0) return;
     const long long start = ((long long)layer * p.cache_rows + from) * DIM;
@@ -131,33 +140,39 @@ DEVICE void prefetch_cache(const Params& p, int layer) {
 }
 
 DEVICE void copy_activations(const Params& p, Shared& s, const Where& at) {
-    u32 met = 0;
+    u32 met = 0, long_ones = 0, shared_ones = 0;
     auto start = [&](bool wait) {
         if (wait) grid_wait(p.counter, ++met * gridDim.x);
         fence_for_copies();
         barrier_arrive(&s.go);
     };
-    auto mine = [&](const TensorMap* map, int chunks, int row) {
+    // Chunks from `column` on; `together`: all four blocks take the same ones, and each copies its share of them to all.
+    auto copy = [&](const TensorMap* map, int chunks, int column, int row, bool together) {
         for (int c = 0; c < chunks; c++) {
-            barrier_expect(&s.arrived[c], A_CHUNK);
-            copy_tile<false>(s.a + c * A_CHUNK, map, (at.rank * chunks + c) * CHUNK, row, 0, &s.arrived[c]);
+            const int i = c % A_SLOTS;
+            if (c >= A_SLOTS) barrier_wait(&s.drained[i], long_ones & 1);
+            barrier_expect(&s.arrived[i], A_CHUNK);
+            if (!together)
+                copy_tile<false>(s.a + i * A_CHUNK, map, column + c * CHUNK, row, 0, &s.arrived[i]);
+            else if (c % RANKS == at.rank) {
+                if (c >= A_SLOTS) barrier_wait(&s.drained_by_all[i], shared_ones & 1);
+                copy_tile_to((1 << RANKS) - 1, s.a + i * A_CHUNK, map, column + c * CHUNK, row, 0, &s.arrived[i]);
+            }
         }
+        long_ones += chunks > A_SLOTS;
+        shared_ones += together;
     };
     for (int layer = 0; layer < p.depth; layer++) {
         prefetch_cache(p, layer);
         start(layer > 0);
-        mine(&p.x, QKV_CHUNKS, p.first);
+        copy(&p.x, QKV_CHUNKS, at.rank * QKV_CHUNKS * CHUNK, p.first, false);
         start(true);  // attention reads by itself
         start(true);
-        mine(&p.attended, OUT_CHUNKS, 0);
+        copy(&p.attended, OUT_CHUNKS, at.rank * OUT_CHUNKS * CHUNK, 0, false);
         start(true);
-        for (int c = 0; c < GEGLU_CHUNKS; c++) {
-            barrier_expect(&s.arrived[c], A_CHUNK);
-            if (c % RANKS == at.rank)
-                copy_tile_to((1 << RANKS) - 1, s.a + c * A_CHUNK, &p.x, c * CHUNK, p.first, 0, &s.arrived[c]);
-        }
+        copy(&p.x, GEGLU_CHUNKS, 0, p.first, true);
         start(true);
-        mine(&p.hidden, DOWN_CHUNKS, 0);
+        copy(&p.hidden, DOWN_CHUNKS, at.rank * DOWN_CHUNKS * CHUNK, 0, false);
     }
 }
 
@@ -166,44 +181,52 @@ DEVICE void copy_activations(const Params& p, Shared& s, const Where& at) {
 // How far a thread is with each kind of barrier.
 struct Progress {
     int slot = 0;        // weights' slots used up
-    u32 arrived = 0;     // a bit for each chunk of activations: the parity to wait for
+    u32 arrived = 0;     // a bit for each slot of activations: the parity to wait for
     u32 go = 0, exchanged = 0, heads = 0;
 };
 
 DEVICE void wait_for_go(Shared& s, Progress& done) { barrier_wait(&s.go, done.go++ & 1); }
 
-// d = a w^T for this block's columns and part of the inner dimension. Four warps.
-template <int N, int CHUNKS, int IN_SLOT> DEVICE void product(float (&d)[N], Shared& s, const Where& at, Progress& done) {
-    constexpr int TILE = 2 * N * 2 * CHUNK;  // bytes; 64 rows in 128 threads are N / 2 elements a thread of 2 N columns
-    auto release = [&](int slot) {
-        if (at.lane == 0) barrier_arrive(&s.empty[slot % SLOTS]);
+// d = a w^T for this block's columns and part of the inner dimension. Four warps. TOGETHER: see copy_activations.
+template <int N, int CHUNKS, int IN_SLOT, bool TOGETHER>
+DEVICE void product(float (&d)[N], Shared& s, const Where& at, Progress& done) {
+    constexpr int TILE = 2 * N * 2 * CHUNK;  // bytes: N elements a thread are 2 N columns
+#pragma unroll
+    for (int i = 0; i < N; i++) d[i] = 0.f;
+    auto release = [&](int chunk, int slot) {
+        if (at.lane) return;
+        if (chunk % IN_SLOT == IN_SLOT - 1) barrier_arrive(&s.empty[slot % SLOTS]);
+        if (chunk + A_SLOTS >= CHUNKS) return;
+        barrier_arrive(&s.drained[chunk]);
+        if (TOGETHER) barrier_arrive_at(&s.drained_by_all[chunk], chunk % RANKS);
     };
     for (int c = 0; c < CHUNKS; c++) {
-        const int slot = done.slot + c / IN_SLOT;
+        const int slot = done.slot + c / IN_SLOT, i = c % A_SLOTS;
         if (c % IN_SLOT == 0) barrier_wait(&s.full[slot % SLOTS], slot / SLOTS & 1);
-        barrier_wait(&s.arrived[c], done.arrived >> c & 1);
-        const u8 *a = s.a + c * A_CHUNK, *w = s.ring + slot % SLOTS * SLOT + c % IN_SLOT * TILE;
+        barrier_wait(&s.arrived[i], done.arrived >> i & 1);
+        done.arrived ^= 1u << i;
+        const u8 *a = s.a + i * A_CHUNK, *w = s.ring + slot % SLOTS * SLOT + c % IN_SLOT * TILE;
         products_begin();
 #pragma unroll
-        for (int k = 0; k < CHUNK / 16; k++) multiply_tiles(d, a + 32 * k, w + 32 * k, c > 0 || k > 0);
+        for (int k = 0; k < CHUNK / 16; k++) multiply_tiles(d, a + 32 * k, w + 32 * k);
         products_commit();
         products_wait<1>();
-        if (c > 0 && c % IN_SLOT == 0) release(slot - 1);
+        if (c > 0) release(c - 1, done.slot + (c - 1) / IN_SLOT);
     }
     products_wait<0>();
     done.slot += CHUNKS / IN_SLOT;
-    release(done.slot - 1);
-    done.arrived ^= (1u << CHUNKS) - 1;
+    release(CHUNKS - 1, done.slot - 1);
 }
 
 // Each warp's 16 rows of d go to the block of that rank, which waits for those of all four.
 template <int N> DEVICE void exchange(float4* parts, const float (&d)[N], Shared& s, const Where& at, Progress& done) {
+    if (at.thread == 0) barrier_expect(&s.exchanged, RANKS * N / 4 * 32 * sizeof(float4));
     float4* mine = parts + at.rank * (N / 4 * 32) + at.lane;
 #pragma unroll
-    for (int j = 0; j < N / 4; j++)
-        store_at(mine + j * 32, at.warp, make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]));
-    sync_warp();
-    if (at.lane == 0) barrier_arrive_at(&s.exchanged, at.warp);
+    for (int j = 0; j < N / 4; j++) {
+        const float4 part = make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
+        store_at(mine + j * 32, at.warp, part, &s.exchanged);
+    }
     barrier_wait(&s.exchanged, done.exchanged++ & 1);
 }
 
@@ -219,7 +242,8 @@ template <int N> DEVICE float2 summed(const float4* parts, int row, int column) 
     return sum;
 }
 
-// 1 / sqrt(mean(x^2) + eps) of each row, from the sums of squares that whoever wrote the rows left. Four warps.
+// 1 / sqrt(mean(x^2) + eps) of each row, from the sums of squares that whoever wrote the rows left. Four warps, and the
+// other four meet them when it is there.
 DEVICE void factors(const Params& p, Shared& s, int thread, int tiles) {
     const int row = thread % ROWS, half = thread / ROWS;
     float sum = 0.f;
@@ -227,274 +251,353 @@ DEVICE void factors(const Params& p, Shared& s, int thread, int tiles) {
 #pragma unroll 8
         for (int i = half; i < tiles; i += 2) sum += load_fresh(p.squares + i * p.capacity + p.first + row);
     s.factor[half][row] = sum;
-    sync_threads<2, GROUP>();
+    sync_threads<GROUP>(2);
     if (half == 0) s.factor[0][row] = rsqrtf((sum + s.factor[1][row]) / WIDTH + EPS);
+    sync_threads<WORKERS>(1);
 }
 
 // The grid may go on: what all threads of this block wrote is there.
-DEVICE void finish(const Params& p, const Where& at) {
-    fence_for_copies();
-    sync_threads<1, WORKERS>();
-    if (at.thread == 0) grid_arrive(p.counter);
+DEVICE void finish(const Params& p) {
+    sync_threads<WORKERS>(1);
+    if (thread_index() == 0) grid_arrive(p.counter);
 }
 
+// This thread's row in qkv, out and down: of the block's 16, each with eight threads for pairs of neighbouring columns.
+DEVICE int row_of(const Where& at) { return 16 * at.rank + at.thread / 8; }
+DEVICE int pair_of(const Where& at, int i) { return 2 * (at.thread % 8 + 8 * i); }
 DEVICE int time_of(const Params& p, int row) { return ADAPTIVE && row < p.rows ? p.when[row] : 0; }
 
-DEVICE void project(const Params& p, Shared& s, const Where& at, Progress& done, int layer) {
+DEVICE void project(const Params& p, Shared& s, Progress& done, int layer) {
+    const Where at = where();
     float4* parts = reinterpret_cast<float4*>(s.a + QKV_PARTS);
+    const int row = row_of(at), begin = OfQkv::begin(at.cluster), size = OfQkv::size(at.cluster);
+    if (at.warp >= 4) return factors(p, s, at.thread - GROUP, layer ? CLUSTERS : p.tiles);
+    float2 bias[QKV_PAIRS];
+    if (ADAPTIVE) {
+        const float* table = p.qkv_bias + ((long long)layer * p.times + time_of(p, row)) * QKV + begin;
+#pragma unroll
+        for (int i = 0; i < QKV_PAIRS; i++)
+            bias[i] = load_constant(reinterpret_cast<const float2*>(table + min(pair_of(at, i), size - 2)));
+    }
     float d[OfQkv::LARGEST / 2];
-    if (at.warp < 4)
-        product<OfQkv::LARGEST / 2, QKV_CHUNKS, 1>(d, s, at, done);
-    else
-        factors(p, s, at.thread - GROUP, layer ? CLUSTERS : p.tiles);
-    sync_threads<1, WORKERS>();
-    if (at.warp >= 4) return;
+    product<OfQkv::LARGEST / 2, QKV_CHUNKS, 1, false>(d, s, at, done);
+    sync_threads<WORKERS>(1);
     exchange(parts, d, s, at, done);
-    const int part = at.thread / 8, row = 16 * at.rank + part;
     if (row >= p.rows) return;
     const float factor = s.factor[0][row];
-    const float* rope = p.rope + (p.first + row) * DIM;
     const long long cached = ((long long)layer * p.cache_rows + p.prefix_rows + p.first + row) * DIM;
-    const int begin = OfQkv::begin(at.cluster), size = OfQkv::size(at.cluster);
 #pragma unroll
-    for (int i = 0; i < (OfQkv::LARGEST + 15) / 16; i++) {
-        const int within_tile = 2 * (at.thread % 8 + 8 * i), column = begin + within_tile;
-        if (within_tile >= size) break;
-        const int head = column / DIM, within = column % DIM;
-        float2 y = summed<OfQkv::LARGEST / 2>(parts, part, within_tile);
+    for (int i = 0; i < QKV_PAIRS; i++) {
+        if (pair_of(at, i) >= size) break;
+        const int column = begin + pair_of(at, i), head = column / DIM, within = column % DIM;
+        float2 y = summed<OfQkv::LARGEST / 2>(parts, at.thread / 8, pair_of(at, i));
         y.x *= factor, y.y *= factor;
-        if (ADAPTIVE) {
-            const float* bias = p.qkv_bias + ((long long)layer * p.times + time_of(p, row)) * QKV + column;
-            y.x += bias[0], y.y += bias[1];
-        }
+        if (ADAPTIVE) y.x += bias[i].x, y.y += bias[i].y;
         if (head <= HEADS) {  // a pair is a complex number
-            const float cosine = rope[within], sine = rope[within + 1];
-            y = make_float2(y.x * cosine - y.y * sine, y.x * sine + y.y * cosine);
+            const float2 turn = s.rope[i][at.thread];
+            y = make_float2(y.x * turn.x - y.y * turn.y, y.x * turn.y + y.y * turn.x);
         }
         bf16* to = head < HEADS ? p.q + row * QUERIES + column : (head == HEADS ? p.keys : p.values) + cached + within;
         *reinterpret_cast<u32*>(to) = narrow(y.x, y.y);
     }
 }
 
-// This block's part of x: 16 rows of its cluster's columns, eight threads a row, pairs of neighbouring columns.
-constexpr int PAIRS = (OfWidth::LARGEST + 15) / 16;  // a thread has at most
-
 // x += gate * (a w^T). A thread keeps its elements of x for good; they are the same in out and down.
 template <int CHUNKS>
-DEVICE void add_product(const Params& p, Shared& s, const Where& at, Progress& done, float2 (&x)[PAIRS], int norm) {
+DEVICE void add_product(const Params& p, Shared& s, Progress& done, float2 (&x)[X_PAIRS], int norm) {
+    const Where at = where();
     if (at.warp >= 4) return;
     constexpr int N = OfWidth::LARGEST / 2;
+    const int row = row_of(at), begin = OfWidth::begin(at.cluster), size = OfWidth::size(at.cluster);
+    u32 gates[X_PAIRS], scales[X_PAIRS];  // of this branch; of the norm that follows
+    if (ADAPTIVE) {
+        const bf16* table = p.modulation + ((long long)time_of(p, row) * (2 * p.depth + 1) + norm) * (3 * WIDTH) + begin;
+#pragma unroll
+        for (int i = 0; i < X_PAIRS; i++) {
+            const int within = min(pair_of(at, i), size - 2);
+            gates[i] = load_constant(reinterpret_cast<const u32*>(table + 2 * WIDTH + within));
+            scales[i] = load_constant(reinterpret_cast<const u32*>(table + 3 * WIDTH + within));
+        }
+    }
     float d[N];
-    product<N, CHUNKS, 2>(d, s, at, done);
+    product<N, CHUNKS, 2, false>(d, s, at, done);
     exchange(&s.parts[0][0][0], d, s, at, done);
-    const int part = at.thread / 8, row = 16 * at.rank + part, begin = OfWidth::begin(at.cluster);
-    const bf16* table = p.modulation + ((long long)time_of(p, row) * (2 * p.depth + 1) + norm) * (3 * WIDTH) + begin;
     float squares = 0.f;
 #pragma unroll
-    for (int i = 0; i < PAIRS; i++) {
-        const int within = 2 * (at.thread % 8 + 8 * i), cell = (p.first + row) * WIDTH + begin + within;
-        if (within >= OfWidth::size(at.cluster) || row >= p.rows) break;
-        float2 y = summed<N>(&s.parts[0][0][0], part, within);
-        if (ADAPTIVE) y.x *= widen(table[2 * WIDTH + within]), y.y *= widen(table[2 * WIDTH + within + 1]);
+    for (int i = 0; i < X_PAIRS; i++) {
+        if (pair_of(at, i) >= size || row >= p.rows) break;
+        const int cell = (p.first + row) * WIDTH + begin + pair_of(at, i);
+        float2 y = summed<N>(&s.parts[0][0][0], at.thread / 8, pair_of(at, i));
+        if (ADAPTIVE) y.x *= widen(gates[i]), y.y *= widen_high(gates[i]);
         const u32 both = narrow(x[i].x + y.x, x[i].y + y.y);
         x[i] = make_float2(widen(both), widen_high(both));
         squares += x[i].x * x[i].x + x[i].y * x[i].y;
         *reinterpret_cast<u32*>(p.tokens + cell) = both;
-        if (ADAPTIVE) {
-            const bf16* scale = table + 3 * WIDTH + within;
-            *reinterpret_cast<u32*>(p.scaled + cell) = narrow(x[i].x * widen(scale[0]), x[i].y * widen(scale[1]));
-        }
+        if (ADAPTIVE)
+            *reinterpret_cast<u32*>(p.scaled + cell) = narrow(x[i].x * widen(scales[i]), x[i].y * widen_high(scales[i]));
     }
     for (int flipped = 1; flipped < 8; flipped *= 2) squares += from_lane(squares, flipped);
     if (at.thread % 8 == 0 && row < p.rows) p.squares[at.cluster * p.capacity + p.first + row] = squares;
 }
 
 DEVICE float gelu(float x) {  // the tanh form: 0.5 (1 + tanh(y)) is sigmoid(2 y)
-    return x / (1.f + __expf(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
+    return divide(x, 1.f + __expf(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
 }
 
-DEVICE void geglu(const Params& p, Shared& s, const Where& at, Progress& done, int layer) {
+DEVICE void geglu(const Params& p, Shared& s, Progress& done, int layer) {
+    const Where at = where();
     constexpr int N = OfMlp::LARGEST;  // gates, and as many that they gate
-    float d[N];
-    if (at.warp < 4)
-        product<N, GEGLU_CHUNKS, 1>(d, s, at, done);
-    else
-        factors(p, s, at.thread - GROUP, CLUSTERS);
-    sync_threads<1, WORKERS>();
-    if (at.warp >= 4) return;
     const int share = at.cluster * RANKS + at.rank, first = OfMlp::begin(share) + 2 * (at.lane % 4);
+    if (at.warp >= 4) return factors(p, s, at.thread - GROUP, CLUSTERS);
+    float2 bias[2][2][N / 8];
+    if (ADAPTIVE)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = 16 * at.warp + at.lane / 4 + 8 * half;
+            const float* table = p.geglu_bias + ((long long)layer * p.times + time_of(p, row)) * (2 * MLP) + first;
+#pragma unroll
+            for (int j = 0; j < N / 8; j++)
+#pragma unroll
+                for (int up = 0; up < 2; up++) {
+                    const float* from = table + up * MLP + min(8 * j, OfMlp::size(share) - 8);
+                    bias[half][up][j] = load_constant(reinterpret_cast<const float2*>(from));
+                }
+        }
+    float d[N];
+    product<N, GEGLU_CHUNKS, 1, true>(d, s, at, done);
+    sync_threads<WORKERS>(1);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = 16 * at.warp + at.lane / 4 + 8 * half;
         if (row >= p.rows) break;
         const float factor = s.factor[0][row];
-        const float* bias = p.geglu_bias + ((long long)layer * p.times + time_of(p, row)) * (2 * MLP) + first;
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {
             if (8 * j >= OfMlp::size(share)) break;
-            float h[2];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float gate = d[4 * j + 2 * half + i] * factor, up = d[N / 2 + 4 * j + 2 * half + i] * factor;
-                if (ADAPTIVE) gate += bias[8 * j + i], up += bias[MLP + 8 * j + i];
-                h[i] = gelu(gate) * up;
+            float2 gate = make_float2(d[4 * j + 2 * half] * factor, d[4 * j + 2 * half + 1] * factor);
+            float2 up = make_float2(d[N / 2 + 4 * j + 2 * half] * factor, d[N / 2 + 4 * j + 2 * half + 1] * factor);
+            if (ADAPTIVE) {
+                gate.x += bias[half][0][j].x, gate.y += bias[half][0][j].y;
+                up.x += bias[half][1][j].x, up.y += bias[half][1][j].y;
             }
-            *reinterpret_cast<u32*>(p.gated + row * MLP + first + 8 * j) = narrow(h[0], h[1]);
+            const u32 both = narrow(gelu(gate.x) * up.x, gelu(gate.y) * up.y);
+            *reinterpret_cast<u32*>(p.gated + row * MLP + first + 8 * j) = both;
         }
     }
 }
 
 // --- attention --------------------------------------------------------------------------------------------------------
 
+// A warp's part of 32 keys: it multiplies q with 16 of them, and all 32 values' half of the dimensions with P.
+//
+// Fragments come straight from L2, since a block multiplies a key once. Which column of a fragment is which of the 256
+// dimensions is free as long as both operands agree, so that a thread reads 16 bytes in a row: its eight values of a key
+// are columns of two products, and its eight of a value are eight products' one column.
+struct Read {
+    uint4 keys[8][2], values[2][2][4];  // values of the first and of the last 16 keys
+    u16 seen[2];
+};
+
+struct Attention {
+    const bf16 *keys, *values;
+    const u8* seen;
+    int count, pair, side, r, t;  // of all keys; which warps and lanes these are
+
+    DEVICE uint4 cell(const bf16* cache, int key, int dim) const {
+        return load_fresh(reinterpret_cast<const uint4*>(cache + (long long)min(key, count - 1) * DIM + dim));
+    }
+    DEVICE void read_keys(Read& read, int block) const {
+        const int key = 32 * block + 16 * side;
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int n = 0; n < 2; n++) read.keys[j][n] = cell(keys, key + 8 * n + r, 32 * j + 8 * t);
+        for (int n = 0; n < 2; n++)
+            read.seen[n] = load_constant(reinterpret_cast<const u16*>(seen + min(key + 8 * n + 2 * t, (count - 1) & ~1)));
+    }
+    DEVICE void read_values(Read& read, int block, int e) const {
+#pragma unroll
+        for (int g = 0; g < 2; g++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                read.values[e][g][i] =
+                    cell(values, 32 * block + 16 * e + 2 * t + i % 2 + 8 * (i / 2), 128 * side + 64 * g + 8 * r);
+    }
+};
+
 constexpr float NOTHING = -1e30f;  // a score that nobody may see; finite, so that differences are numbers
 
-// 16 rows of q, two tokens' heads, over all keys: 16 keys at a time a warp, 32 warps a cluster. Eight warps.
-//
-// Fragments come straight from L2, since a key is multiplied once here. Which column of a fragment is which of the 256
-// dimensions is free as long as both operands agree, so that a thread reads 16 bytes in a row: a thread's eight values
-// of a key are columns of two products, and its eight of a value are eight products' one column.
-DEVICE void attention(const Params& p, Shared& s, const Where& at, Progress& done, int layer) {
+// 16 rows of q, two tokens' heads, over all keys, 32 at a time a pair of warps, of which a cluster has 16. Eight warps.
+DEVICE void attention(const Params& p, Shared& s, Progress& done, int layer) {
+    const Where at = where();
     const int query = 16 * at.cluster, r = at.lane / 4, t = at.lane % 4;
-    const int count = p.prefix_rows + p.suffix_rows, blocks = (count + 15) / 16;
-    const bf16* keys = p.keys + (long long)layer * p.cache_rows * DIM;
-    const bf16* values = p.values + (long long)layer * p.cache_rows * DIM;
+    const long long cache = (long long)layer * p.cache_rows * DIM;
+    const int count = p.prefix_rows + p.suffix_rows, blocks = (count + 31) / 32;
+    const Attention of = {p.keys + cache, p.values + cache, p.seen, count, at.warp / 2, at.warp % 2, r, t};
+    int block = of.pair * RANKS + at.rank;
+    const bool early = 32 * block + 32 <= p.prefix_rows;  // what was in the cache before this kernel
+    Read read;
+    if (early) of.read_keys(read, block);
+    wait_for_go(s, done);
     for (int i = at.thread; i < 16 * DIM / 8; i += WORKERS)
         *reinterpret_cast<uint4*>(s.a + i / (DIM / 8) * Q_STRIDE + i % (DIM / 8) * 16) =
             load_fresh(reinterpret_cast<const uint4*>(p.q + query * DIM) + i);
-    sync_threads<1, WORKERS>();
+    if (!early && block < blocks) of.read_keys(read, block);
+    sync_threads<WORKERS>(1);
 
-    const int first_token = query / HEADS;
+    u8* pair = s.a + PAIR_AT + of.pair * PAIR;
+    float* tops = reinterpret_cast<float*>(s.a + TOPS_AT) + of.pair * 32;
     int limit[2];
     for (int half = 0; half < 2; half++)  // the state token sees no actions
-        limit[half] = first_token + half < p.with_state ? p.prefix_rows + 1 : count;
+        limit[half] = query / HEADS + half < p.with_state ? p.prefix_rows + 1 : count;
     float top[2] = {NOTHING, NOTHING}, total[2] = {0.f, 0.f};
-    float o[4][8][4];
-    for (int g = 0; g < 4; g++)
+    float o[2][8][4];
+#pragma unroll
+    for (int g = 0; g < 2; g++)
+#pragma unroll
         for (int j = 0; j < 8; j++)
+#pragma unroll
             for (int i = 0; i < 4; i++) o[g][j][i] = 0.f;
-    auto cell = [&](const bf16* cache, int key, int dim) {
-        return load_fresh(reinterpret_cast<const uint4*>(cache + (long long)min(key, count - 1) * DIM + dim));
-    };
-    for (int block = at.warp * RANKS + at.rank; block < blocks; block += 8 * RANKS) {
-        const int key = 16 * block;
+    while (block < blocks) {
         float score[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
-        uint4 k[8][2], v[4][4];  // all at once, or each would be waited for
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-#pragma unroll
-            for (int n = 0; n < 2; n++) k[j][n] = cell(keys, key + 8 * n + r, 32 * j + 8 * t);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const uint4 q0 = *reinterpret_cast<const uint4*>(s.a + r * Q_STRIDE + 64 * j + 16 * t);
             const uint4 q1 = *reinterpret_cast<const uint4*>(s.a + (r + 8) * Q_STRIDE + 64 * j + 16 * t);
 #pragma unroll
             for (int n = 0; n < 2; n++) {
-                multiply(score[n], q0.x, q1.x, q0.y, q1.y, k[j][n].x, k[j][n].y);
-                multiply(score[n], q0.z, q1.z, q0.w, q1.w, k[j][n].z, k[j][n].w);
+                const uint4 k = read.keys[j][n];
+                multiply(score[n], q0.x, q1.x, q0.y, q1.y, k.x, k.y);
+                multiply(score[n], q0.z, q1.z, q0.w, q1.w, k.z, k.w);
             }
         }
-#pragma unroll
-        for (int g = 0; g < 4; g++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) v[g][i] = cell(values, key + 2 * t + i % 2 + 8 * (i / 2), 64 * g + 8 * r);
         float higher[2] = {top[0], top[1]};
 #pragma unroll
         for (int n = 0; n < 2; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int seen = key + 8 * n + 2 * t + i % 2;
-                if (seen >= limit[i / 2] || !p.seen[seen]) score[n][i] = NOTHING;
+                const int key = 32 * block + 16 * of.side + 8 * n + 2 * t + i % 2;
+                if (key >= limit[i / 2] || !(read.seen[n] >> 8 * (i % 2) & 255)) score[n][i] = NOTHING;
                 higher[i / 2] = fmaxf(higher[i / 2], score[n][i]);
             }
-        float fade[2];
+        of.read_values(read, block, 0), of.read_values(read, block, 1);
         for (int half = 0; half < 2; half++) {
             for (int flipped = 1; flipped < 4; flipped *= 2)
                 higher[half] = fmaxf(higher[half], from_lane(higher[half], flipped));
+            if (t == 0) tops[16 * of.side + r + 8 * half] = higher[half];
+        }
+        sync_threads<64>(3 + of.pair);
+        float fade[2];
+        for (int half = 0; half < 2; half++) {
+            higher[half] = fmaxf(higher[half], tops[16 * (1 - of.side) + r + 8 * half]);
             fade[half] = __expf(top[half] - higher[half]);
             top[half] = higher[half], total[half] *= fade[half];
         }
 #pragma unroll
-        for (int n = 0; n < 2; n++)
+        for (int n = 0; n < 2; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 score[n][i] = score[n][i] == NOTHING ? 0.f : __expf(score[n][i] - top[i / 2]);
                 total[i / 2] += score[n][i];  // of this thread's keys
             }
-        const u32 p0 = narrow(score[0][0], score[0][1]), p1 = narrow(score[0][2], score[0][3]);
-        const u32 p2 = narrow(score[1][0], score[1][1]), p3 = narrow(score[1][2], score[1][3]);
+            for (int half = 0; half < 2; half++)
+                *reinterpret_cast<u32*>(pair + (r + 8 * half) * P_STRIDE + 2 * (16 * of.side + 8 * n + 2 * t)) =
+                    narrow(score[n][2 * half], score[n][2 * half + 1]);
+        }
+        sync_threads<64>(3 + of.pair);
 #pragma unroll
-        for (int g = 0; g < 4; g++) {
-            const uint4 a = v[g][0], b = v[g][1], c = v[g][2], d = v[g][3];
-            const u32 va[4] = {a.x, a.y, a.z, a.w}, vb[4] = {b.x, b.y, b.z, b.w};
-            const u32 vc[4] = {c.x, c.y, c.z, c.w}, vd[4] = {d.x, d.y, d.z, d.w};
+        for (int g = 0; g < 2; g++)
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
+            for (int j = 0; j < 8; j++)
+#pragma unroll
                 for (int i = 0; i < 4; i++) o[g][j][i] *= fade[i / 2];
-                const u32 low = j % 2 ? pick<0x7632>(va[j / 2], vb[j / 2]) : pick<0x5410>(va[j / 2], vb[j / 2]);
-                const u32 high = j % 2 ? pick<0x7632>(vc[j / 2], vd[j / 2]) : pick<0x5410>(vc[j / 2], vd[j / 2]);
-                multiply(o[g][j], p0, p1, p2, p3, low, high);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            u32 weights[4];  // rows r and r + 8, keys 2 t and 2 t + 8
+            for (int i = 0; i < 4; i++)
+                weights[i] = *reinterpret_cast<const u32*>(pair + (r + i % 2 * 8) * P_STRIDE + 2 * (16 * e + 2 * t + i / 2 * 8));
+#pragma unroll
+            for (int g = 0; g < 2; g++) {
+                const uint4 *v = read.values[e][g];
+                const u32 v0[4] = {v[0].x, v[0].y, v[0].z, v[0].w}, v1[4] = {v[1].x, v[1].y, v[1].z, v[1].w};
+                const u32 v8[4] = {v[2].x, v[2].y, v[2].z, v[2].w}, v9[4] = {v[3].x, v[3].y, v[3].z, v[3].w};
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    const u32 low = j % 2 ? pick<0x7632>(v0[j / 2], v1[j / 2]) : pick<0x5410>(v0[j / 2], v1[j / 2]);
+                    const u32 high = j % 2 ? pick<0x7632>(v8[j / 2], v9[j / 2]) : pick<0x5410>(v8[j / 2], v9[j / 2]);
+                    multiply(o[g][j], weights[0], weights[1], weights[2], weights[3], low, high);
+                }
             }
         }
+        block += 4 * RANKS;
+        if (block >= blocks) break;  // or the keys would have to be kept
+        of.read_keys(read, block);
     }
 
     // how much each of the cluster's 32 warps counts in a row
     float2* weights = reinterpret_cast<float2*>(s.a + WEIGHTS_AT);
-    float share[2];
+    if (at.thread == 0) {
+        barrier_expect(&s.weighed, 8 * RANKS * 16 * sizeof(float2));
+        barrier_expect(&s.mixed, RANKS * 4 * DIM * sizeof(float));
+    }
     for (int half = 0; half < 2; half++) {
         for (int flipped = 1; flipped < 4; flipped *= 2) total[half] += from_lane(total[half], flipped);
-        store_at(weights + (at.rank * 8 + at.warp) * 16 + r + 8 * half, t, make_float2(top[half], total[half]));
+        const float2 mine = make_float2(top[half], total[half]);
+        store_at(weights + (at.rank * 8 + at.warp) * 16 + r + 8 * half, t, mine, &s.weighed);
     }
-    sync_warp();
-    if (at.lane < RANKS) barrier_arrive_at(&s.weighed, at.lane);
     barrier_wait(&s.weighed, done.heads & 1);
+    float share[2];
     for (int half = 0; half < 2; half++) {
+        float2 weight[2 * RANKS];
         float highest = NOTHING, sum = 0.f;
-        for (int i = t; i < 8 * RANKS; i += 4) highest = fmaxf(highest, weights[i * 16 + r + 8 * half].x);
-        for (int flipped = 1; flipped < 4; flipped *= 2) highest = fmaxf(highest, from_lane(highest, flipped));
-        for (int i = t; i < 8 * RANKS; i += 4) {
-            const float2 weight = weights[i * 16 + r + 8 * half];
-            sum += weight.y * __expf(weight.x - highest);
+#pragma unroll
+        for (int i = 0; i < 2 * RANKS; i++) {
+            weight[i] = weights[(4 * i + t) * 16 + r + 8 * half];
+            highest = fmaxf(highest, weight[i].x);
         }
+        for (int flipped = 1; flipped < 4; flipped *= 2) highest = fmaxf(highest, from_lane(highest, flipped));
+#pragma unroll
+        for (int i = 0; i < 2 * RANKS; i++) sum += weight[i].y * __expf(weight[i].x - highest);
         for (int flipped = 1; flipped < 4; flipped *= 2) sum += from_lane(sum, flipped);
-        share[half] = __expf(top[half] - highest) / sum;
+        share[half] = divide(__expf(top[half] - highest), sum);
     }
 
-    // the block's eight warps together, then the cluster's four blocks
+    // the block's four pairs together, then the cluster's four blocks
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int g = 0; g < 4; g++)
+        for (int g = 0; g < 2; g++)
 #pragma unroll
             for (int n = 0; n < 2; n++) {
                 u32 w[4];
+#pragma unroll
                 for (int i = 0; i < 4; i++)
                     w[i] = narrow(o[g][2 * i][2 * half + n] * share[half], o[g][2 * i + 1][2 * half + n] * share[half]);
-                *reinterpret_cast<uint4*>(s.a + PARTS_AT + (at.warp * 16 + r + 8 * half) * PART_STRIDE +
-                                          2 * (64 * g + 16 * t + 8 * n)) = make_uint4(w[0], w[1], w[2], w[3]);
+                *reinterpret_cast<uint4*>(pair + (r + 8 * half) * PART_STRIDE +
+                                          2 * (128 * of.side + 64 * g + 16 * t + 8 * n)) = make_uint4(w[0], w[1], w[2], w[3]);
             }
-    sync_threads<1, WORKERS>();
+    sync_threads<WORKERS>(1);
     const int row = at.thread / 16;
     float4* sums = reinterpret_cast<float4*>(s.a + MIXED_AT);
 #pragma unroll
-    for (int side = 0; side < 2; side++) {
-        const int dim = DIM / 2 * side + at.thread % 16 * 8;
+    for (int half = 0; half < 2; half++) {
+        const int dim = DIM / 2 * half + at.thread % 16 * 8;
         float sum[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-        for (int warp = 0; warp < 8; warp++) {
-            const uint4 part = *reinterpret_cast<const uint4*>(s.a + PARTS_AT + (warp * 16 + row) * PART_STRIDE + 2 * dim);
+        for (int i = 0; i < 4; i++) {
+            const uint4 part = *reinterpret_cast<const uint4*>(s.a + PAIR_AT + i * PAIR + row * PART_STRIDE + 2 * dim);
             const u32 w[4] = {part.x, part.y, part.z, part.w};
 #pragma unroll
-            for (int i = 0; i < 4; i++) sum[2 * i] += widen(w[i]), sum[2 * i + 1] += widen_high(w[i]);
+            for (int k = 0; k < 4; k++) sum[2 * k] += widen(w[k]), sum[2 * k + 1] += widen_high(w[k]);
         }
         float4* to = sums + (at.rank * 4 + row % 4) * (DIM / 4) + dim / 4;
-        store_at(to, row / 4, make_float4(sum[0], sum[1], sum[2], sum[3]));
-        store_at(to + 1, row / 4, make_float4(sum[4], sum[5], sum[6], sum[7]));
+        store_at(to, row / 4, make_float4(sum[0], sum[1], sum[2], sum[3]), &s.mixed);
+        store_at(to + 1, row / 4, make_float4(sum[4], sum[5], sum[6], sum[7]), &s.mixed);
     }
-    sync_warp();
-    if (at.lane == 0) barrier_arrive_at(&s.mixed, row / 4);
     barrier_wait(&s.mixed, done.heads++ & 1);
     const int mine = at.thread / (DIM / 4), column = at.thread % (DIM / 4);
     float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
     for (int rank = 0; rank < RANKS; rank++) {
         const float4 part = sums[(rank * 4 + mine) * (DIM / 4) + column];
         y.x += part.x, y.y += part.y, y.z += part.z, y.w += part.w;
@@ -506,59 +609,65 @@ DEVICE void attention(const Params& p, Shared& s, const Where& at, Progress& don
 
 // --- the kernel -------------------------------------------------------------------------------------------------------
 
-DEVICE void work(const Params& p, Shared& s, const Where& at) {
+DEVICE void work(const Params& p, Shared& s) {
+    const Where at = where();
     Progress done;
-    float2 x[PAIRS];
-    const int row = 16 * at.rank + at.thread / 8;
+    float2 x[X_PAIRS];
+    const int row = row_of(at);
+    if (at.warp < 4 && row < p.rows) {
 #pragma unroll
-    for (int i = 0; i < PAIRS; i++) {
-        const int within = 2 * (at.thread % 8 + 8 * i);
-        if (at.warp >= 4 || row >= p.rows || within >= OfWidth::size(at.cluster)) break;
-        const bf16* from = p.tokens + (p.first + row) * WIDTH + OfWidth::begin(at.cluster) + within;
-        x[i] = make_float2(widen(from[0]), widen(from[1]));
+        for (int i = 0; i < X_PAIRS; i++) {
+            if (pair_of(at, i) >= OfWidth::size(at.cluster)) break;
+            const bf16* from = p.tokens + (p.first + row) * WIDTH + OfWidth::begin(at.cluster) + pair_of(at, i);
+            x[i] = make_float2(widen(from[0]), widen(from[1]));
+        }
+        const float2* rope = reinterpret_cast<const float2*>(p.rope + (p.first + row) * DIM);
+        for (int i = 0; i < QKV_PAIRS; i++) s.rope[i][at.thread] = rope[(OfQkv::begin(at.cluster) + pair_of(at, i)) % DIM / 2];
     }
     for (int layer = 0; layer < p.depth; layer++) {
         wait_for_go(s, done);
-        project(p, s, at, done, layer);
-        finish(p, at);
+        project(p, s, done, layer);
+        finish(p);
+        if (16 * (int)where().cluster < p.rows * HEADS)
+            attention(p, s, done, layer);
+        else
+            wait_for_go(s, done);
+        finish(p);
         wait_for_go(s, done);
-        if (16 * (int)at.cluster < p.rows * HEADS) attention(p, s, at, done, layer);
-        finish(p, at);
+        add_product<OUT_CHUNKS>(p, s, done, x, 2 * layer);
+        finish(p);
         wait_for_go(s, done);
-        add_product<OUT_CHUNKS>(p, s, at, done, x, 2 * layer);
-        finish(p, at);
+        geglu(p, s, done, layer);
+        finish(p);
         wait_for_go(s, done);
-        geglu(p, s, at, done, layer);
-        finish(p, at);
-        wait_for_go(s, done);
-        add_product<DOWN_CHUNKS>(p, s, at, done, x, 2 * layer + 1);
-        if (layer + 1 < p.depth) finish(p, at);
+        add_product<DOWN_CHUNKS>(p, s, done, x, 2 * layer + 1);
+        if (layer + 1 < p.depth) finish(p);
     }
 }
 
 extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(THREADS, 1)
 layers(const __grid_constant__ Params p) {
     Shared& s = *reinterpret_cast<Shared*>(block_memory());
-    const int thread = threadIdx.x;
-    const Where at = {cluster_rank(), blockIdx.x / RANKS, thread / 32, thread % 32, thread};
-    if (thread == 0) {
+    const Where at = where();
+    if (at.thread == 0) {
         for (int i = 0; i < SLOTS; i++) barrier_init(&s.full[i], 1), barrier_init(&s.empty[i], GROUP / 32);
-        for (int i = 0; i < 16; i++) barrier_init(&s.arrived[i], 1);
-        barrier_init(&s.go, 1);
-        barrier_init(&s.exchanged, RANKS);     // a warp of each block
-        barrier_init(&s.weighed, 8 * RANKS);   // all warps
-        barrier_init(&s.mixed, 2 * RANKS);     // two of each block, for their four rows
+        for (int i = 0; i < A_SLOTS; i++) {
+            barrier_init(&s.arrived[i], 1);
+            barrier_init(&s.drained[i], GROUP / 32);
+            barrier_init(&s.drained_by_all[i], RANKS * GROUP / 32);
+        }
+        for (Barrier* b : {&s.go, &s.exchanged, &s.weighed, &s.mixed}) barrier_init(b, 1);
         barriers_are_ready();
     }
     sync_cluster();
     if (at.warp < WORKERS / 32) {
         take_registers<232>();
-        work(p, s, at);
+        work(p, s);
     } else {
         keep_registers<40>();
         if (at.warp == WORKERS / 32 && at.lane == 0) copy_weights(p, s, at);
         if (at.warp == WORKERS / 32 + 1 && at.lane == 0) copy_activations(p, s, at);
     }
     sync_cluster();  // nobody's shared memory goes while others write to it
-    if (thread == 0 && atomicAdd(p.counter + 1, 1u) == gridDim.x - 1) p.counter[0] = p.counter[1] = 0;
+    if (at.thread == 0 && atomicAdd(p.counter + 1, 1u) == gridDim.x - 1) p.counter[0] = p.counter[1] = 0;
 }
