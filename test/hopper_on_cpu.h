@@ -208,10 +208,15 @@ inline void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 inline void products_begin() {}
 inline void products_commit() {}
 template <int> void products_wait() { meet(warp().meeting, 32); }
-template <int N> void multiply_tiles(float (&d)[N], const void* a, const void* b) {
+struct Tile {
+    u64 start;
+    explicit Tile(const void* p) : start((u64)p) {}
+    void move(u32 bytes) { start += bytes; }
+};
+template <int N> void multiply_tiles(float (&d)[N], Tile a, Tile b) {
     const int row = current->index % 128 / 32 * 16 + current->index % 32 / 4, column = current->index % 4 * 2;
-    auto at = [](const void* tile, int row, int k) {
-        return widen(*reinterpret_cast<const bf16*>(swizzled((u64)tile + row * 128 + 2 * k)));
+    auto at = [](Tile tile, int row, int k) {
+        return widen(*reinterpret_cast<const bf16*>(swizzled(tile.start + row * 128 + 2 * k)));
     };
     for (int side = 0; side < 2; side++) {
         float values[16];

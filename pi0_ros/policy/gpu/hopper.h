@@ -43,18 +43,21 @@ DEVICE void barrier_expect(Barrier* b, u32 bytes) {
 DEVICE void barrier_arrive_at(Barrier* b, u32 rank) {
     asm volatile(
         "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(address(b)), "r"(rank) : "memory");
+        "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(address(b)), "r"(rank) : "memory");
+}
+
+DEVICE bool barrier_passed(Barrier* b, u32 parity) {
+    u32 passed;
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p; }" : "=r"(passed) : "r"(address(b)), "r"(parity) : "memory");
+    return passed;
 }
 
 DEVICE void barrier_wait(Barrier* b, u32 parity) {
+    if (barrier_passed(b, parity)) return;
     Patience patience;
-    for (u32 done = 0;;) {
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(address(b)), "r"(parity) : "memory");
-        if (done) return;
-        patience.check();
-    }
+    while (!barrier_passed(b, parity)) patience.check();
 }
 
 // --- barriers of threads ----------------------------------------------------------------------------------------------
@@ -108,7 +111,7 @@ DEVICE void grid_wait(const u32* counter, u32 arrivals) {
 }
 
 // Between others' plain writes, once they are seen, and copies of the same memory by the copy engine.
-DEVICE void fence_for_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+DEVICE void fence_for_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Registers of a warpgroup's threads, out of what the block has.
 template <int COUNT> DEVICE void keep_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
@@ -198,9 +201,12 @@ DEVICE void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 }
 
 // A matrix unit's view of rows of 128 bytes in shared memory, swizzled as copy_tile leaves them, from 16 columns on.
-DEVICE u64 described(const void* p) {
-    return (u64)((address(p) & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
+struct Tile {
+    u64 view;
+    DEVICE explicit Tile(const void* p)
+        : view((u64)((address(p) & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62) {}
+    DEVICE void move(u32 bytes) { view += bytes >> 4; }
+};
 
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -218,9 +224,9 @@ template <int LEFT> DEVICE void products_wait() { asm volatile("wgmma.wait_group
 
 // d += a b^T for four warps: a bf16 [64, 16], b bf16 [COLUMNS, 16], d f32 [64, COLUMNS], 16 rows a warp.
 #define MULTIPLY_TILES(REGISTERS, COLUMNS, A, B, ...)                                                                   \
-    DEVICE void multiply_tiles(float (&d)[REGISTERS], const void* a, const void* b) {                                   \
+    DEVICE void multiply_tiles(float (&d)[REGISTERS], Tile a, Tile b) {                                                 \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" T##REGISTERS "}, %" #A ", %" #B \
-                     ", 1, 1, 1, 0, 0;" : __VA_ARGS__ : "l"(described(a)), "l"(described(b)));                          \
+                     ", 1, 1, 1, 0, 0;" : __VA_ARGS__ : "l"(a.view), "l"(b.view));                                      \
     }
 
 MULTIPLY_TILES(16, 32, 16, 17, D16(0))

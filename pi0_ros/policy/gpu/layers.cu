@@ -21,10 +21,11 @@
 constexpr int WIDTH = 1024, MLP = 4096, HEADS = 8, DIM = 256;  // gemma_300m, with one head of keys and values
 constexpr int QUERIES = HEADS * DIM, QKV = QUERIES + 2 * DIM, RANKS = 4;
 constexpr int ROWS = 64, CHUNK = 64;                   // of a matrix unit's tiles: rows of activations, inner columns
-constexpr int A_CHUNK = ROWS * CHUNK * 2;              // bytes
+constexpr int A_CHUNK = ROWS * CHUNK * 2, A_SLOT = 2 * A_CHUNK;  // bytes; activations come two chunks at a time
 constexpr int QKV_CHUNKS = WIDTH / RANKS / CHUNK, OUT_CHUNKS = QUERIES / RANKS / CHUNK, GEGLU_CHUNKS = WIDTH / CHUNK,
               DOWN_CHUNKS = MLP / RANKS / CHUNK;
 constexpr int WORKERS = 256, GROUP = 128, THREADS = WORKERS + GROUP;
+constexpr int MOST_TILES = 32;                         // that a row's squares are summed over
 constexpr float EPS = RMS_EPS;
 
 // Columns come in eights and are shared out as evenly as that allows, CLUSTERS being what the GPU has room for. Each share
@@ -38,17 +39,17 @@ using OfQkv = Shares<QKV, CLUSTERS>;
 using OfWidth = Shares<WIDTH, CLUSTERS>;
 using OfMlp = Shares<MLP, CLUSTERS * RANKS>;
 
-constexpr int SLOT = OfQkv::LARGEST * CHUNK * 2;       // of the ring, bytes
+constexpr int SLOT = 2 * OfQkv::LARGEST * CHUNK * 2;   // of the ring, bytes
 constexpr int PARTS = RANKS * OfWidth::LARGEST / 8 * 32 * 16;
 constexpr int QKV_PAIRS = (OfQkv::LARGEST + 15) / 16, X_PAIRS = (OfWidth::LARGEST + 15) / 16;  // of a thread, at most
-constexpr int A_SLOTS = 8, SLOTS = (MEMORY - A_SLOTS * A_CHUNK - PARTS - QKV_PAIRS * GROUP * 8 - 3072) / SLOT;
-static_assert(SLOT >= 2 * OfMlp::LARGEST * CHUNK * 2 && SLOT >= 2 * OfWidth::LARGEST * CHUNK * 2, "tiles fit");
+constexpr int A_SLOTS = 4, SLOTS = (MEMORY - A_SLOTS * A_SLOT - PARTS - QKV_PAIRS * GROUP * 8 - 3072) / SLOT;
+static_assert(SLOT >= 4 * OfMlp::LARGEST * CHUNK * 2 && SLOT >= 4 * OfWidth::LARGEST * CHUNK * 2, "tiles fit");
 
 struct Params {
     TensorMap x, attended, hidden;                   // activations: [1, rows, columns], boxes of [1, 64, 64]
     TensorMap qkv, out, geglu, down;                 // weights: [depth, out, in], boxes of [1, its columns, 64]
     bf16 *tokens, *scaled;
-    float *squares;                                  // [tiles at first and CLUSTERS then, capacity]
+    float *squares;                                  // [tiles at first and CLUSTERS then, of 32 at least, capacity]
     bf16 *q, *keys, *values, *mixed, *gated;         // keys, values: [depth, cache_rows, DIM]
     const float *rope;                               // [rows, DIM]
     const u8 *seen;                                  // [cache_rows]
@@ -60,7 +61,7 @@ struct Params {
 };
 
 struct Shared {
-    alignas(1024) u8 a[A_SLOTS * A_CHUNK];           // a ring of activations; attention's and qkv's exchange as well
+    alignas(1024) u8 a[A_SLOTS * A_SLOT];            // a ring of activations; attention's and qkv's exchange as well
     alignas(1024) u8 ring[SLOTS * SLOT];             // of weights
     float4 parts[RANKS][OfWidth::LARGEST / 8][32];   // of this block's rows, from each of the cluster
     float2 rope[QKV_PAIRS][GROUP];                   // cosine and sine for what each thread turns in qkv
@@ -77,8 +78,8 @@ constexpr int PAIR_AT = 16 * Q_STRIDE, PAIR = 16 * PART_STRIDE;  // a pair of wa
 constexpr int MIXED_AT = PAIR_AT + 4 * PAIR;         // f32 [RANKS][4][DIM]
 constexpr int WEIGHTS_AT = MIXED_AT + RANKS * 4 * DIM * 4;  // float2 [RANKS * 8][16]
 constexpr int TOPS_AT = WEIGHTS_AT + RANKS * 8 * 16 * 8;    // f32 [8][16]
-static_assert(TOPS_AT + 8 * 16 * 4 <= A_SLOTS * A_CHUNK, "attention fits where the activations were");
-static_assert(QKV_PARTS + RANKS * OfQkv::LARGEST * 64 <= A_SLOTS * A_CHUNK, "so does qkv's exchange");
+static_assert(TOPS_AT + 8 * 16 * 4 <= A_SLOTS * A_SLOT, "attention fits where the activations were");
+static_assert(QKV_PARTS + RANKS * OfQkv::LARGEST * 64 <= A_SLOTS * A_SLOT, "so does qkv's exchange");
 
 struct Where {
     u32 rank, cluster;
@@ -95,37 +96,27 @@ DEVICE Where where() {
 DEVICE void copy_weights(const Params& p, Shared& s, const Where& at) {
     for (const TensorMap* map : {&p.x, &p.attended, &p.hidden, &p.qkv, &p.out, &p.geglu, &p.down}) prefetch_map(map);
     int n = 0;
-    auto slot = [&](u32 bytes) {
-        const int i = n % SLOTS;
-        if (n >= SLOTS) barrier_wait(&s.empty[i], (n / SLOTS - 1) & 1);
-        n++;
-        barrier_expect(&s.full[i], bytes);
-        return i;
-    };
-    const int column = OfWidth::begin(at.cluster), gate = OfMlp::begin(at.cluster * RANKS + at.rank);
-    auto pairs = [&](const TensorMap* map, int chunks, int layer) {
-        constexpr int TILE = OfWidth::LARGEST * CHUNK * 2;
-        for (int c = 0; c < chunks; c += 2) {
-            const int i = slot(2 * TILE);
-            for (int k = 0; k < 2; k++)
-                copy_tile<true>(s.ring + i * SLOT + k * TILE, map, (at.rank * chunks + c + k) * CHUNK, column, layer,
-                                &s.full[i]);
+    // `tiles` of the inner dimension from `column` on, `in_slot` of them at a time; the rows `other` on with them if any
+    auto copy = [&](const TensorMap* map, int rows, int in_slot, int tiles, int column, int row, int layer, int other) {
+        const int bytes = rows * CHUNK * 2;
+        for (int c = 0; c < tiles; c += in_slot, n++) {
+            const int i = n % SLOTS;
+            if (n >= SLOTS) barrier_wait(&s.empty[i], (n / SLOTS - 1) & 1);
+            barrier_expect(&s.full[i], in_slot * bytes * (other ? 2 : 1));
+            u8* to = s.ring + i * SLOT;
+            for (int k = 0; k < in_slot; k++) {
+                copy_tile<true>(to, map, column + (c + k) * CHUNK, row, layer, &s.full[i]), to += bytes;
+                if (other) copy_tile<true>(to, map, column + (c + k) * CHUNK, other, layer, &s.full[i]), to += bytes;
+            }
         }
     };
+    const int of_qkv = OfQkv::begin(at.cluster), of_x = OfWidth::begin(at.cluster);
+    const int gate = OfMlp::begin(at.cluster * RANKS + at.rank), inner = at.rank * CHUNK;
     for (int layer = 0; layer < p.depth; layer++) {
-        for (int c = 0; c < QKV_CHUNKS; c++) {
-            const int i = slot(SLOT);
-            copy_tile<true>(s.ring + i * SLOT, &p.qkv, (at.rank * QKV_CHUNKS + c) * CHUNK, OfQkv::begin(at.cluster), layer,
-                            &s.full[i]);
-        }
-        pairs(&p.out, OUT_CHUNKS, layer);
-        for (int c = 0; c < GEGLU_CHUNKS; c++) {
-            constexpr int TILE = OfMlp::LARGEST * CHUNK * 2;
-            const int i = slot(2 * TILE);
-            copy_tile<true>(s.ring + i * SLOT, &p.geglu, c * CHUNK, gate, layer, &s.full[i]);
-            copy_tile<true>(s.ring + i * SLOT + TILE, &p.geglu, c * CHUNK, MLP + gate, layer, &s.full[i]);
-        }
-        pairs(&p.down, DOWN_CHUNKS, layer);
+        copy(&p.qkv, OfQkv::LARGEST, 2, QKV_CHUNKS, inner * QKV_CHUNKS, of_qkv, layer, 0);
+        copy(&p.out, OfWidth::LARGEST, 4, OUT_CHUNKS, inner * OUT_CHUNKS, of_x, layer, 0);
+        copy(&p.geglu, OfMlp::LARGEST, 2, GEGLU_CHUNKS, 0, gate, layer, MLP + gate);
+        copy(&p.down, OfWidth::LARGEST, 4, DOWN_CHUNKS, inner * DOWN_CHUNKS, of_x, layer, 0);
     }
 }
 
@@ -148,18 +139,22 @@ DEVICE void copy_activations(const Params& p, Shared& s, const Where& at) {
     };
     // Chunks from `column` on; `together`: all four blocks take the same ones, and each copies its share of them to all.
     auto copy = [&](const TensorMap* map, int chunks, int column, int row, bool together) {
-        for (int c = 0; c < chunks; c++) {
-            const int i = c % A_SLOTS;
-            if (c >= A_SLOTS) barrier_wait(&s.drained[i], long_ones & 1);
-            barrier_expect(&s.arrived[i], A_CHUNK);
-            if (!together)
-                copy_tile<false>(s.a + i * A_CHUNK, map, column + c * CHUNK, row, 0, &s.arrived[i]);
-            else if (c % RANKS == at.rank) {
-                if (c >= A_SLOTS) barrier_wait(&s.drained_by_all[i], shared_ones & 1);
-                copy_tile_to((1 << RANKS) - 1, s.a + i * A_CHUNK, map, column + c * CHUNK, row, 0, &s.arrived[i]);
+        const int slots = chunks / 2;
+        for (int n = 0; n < slots; n++) {
+            const int i = n % A_SLOTS;
+            if (n >= A_SLOTS) barrier_wait(&s.drained[i], long_ones & 1);
+            barrier_expect(&s.arrived[i], A_SLOT);
+            if (together && n % RANKS != at.rank) continue;
+            if (together && n >= A_SLOTS) barrier_wait(&s.drained_by_all[i], shared_ones & 1);
+            for (int k = 0; k < 2; k++) {
+                u8* to = s.a + i * A_SLOT + k * A_CHUNK;
+                if (together)
+                    copy_tile_to((1 << RANKS) - 1, to, map, column + (2 * n + k) * CHUNK, row, 0, &s.arrived[i]);
+                else
+                    copy_tile<false>(to, map, column + (2 * n + k) * CHUNK, row, 0, &s.arrived[i]);
             }
         }
-        long_ones += chunks > A_SLOTS;
+        long_ones += slots > A_SLOTS;
         shared_ones += together;
     };
     for (int layer = 0; layer < p.depth; layer++) {
@@ -180,7 +175,7 @@ DEVICE void copy_activations(const Params& p, Shared& s, const Where& at) {
 
 // How far a thread is with each kind of barrier.
 struct Progress {
-    int slot = 0;        // weights' slots used up
+    u32 slot = 0, turn = 0;  // of the ring of weights: the slot to come, and the parity to wait for
     u32 arrived = 0;     // a bit for each slot of activations: the parity to wait for
     u32 go = 0, exchanged = 0, heads = 0;
 };
@@ -193,29 +188,40 @@ DEVICE void product(float (&d)[N], Shared& s, const Where& at, Progress& done) {
     constexpr int TILE = 2 * N * 2 * CHUNK;  // bytes: N elements a thread are 2 N columns
 #pragma unroll
     for (int i = 0; i < N; i++) d[i] = 0.f;
-    auto release = [&](int chunk, int slot) {
-        if (at.lane) return;
-        if (chunk % IN_SLOT == IN_SLOT - 1) barrier_arrive(&s.empty[slot % SLOTS]);
-        if (chunk + A_SLOTS >= CHUNKS) return;
-        barrier_arrive(&s.drained[chunk]);
-        if (TOGETHER) barrier_arrive_at(&s.drained_by_all[chunk], chunk % RANKS);
-    };
-    for (int c = 0; c < CHUNKS; c++) {
-        const int slot = done.slot + c / IN_SLOT, i = c % A_SLOTS;
-        if (c % IN_SLOT == 0) barrier_wait(&s.full[slot % SLOTS], slot / SLOTS & 1);
+    u32 before = 0;  // the slot before
+#pragma unroll
+    for (int n = 0; n < CHUNKS / 2; n++) {
+        constexpr int EVERY = IN_SLOT / 2;
+        const int i = n % A_SLOTS;
+        if (n % EVERY == 0) barrier_wait(&s.full[done.slot], done.turn);
         barrier_wait(&s.arrived[i], done.arrived >> i & 1);
         done.arrived ^= 1u << i;
-        const u8 *a = s.a + i * A_CHUNK, *w = s.ring + slot % SLOTS * SLOT + c % IN_SLOT * TILE;
+        Tile a(s.a + i * A_SLOT), w(s.ring + done.slot * SLOT + n % EVERY * 2 * TILE);
         products_begin();
 #pragma unroll
-        for (int k = 0; k < CHUNK / 16; k++) multiply_tiles(d, a + 32 * k, w + 32 * k);
+        for (int k = 0; k < 2 * CHUNK / 16; k++) {
+            multiply_tiles(d, a, w);
+            a.move(k == CHUNK / 16 - 1 ? A_CHUNK - 32 * k : 32);
+            w.move(k == CHUNK / 16 - 1 ? TILE - 32 * k : 32);
+        }
         products_commit();
-        products_wait<1>();
-        if (c > 0) release(c - 1, done.slot + (c - 1) / IN_SLOT);
+        if (n > 0) {
+            products_wait<1>();
+            if (at.lane == 0) {
+                if (n % EVERY == 0) barrier_arrive(&s.empty[before]);
+                if (n - 1 + A_SLOTS < CHUNKS / 2) {
+                    barrier_arrive(&s.drained[n - 1]);
+                    if (TOGETHER) barrier_arrive_at(&s.drained_by_all[n - 1], (n - 1) % RANKS);
+                }
+            }
+        }
+        if (n % EVERY == EVERY - 1) {
+            before = done.slot;
+            if (++done.slot == SLOTS) done.slot = 0, done.turn ^= 1;
+        }
     }
     products_wait<0>();
-    done.slot += CHUNKS / IN_SLOT;
-    release(CHUNKS - 1, done.slot - 1);
+    if (at.lane == 0) barrier_arrive(&s.empty[before]);
 }
 
 // Each warp's 16 rows of d go to the block of that rank, which waits for those of all four.
@@ -246,10 +252,12 @@ template <int N> DEVICE float2 summed(const float4* parts, int row, int column) 
 // other four meet them when it is there.
 DEVICE void factors(const Params& p, Shared& s, int thread, int tiles) {
     const int row = thread % ROWS, half = thread / ROWS;
-    float sum = 0.f;
-    if (row < p.rows)
-#pragma unroll 8
-        for (int i = half; i < tiles; i += 2) sum += load_fresh(p.squares + i * p.capacity + p.first + row);
+    const float* squares = p.squares + half * p.capacity + p.first + min(row, p.rows - 1);
+    float part[MOST_TILES / 2], sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < MOST_TILES / 2; i++) part[i] = load_fresh(squares + 2 * i * p.capacity);
+#pragma unroll
+    for (int i = 0; i < MOST_TILES / 2; i++) sum += 2 * i + half < tiles ? part[i] : 0.f;
     s.factor[half][row] = sum;
     sync_threads<GROUP>(2);
     if (half == 0) s.factor[0][row] = rsqrtf((sum + s.factor[1][row]) / WIDTH + EPS);
@@ -280,17 +288,21 @@ DEVICE void project(const Params& p, Shared& s, Progress& done, int layer) {
             bias[i] = load_constant(reinterpret_cast<const float2*>(table + min(pair_of(at, i), size - 2)));
     }
     float d[OfQkv::LARGEST / 2];
-    product<OfQkv::LARGEST / 2, QKV_CHUNKS, 1, false>(d, s, at, done);
+    product<OfQkv::LARGEST / 2, QKV_CHUNKS, 2, false>(d, s, at, done);
     sync_threads<WORKERS>(1);
     exchange(parts, d, s, at, done);
     if (row >= p.rows) return;
     const float factor = s.factor[0][row];
     const long long cached = ((long long)layer * p.cache_rows + p.prefix_rows + p.first + row) * DIM;
+    float2 sums[QKV_PAIRS];
+#pragma unroll
+    for (int i = 0; i < QKV_PAIRS; i++)
+        sums[i] = summed<OfQkv::LARGEST / 2>(parts, at.thread / 8, min(pair_of(at, i), size - 2));
 #pragma unroll
     for (int i = 0; i < QKV_PAIRS; i++) {
         if (pair_of(at, i) >= size) break;
         const int column = begin + pair_of(at, i), head = column / DIM, within = column % DIM;
-        float2 y = summed<OfQkv::LARGEST / 2>(parts, at.thread / 8, pair_of(at, i));
+        float2 y = sums[i];
         y.x *= factor, y.y *= factor;
         if (ADAPTIVE) y.x += bias[i].x, y.y += bias[i].y;
         if (head <= HEADS) {  // a pair is a complex number
@@ -320,14 +332,18 @@ DEVICE void add_product(const Params& p, Shared& s, Progress& done, float2 (&x)[
         }
     }
     float d[N];
-    product<N, CHUNKS, 2, false>(d, s, at, done);
+    product<N, CHUNKS, 4, false>(d, s, at, done);
     exchange(&s.parts[0][0][0], d, s, at, done);
     float squares = 0.f;
+    float2 sums[X_PAIRS];
+#pragma unroll
+    for (int i = 0; i < X_PAIRS; i++)
+        sums[i] = summed<N>(&s.parts[0][0][0], at.thread / 8, min(pair_of(at, i), size - 2));
 #pragma unroll
     for (int i = 0; i < X_PAIRS; i++) {
         if (pair_of(at, i) >= size || row >= p.rows) break;
         const int cell = (p.first + row) * WIDTH + begin + pair_of(at, i);
-        float2 y = summed<N>(&s.parts[0][0][0], at.thread / 8, pair_of(at, i));
+        float2 y = sums[i];
         if (ADAPTIVE) y.x *= widen(gates[i]), y.y *= widen_high(gates[i]);
         const u32 both = narrow(x[i].x + y.x, x[i].y + y.y);
         x[i] = make_float2(widen(both), widen_high(both));
@@ -364,7 +380,7 @@ DEVICE void geglu(const Params& p, Shared& s, Progress& done, int layer) {
                 }
         }
     float d[N];
-    product<N, GEGLU_CHUNKS, 1, true>(d, s, at, done);
+    product<N, GEGLU_CHUNKS, 2, true>(d, s, at, done);
     sync_threads<WORKERS>(1);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -406,10 +422,10 @@ struct Attention {
     DEVICE uint4 cell(const bf16* cache, int key, int dim) const {
         return load_fresh(reinterpret_cast<const uint4*>(cache + (long long)min(key, count - 1) * DIM + dim));
     }
-    DEVICE void read_keys(Read& read, int block) const {
+    DEVICE void read_keys(Read& read, int block, int half) const {
         const int key = 32 * block + 16 * side;
 #pragma unroll
-        for (int j = 0; j < 8; j++)
+        for (int j = 4 * half; j < 4 * half + 4; j++)
 #pragma unroll
             for (int n = 0; n < 2; n++) read.keys[j][n] = cell(keys, key + 8 * n + r, 32 * j + 8 * t);
         for (int n = 0; n < 2; n++)
@@ -437,12 +453,12 @@ DEVICE void attention(const Params& p, Shared& s, Progress& done, int layer) {
     int block = of.pair * RANKS + at.rank;
     const bool early = 32 * block + 32 <= p.prefix_rows;  // what was in the cache before this kernel
     Read read;
-    if (early) of.read_keys(read, block);
+    if (early) of.read_keys(read, block, 0), of.read_keys(read, block, 1), of.read_values(read, block, 0);
     wait_for_go(s, done);
     for (int i = at.thread; i < 16 * DIM / 8; i += WORKERS)
         *reinterpret_cast<uint4*>(s.a + i / (DIM / 8) * Q_STRIDE + i % (DIM / 8) * 16) =
             load_fresh(reinterpret_cast<const uint4*>(p.q + query * DIM) + i);
-    if (!early && block < blocks) of.read_keys(read, block);
+    if (!early && block < blocks) of.read_keys(read, block, 0), of.read_keys(read, block, 1), of.read_values(read, block, 0);
     sync_threads<WORKERS>(1);
 
     u8* pair = s.a + PAIR_AT + of.pair * PAIR;
@@ -459,7 +475,7 @@ DEVICE void attention(const Params& p, Shared& s, Progress& done, int layer) {
 #pragma unroll
             for (int i = 0; i < 4; i++) o[g][j][i] = 0.f;
     while (block < blocks) {
-        float score[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
+        float score[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}}, more[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const uint4 q0 = *reinterpret_cast<const uint4*>(s.a + r * Q_STRIDE + 64 * j + 16 * t);
@@ -468,7 +484,7 @@ DEVICE void attention(const Params& p, Shared& s, Progress& done, int layer) {
             for (int n = 0; n < 2; n++) {
                 const uint4 k = read.keys[j][n];
                 multiply(score[n], q0.x, q1.x, q0.y, q1.y, k.x, k.y);
-                multiply(score[n], q0.z, q1.z, q0.w, q1.w, k.z, k.w);
+                multiply(more[n], q0.z, q1.z, q0.w, q1.w, k.z, k.w);
             }
         }
         float higher[2] = {top[0], top[1]};
@@ -476,11 +492,14 @@ DEVICE void attention(const Params& p, Shared& s, Progress& done, int layer) {
         for (int n = 0; n < 2; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
+                score[n][i] += more[n][i];
                 const int key = 32 * block + 16 * of.side + 8 * n + 2 * t + i % 2;
                 if (key >= limit[i / 2] || !(read.seen[n] >> 8 * (i % 2) & 255)) score[n][i] = NOTHING;
                 higher[i / 2] = fmaxf(higher[i / 2], score[n][i]);
             }
-        of.read_values(read, block, 0), of.read_values(read, block, 1);
+        of.read_values(read, block, 1);
+        block += 4 * RANKS;  // its last keys are read again where there are no more
+        of.read_keys(read, block, 0);
         for (int half = 0; half < 2; half++) {
             for (int flipped = 1; flipped < 4; flipped *= 2)
                 higher[half] = fmaxf(higher[half], from_lane(higher[half], flipped));
@@ -528,10 +547,9 @@ DEVICE void attention(const Params& p, Shared& s, Progress& done, int layer) {
                     multiply(o[g][j], weights[0], weights[1], weights[2], weights[3], low, high);
                 }
             }
+            if (e == 0) of.read_keys(read, block, 1);
+            else of.read_values(read, block, 0);
         }
-        block += 4 * RANKS;
-        if (block >= blocks) break;  // or the keys would have to be kept
-        of.read_keys(read, block);
     }
 
     // how much each of the cluster's 32 warps counts in a row
