@@ -114,6 +114,7 @@ inline u32 atomicAdd(u32* p, u32 x) { return (*p += x) - x; }
 inline void grid_arrive(u32* counter) { ++*counter; }
 inline void grid_wait(const u32* counter, u32 arrivals) { wait_until([&] { return *counter >= arrivals; }); }
 inline void fence_for_copies() {}
+inline void fence_for_tiles() {}
 template <int> void keep_registers() {}
 template <int> void take_registers() {}
 

@@ -110,6 +110,9 @@ DEVICE void grid_wait(const u32* counter, u32 arrivals) {
     }
 }
 
+// Between this thread's plain use of shared memory and copies into it that are begun after others met it.
+DEVICE void fence_for_tiles() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Between others' plain writes, once they are seen, and copies of the same memory by the copy engine.
 DEVICE void fence_for_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
@@ -149,11 +152,16 @@ DEVICE void prefetch(const void* p, u32 bytes) {
 }
 
 // To the same place in the shared memory of the cluster's block `rank`; its bytes count at `b` there.
-DEVICE void store_at(float4* p, u32 rank, float4 v, Barrier* b) {
+DEVICE void store_at(uint4* p, u32 rank, uint4 v, Barrier* b) {
     asm volatile(
         "{ .reg .b32 there, b; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 b, %1, %2;\n"
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, [b]; }"
-        ::"r"(address(p)), "r"(address(b)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%3, %4, %5, %6}, [b]; }"
+        ::"r"(address(p)), "r"(address(b)), "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+DEVICE void store_at(float4* p, u32 rank, float4 v, Barrier* b) {
+    const uint4 bits = make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
+    store_at(reinterpret_cast<uint4*>(p), rank, bits, b);
 }
 
 DEVICE void store_at(float2* p, u32 rank, float2 v, Barrier* b) {
@@ -201,11 +209,12 @@ DEVICE void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 }
 
 // A matrix unit's view of rows of 128 bytes in shared memory, swizzled as copy_tile leaves them, from 16 columns on.
+// The same for all threads, which the compiler has to see.
 struct Tile {
-    u64 view;
-    DEVICE explicit Tile(const void* p)
-        : view((u64)((address(p) & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62) {}
-    DEVICE void move(u32 bytes) { view += bytes >> 4; }
+    u32 start;
+    DEVICE explicit Tile(const void* p) : start(__shfl_sync(0xFFFFFFFFu, (address(p) & 0x3FFFF) >> 4 | 1u << 16, 0)) {}
+    DEVICE void move(u32 bytes) { start += bytes >> 4; }
+    DEVICE u64 view() const { return (u64)0x40000040u << 32 | start; }  // 128 bytes swizzled, 1024 between eight rows
 };
 
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -226,7 +235,7 @@ template <int LEFT> DEVICE void products_wait() { asm volatile("wgmma.wait_group
 #define MULTIPLY_TILES(REGISTERS, COLUMNS, A, B, ...)                                                                   \
     DEVICE void multiply_tiles(float (&d)[REGISTERS], Tile a, Tile b) {                                                 \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" T##REGISTERS "}, %" #A ", %" #B \
-                     ", 1, 1, 1, 0, 0;" : __VA_ARGS__ : "l"(a.view), "l"(b.view));                                      \
+                     ", 1, 1, 1, 0, 0;" : __VA_ARGS__ : "l"(a.view()), "l"(b.view()));                                      \
     }
 
 MULTIPLY_TILES(16, 32, 16, 17, D16(0))

@@ -5,10 +5,10 @@
 // that waits for nothing but room: each block knows beforehand which parts of which matrices it will multiply, and a
 // warp of its own keeps a ring of them in shared memory filled, across layers, while the others wait for one another.
 //
-//     warps 0 to 3   products (a warpgroup), their epilogues, attention
-//     warps 4 to 7   the norms' factors, attention
-//     warp 8         copies weights into the ring
-//     warp 9         waits for the grid, and copies the activations that the next product goes over
+//     warps 0 to 7    two warpgroups: products, their epilogues, attention
+//     warp 8          copies weights into the ring
+//     warp 9          waits for the grid, and copies the activations that the next product goes over
+//     warps 10, 11    the norms' factors
 //
 // A layer is five phases with the whole grid meeting after each: qkv, attention, out, geglu, down. Four blocks are a
 // cluster. In qkv, out and down each of them multiplies a quarter of the inner dimension for the same columns; then
@@ -26,6 +26,7 @@ constexpr int QKV_CHUNKS = WIDTH / RANKS / CHUNK, OUT_CHUNKS = QUERIES / RANKS /
               DOWN_CHUNKS = MLP / RANKS / CHUNK;
 constexpr int WORKERS = 256, GROUP = 128, THREADS = WORKERS + GROUP;
 constexpr int MOST_TILES = 32;                         // that a row's squares are summed over
+constexpr int PHASES = 5;                              // of a layer
 constexpr float EPS = RMS_EPS;
 
 // Columns come in eights and are shared out as evenly as that allows, CLUSTERS being what the GPU has room for. Each share
@@ -65,9 +66,9 @@ struct Shared {
     alignas(1024) u8 ring[SLOTS * SLOT];             // of weights
     float4 parts[RANKS][OfWidth::LARGEST / 8][32];   // of this block's rows, from each of the cluster
     float2 rope[QKV_PAIRS][GROUP];                   // cosine and sine for what each thread turns in qkv
-    float factor[2][ROWS];
+    float factor[ROWS];
     Barrier full[SLOTS], empty[SLOTS], arrived[A_SLOTS], drained[A_SLOTS], drained_by_all[A_SLOTS];
-    Barrier go, exchanged, weighed, mixed;
+    Barrier go, normed, exchanged, weighed, mixed;
 };
 static_assert(sizeof(Shared) + 1024 <= MEMORY, "and the start may have to be moved by up to 1024");
 
@@ -75,8 +76,8 @@ static_assert(sizeof(Shared) + 1024 <= MEMORY, "and the start may have to be mov
 constexpr int QKV_PARTS = QKV_CHUNKS * A_CHUNK;      // float4 [RANKS][OfQkv::LARGEST / 8][32]
 constexpr int Q_STRIDE = 2 * DIM + 64, P_STRIDE = 80, PART_STRIDE = 2 * DIM + 16;  // bytes, so that rows meet in no bank
 constexpr int PAIR_AT = 16 * Q_STRIDE, PAIR = 16 * PART_STRIDE;  // a pair of warps' 16 rows: of P, then of its part
-constexpr int MIXED_AT = PAIR_AT + 4 * PAIR;         // f32 [RANKS][4][DIM]
-constexpr int WEIGHTS_AT = MIXED_AT + RANKS * 4 * DIM * 4;  // float2 [RANKS * 8][16]
+constexpr int MIXED_AT = PAIR_AT + 4 * PAIR;         // bf16 [RANKS][4][DIM]
+constexpr int WEIGHTS_AT = MIXED_AT + RANKS * 4 * DIM * 2;  // float2 [RANKS * 8][16]
 constexpr int TOPS_AT = WEIGHTS_AT + RANKS * 8 * 16 * 8;    // f32 [8][16]
 static_assert(TOPS_AT + 8 * 16 * 4 <= A_SLOTS * A_SLOT, "attention fits where the activations were");
 static_assert(QKV_PARTS + RANKS * OfQkv::LARGEST * 64 <= A_SLOTS * A_SLOT, "so does qkv's exchange");
@@ -177,26 +178,45 @@ DEVICE void copy_activations(const Params& p, Shared& s, const Where& at) {
 struct Progress {
     u32 slot = 0, turn = 0;  // of the ring of weights: the slot to come, and the parity to wait for
     u32 arrived = 0;     // a bit for each slot of activations: the parity to wait for
-    u32 go = 0, exchanged = 0, heads = 0;
+    u32 go = 0, normed = 0, exchanged = 0, heads = 0;
 };
 
 DEVICE void wait_for_go(Shared& s, Progress& done) { barrier_wait(&s.go, done.go++ & 1); }
 
-// d = a w^T for this block's columns and part of the inner dimension. Four warps. TOGETHER: see copy_activations.
-template <int N, int CHUNKS, int IN_SLOT, bool TOGETHER>
+DEVICE void next_slot(u32& slot, u32& turn) {
+    if (++slot == SLOTS) slot = 0, turn ^= 1;
+}
+
+// Go past what a product uses up.
+template <int CHUNKS, int IN_SLOT> DEVICE void skip(Progress& done) {
+    for (int n = 0; n < CHUNKS / IN_SLOT; n++) next_slot(done.slot, done.turn);
+    for (int n = 0; n < CHUNKS / 2; n++) done.arrived ^= 1u << n % A_SLOTS;
+}
+
+// d = a w^T for this block's columns and part of the inner dimension, which GROUPS warpgroups share: each has a part of
+// the sum. TOGETHER: see copy_activations.
+template <int N, int CHUNKS, int IN_SLOT, int GROUPS, bool TOGETHER>
 DEVICE void product(float (&d)[N], Shared& s, const Where& at, Progress& done) {
-    constexpr int TILE = 2 * N * 2 * CHUNK;  // bytes: N elements a thread are 2 N columns
+    constexpr int TILE = 2 * N * 2 * CHUNK, EVERY = IN_SLOT / 2;  // bytes: N elements a thread are 2 N columns
+    static_assert(GROUPS == 1 || EVERY == 1, "a slot is one group's");
 #pragma unroll
     for (int i = 0; i < N; i++) d[i] = 0.f;
-    u32 before = 0;  // the slot before
-#pragma unroll
-    for (int n = 0; n < CHUNKS / 2; n++) {
-        constexpr int EVERY = IN_SLOT / 2;
+    const int group = GROUPS == 1 ? 0 : at.warp / 4;
+    u32 slot = done.slot, turn = done.turn, before = 0;
+    if (group) next_slot(slot, turn);
+    auto release = [&](int n, bool weights) {
+        if (at.lane) return;
+        if (weights) barrier_arrive(&s.empty[before]);
+        if (n + A_SLOTS >= CHUNKS / 2) return;
+        barrier_arrive(&s.drained[n]);
+        if (TOGETHER) barrier_arrive_at(&s.drained_by_all[n], n % RANKS);
+    };
+#pragma unroll 1
+    for (int n = group; n < CHUNKS / 2; n += GROUPS) {
         const int i = n % A_SLOTS;
-        if (n % EVERY == 0) barrier_wait(&s.full[done.slot], done.turn);
-        barrier_wait(&s.arrived[i], done.arrived >> i & 1);
-        done.arrived ^= 1u << i;
-        Tile a(s.a + i * A_SLOT), w(s.ring + done.slot * SLOT + n % EVERY * 2 * TILE);
+        if (n % EVERY == 0) barrier_wait(&s.full[slot], turn);
+        barrier_wait(&s.arrived[i], (done.arrived >> i & 1) ^ (n >= A_SLOTS));
+        Tile a(s.a + i * A_SLOT), w(s.ring + slot * SLOT + n % EVERY * 2 * TILE);
         products_begin();
 #pragma unroll
         for (int k = 0; k < 2 * CHUNK / 16; k++) {
@@ -205,36 +225,36 @@ DEVICE void product(float (&d)[N], Shared& s, const Where& at, Progress& done) {
             w.move(k == CHUNK / 16 - 1 ? TILE - 32 * k : 32);
         }
         products_commit();
-        if (n > 0) {
-            products_wait<1>();
-            if (at.lane == 0) {
-                if (n % EVERY == 0) barrier_arrive(&s.empty[before]);
-                if (n - 1 + A_SLOTS < CHUNKS / 2) {
-                    barrier_arrive(&s.drained[n - 1]);
-                    if (TOGETHER) barrier_arrive_at(&s.drained_by_all[n - 1], (n - 1) % RANKS);
-                }
-            }
-        }
-        if (n % EVERY == EVERY - 1) {
-            before = done.slot;
-            if (++done.slot == SLOTS) done.slot = 0, done.turn ^= 1;
-        }
+        products_wait<1>();
+        if (n >= GROUPS) release(n - GROUPS, n % EVERY == 0);
+        if (n % EVERY < EVERY - 1) continue;
+        before = slot;
+        for (int k = 0; k < GROUPS; k++) next_slot(slot, turn);
     }
     products_wait<0>();
-    if (at.lane == 0) barrier_arrive(&s.empty[before]);
+    release(CHUNKS / 2 - GROUPS + group, true);
+    skip<CHUNKS, IN_SLOT>(done);
 }
 
-// Each warp's 16 rows of d go to the block of that rank, which waits for those of all four.
-template <int N> DEVICE void exchange(float4* parts, const float (&d)[N], Shared& s, const Where& at, Progress& done) {
-    if (at.thread == 0) barrier_expect(&s.exchanged, RANKS * N / 4 * 32 * sizeof(float4));
-    float4* mine = parts + at.rank * (N / 4 * 32) + at.lane;
+// Each warp's 16 rows of d go to the block of that rank. See wait_for_parts.
+template <int N> DEVICE void exchange(float4* parts, const float (&d)[N], Shared& s, const Where& at) {
+    constexpr int FROM_ONE = N / 4 * 32;
+    if (at.thread == 0) barrier_expect(&s.exchanged, (RANKS - 1) * FROM_ONE * sizeof(float4));
+    float4* mine = parts + at.rank * FROM_ONE + at.lane;
+    if (at.warp == at.rank) {
 #pragma unroll
-    for (int j = 0; j < N / 4; j++) {
-        const float4 part = make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
-        store_at(mine + j * 32, at.warp, part, &s.exchanged);
+        for (int j = 0; j < N / 4; j++) mine[j * 32] = make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
+        barrier_arrive(&s.exchanged);
+    } else {
+#pragma unroll
+        for (int j = 0; j < N / 4; j++) {
+            const float4 part = make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
+            store_at(mine + j * 32, at.warp, part, &s.exchanged);
+        }
     }
-    barrier_wait(&s.exchanged, done.exchanged++ & 1);
 }
+
+DEVICE void wait_for_parts(Shared& s, Progress& done) { barrier_wait(&s.exchanged, done.exchanged++ & 1); }
 
 // Two neighbouring columns of one of the 16 rows, added up.
 template <int N> DEVICE float2 summed(const float4* parts, int row, int column) {
@@ -248,65 +268,79 @@ template <int N> DEVICE float2 summed(const float4* parts, int row, int column) 
     return sum;
 }
 
-// 1 / sqrt(mean(x^2) + eps) of each row, from the sums of squares that whoever wrote the rows left. Four warps, and the
-// other four meet them when it is there.
-DEVICE void factors(const Params& p, Shared& s, int thread, int tiles) {
-    const int row = thread % ROWS, half = thread / ROWS;
-    const float* squares = p.squares + half * p.capacity + p.first + min(row, p.rows - 1);
-    float part[MOST_TILES / 2], sum = 0.f;
+// 1 / sqrt(mean(x^2) + eps) of each row, from the sums of squares that whoever wrote the rows left. A thread a row.
+DEVICE void norms(const Params& p, Shared& s, const Where& at) {
+    const int row = at.thread - (THREADS - ROWS);
+    const float* squares = p.squares + p.first + min(row, p.rows - 1);
+    for (int phase = 0; phase < p.depth * PHASES; phase++) {
+        barrier_wait(&s.go, phase & 1);
+        if (phase % PHASES != 0 && phase % PHASES != 3) continue;  // qkv, geglu
+        const int tiles = phase == 0 ? p.tiles : CLUSTERS;
+        float sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < MOST_TILES / 2; i++) part[i] = load_fresh(squares + 2 * i * p.capacity);
+        for (int half = 0; half < 2; half++) {
+            float part[MOST_TILES / 2];
 #pragma unroll
-    for (int i = 0; i < MOST_TILES / 2; i++) sum += 2 * i + half < tiles ? part[i] : 0.f;
-    s.factor[half][row] = sum;
-    sync_threads<GROUP>(2);
-    if (half == 0) s.factor[0][row] = rsqrtf((sum + s.factor[1][row]) / WIDTH + EPS);
-    sync_threads<WORKERS>(1);
+            for (int i = 0; i < MOST_TILES / 2; i++)
+                part[i] = load_fresh(squares + (half * (MOST_TILES / 2) + i) * p.capacity);
+#pragma unroll
+            for (int i = 0; i < MOST_TILES / 2; i++) sum += half * (MOST_TILES / 2) + i < tiles ? part[i] : 0.f;
+        }
+        s.factor[row] = rsqrtf(sum / WIDTH + EPS);
+        barrier_arrive(&s.normed);
+    }
 }
+
+DEVICE void wait_for_norms(Shared& s, Progress& done) { barrier_wait(&s.normed, done.normed++ & 1); }
 
 // The grid may go on: what all threads of this block wrote is there.
 DEVICE void finish(const Params& p) {
+    fence_for_tiles();
     sync_threads<WORKERS>(1);
     if (thread_index() == 0) grid_arrive(p.counter);
 }
 
-// This thread's row in qkv, out and down: of the block's 16, each with eight threads for pairs of neighbouring columns.
-DEVICE int row_of(const Where& at) { return 16 * at.rank + at.thread / 8; }
+// This thread's row in qkv, out and down: of the block's 16, each with eight threads of a group for pairs of columns.
+DEVICE int row_of(const Where& at) { return 16 * at.rank + at.thread % GROUP / 8; }
 DEVICE int pair_of(const Where& at, int i) { return 2 * (at.thread % 8 + 8 * i); }
 DEVICE int time_of(const Params& p, int row) { return ADAPTIVE && row < p.rows ? p.when[row] : 0; }
 
 DEVICE void project(const Params& p, Shared& s, Progress& done, int layer) {
     const Where at = where();
+    constexpr int N = OfQkv::LARGEST / 2, PAIRS = (QKV_PAIRS + 1) / 2;  // of a thread: the groups take turns
     float4* parts = reinterpret_cast<float4*>(s.a + QKV_PARTS);
-    const int row = row_of(at), begin = OfQkv::begin(at.cluster), size = OfQkv::size(at.cluster);
-    if (at.warp >= 4) return factors(p, s, at.thread - GROUP, layer ? CLUSTERS : p.tiles);
-    float2 bias[QKV_PAIRS];
+    const int row = row_of(at), begin = OfQkv::begin(at.cluster), size = OfQkv::size(at.cluster), group = at.thread / GROUP;
+    float2 bias[PAIRS];
     if (ADAPTIVE) {
         const float* table = p.qkv_bias + ((long long)layer * p.times + time_of(p, row)) * QKV + begin;
 #pragma unroll
-        for (int i = 0; i < QKV_PAIRS; i++)
-            bias[i] = load_constant(reinterpret_cast<const float2*>(table + min(pair_of(at, i), size - 2)));
+        for (int i = 0; i < PAIRS; i++)
+            bias[i] = load_constant(reinterpret_cast<const float2*>(table + min(pair_of(at, 2 * i + group), size - 2)));
     }
-    float d[OfQkv::LARGEST / 2];
-    product<OfQkv::LARGEST / 2, QKV_CHUNKS, 2, false>(d, s, at, done);
-    sync_threads<WORKERS>(1);
-    exchange(parts, d, s, at, done);
+    if (group == 0) {
+        float d[N];
+        product<N, QKV_CHUNKS, 2, 1, false>(d, s, at, done);
+        exchange(parts, d, s, at);
+    } else
+        skip<QKV_CHUNKS, 2>(done);
+    wait_for_norms(s, done);
+    wait_for_parts(s, done);
     if (row >= p.rows) return;
-    const float factor = s.factor[0][row];
+    const float factor = s.factor[row];
     const long long cached = ((long long)layer * p.cache_rows + p.prefix_rows + p.first + row) * DIM;
-    float2 sums[QKV_PAIRS];
+    float2 sums[PAIRS];
 #pragma unroll
-    for (int i = 0; i < QKV_PAIRS; i++)
-        sums[i] = summed<OfQkv::LARGEST / 2>(parts, at.thread / 8, min(pair_of(at, i), size - 2));
+    for (int i = 0; i < PAIRS; i++)
+        sums[i] = summed<N>(parts, at.thread % GROUP / 8, min(pair_of(at, 2 * i + group), size - 2));
 #pragma unroll
-    for (int i = 0; i < QKV_PAIRS; i++) {
-        if (pair_of(at, i) >= size) break;
-        const int column = begin + pair_of(at, i), head = column / DIM, within = column % DIM;
-        float2 y = sums[i];
-        y.x *= factor, y.y *= factor;
+    for (int i = 0; i < PAIRS; i++) {
+        const int pair = pair_of(at, 2 * i + group);
+        if (pair >= size) break;
+        const int column = begin + pair, head = column / DIM, within = column % DIM;
+        float2 y = make_float2(sums[i].x * factor, sums[i].y * factor);
         if (ADAPTIVE) y.x += bias[i].x, y.y += bias[i].y;
         if (head <= HEADS) {  // a pair is a complex number
-            const float2 turn = s.rope[i][at.thread];
+            const float2 turn = s.rope[2 * i + group][at.thread % GROUP];
             y = make_float2(y.x * turn.x - y.y * turn.y, y.x * turn.y + y.y * turn.x);
         }
         bf16* to = head < HEADS ? p.q + row * QUERIES + column : (head == HEADS ? p.keys : p.values) + cached + within;
@@ -318,7 +352,10 @@ DEVICE void project(const Params& p, Shared& s, Progress& done, int layer) {
 template <int CHUNKS>
 DEVICE void add_product(const Params& p, Shared& s, Progress& done, float2 (&x)[X_PAIRS], int norm) {
     const Where at = where();
-    if (at.warp >= 4) return;
+    if (at.warp >= 4) {
+        done.exchanged++;
+        return skip<CHUNKS, 4>(done);
+    }
     constexpr int N = OfWidth::LARGEST / 2;
     const int row = row_of(at), begin = OfWidth::begin(at.cluster), size = OfWidth::size(at.cluster);
     u32 gates[X_PAIRS], scales[X_PAIRS];  // of this branch; of the norm that follows
@@ -332,8 +369,9 @@ DEVICE void add_product(const Params& p, Shared& s, Progress& done, float2 (&x)[
         }
     }
     float d[N];
-    product<N, CHUNKS, 4, false>(d, s, at, done);
-    exchange(&s.parts[0][0][0], d, s, at, done);
+    product<N, CHUNKS, 4, 1, false>(d, s, at, done);
+    exchange(&s.parts[0][0][0], d, s, at);
+    wait_for_parts(s, done);
     float squares = 0.f;
     float2 sums[X_PAIRS];
 #pragma unroll
@@ -363,42 +401,48 @@ DEVICE float gelu(float x) {  // the tanh form: 0.5 (1 + tanh(y)) is sigmoid(2 y
 DEVICE void geglu(const Params& p, Shared& s, Progress& done, int layer) {
     const Where at = where();
     constexpr int N = OfMlp::LARGEST;  // gates, and as many that they gate
+    const int group = at.thread / GROUP, thread = at.thread % GROUP, row = 16 * (at.warp % 4) + at.lane / 4 + 8 * group;
     const int share = at.cluster * RANKS + at.rank, first = OfMlp::begin(share) + 2 * (at.lane % 4);
-    if (at.warp >= 4) return factors(p, s, at.thread - GROUP, CLUSTERS);
-    float2 bias[2][2][N / 8];
-    if (ADAPTIVE)
+    float2 bias[2][N / 8];
+    if (ADAPTIVE) {
+        const float* table = p.geglu_bias + ((long long)layer * p.times + time_of(p, row)) * (2 * MLP) + first;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int row = 16 * at.warp + at.lane / 4 + 8 * half;
-            const float* table = p.geglu_bias + ((long long)layer * p.times + time_of(p, row)) * (2 * MLP) + first;
+        for (int j = 0; j < N / 8; j++)
 #pragma unroll
-            for (int j = 0; j < N / 8; j++)
-#pragma unroll
-                for (int up = 0; up < 2; up++) {
-                    const float* from = table + up * MLP + min(8 * j, OfMlp::size(share) - 8);
-                    bias[half][up][j] = load_constant(reinterpret_cast<const float2*>(from));
-                }
-        }
-    float d[N];
-    product<N, GEGLU_CHUNKS, 2, true>(d, s, at, done);
-    sync_threads<WORKERS>(1);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int row = 16 * at.warp + at.lane / 4 + 8 * half;
-        if (row >= p.rows) break;
-        const float factor = s.factor[0][row];
-#pragma unroll
-        for (int j = 0; j < N / 8; j++) {
-            if (8 * j >= OfMlp::size(share)) break;
-            float2 gate = make_float2(d[4 * j + 2 * half] * factor, d[4 * j + 2 * half + 1] * factor);
-            float2 up = make_float2(d[N / 2 + 4 * j + 2 * half] * factor, d[N / 2 + 4 * j + 2 * half + 1] * factor);
-            if (ADAPTIVE) {
-                gate.x += bias[half][0][j].x, gate.y += bias[half][0][j].y;
-                up.x += bias[half][1][j].x, up.y += bias[half][1][j].y;
+            for (int up = 0; up < 2; up++) {
+                const float* from = table + up * MLP + min(8 * j, OfMlp::size(share) - 8);
+                bias[up][j] = load_constant(reinterpret_cast<const float2*>(from));
             }
-            const u32 both = narrow(gelu(gate.x) * up.x, gelu(gate.y) * up.y);
-            *reinterpret_cast<u32*>(p.gated + row * MLP + first + 8 * j) = both;
+    }
+    float d[N];
+    product<N, GEGLU_CHUNKS, 2, 2, true>(d, s, at, done);
+    sync_threads<WORKERS>(1);
+    // rows r of each eight pairs are for the first group, rows r + 8 for the second: they swap what they have of them
+    float2* swapped = reinterpret_cast<float2*>(s.a) + thread;
+#pragma unroll
+    for (int j = 0; j < N / 4; j++)
+        swapped[(group * (N / 4) + j) * GROUP] =
+            group ? make_float2(d[4 * j], d[4 * j + 1]) : make_float2(d[4 * j + 2], d[4 * j + 3]);
+    wait_for_norms(s, done);
+    sync_threads<WORKERS>(1);
+    if (row >= p.rows) return;
+    const float factor = s.factor[row];
+    float2 y[N / 4];
+#pragma unroll
+    for (int j = 0; j < N / 4; j++) {
+        const float2 other = swapped[((1 - group) * (N / 4) + j) * GROUP];
+        y[j] = make_float2(((group ? d[4 * j + 2] : d[4 * j]) + other.x) * factor,
+                           ((group ? d[4 * j + 3] : d[4 * j + 1]) + other.y) * factor);
+        if (ADAPTIVE) {
+            const float2 shift = bias[j / (N / 8)][j % (N / 8)];
+            y[j].x += shift.x, y[j].y += shift.y;
         }
+    }
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+        const float2 gate = y[j], up = y[N / 8 + j];
+        if (8 * j < OfMlp::size(share))
+            *reinterpret_cast<u32*>(p.gated + row * MLP + first + 8 * j) = narrow(gelu(gate.x) * up.x, gelu(gate.y) * up.y);
     }
 }
 
@@ -556,7 +600,7 @@ DEVICE void attention(const Params& p, Shared& s, Progress& done, int layer) {
     float2* weights = reinterpret_cast<float2*>(s.a + WEIGHTS_AT);
     if (at.thread == 0) {
         barrier_expect(&s.weighed, 8 * RANKS * 16 * sizeof(float2));
-        barrier_expect(&s.mixed, RANKS * 4 * DIM * sizeof(float));
+        barrier_expect(&s.mixed, RANKS * 4 * DIM * sizeof(bf16));
     }
     for (int half = 0; half < 2; half++) {
         for (int flipped = 1; flipped < 4; flipped *= 2) total[half] += from_lane(total[half], flipped);
@@ -596,7 +640,7 @@ DEVICE void attention(const Params& p, Shared& s, Progress& done, int layer) {
             }
     sync_threads<WORKERS>(1);
     const int row = at.thread / 16;
-    float4* sums = reinterpret_cast<float4*>(s.a + MIXED_AT);
+    uint4* sums = reinterpret_cast<uint4*>(s.a + MIXED_AT);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int dim = DIM / 2 * half + at.thread % 16 * 8;
@@ -608,17 +652,16 @@ DEVICE void attention(const Params& p, Shared& s, Progress& done, int layer) {
 #pragma unroll
             for (int k = 0; k < 4; k++) sum[2 * k] += widen(w[k]), sum[2 * k + 1] += widen_high(w[k]);
         }
-        float4* to = sums + (at.rank * 4 + row % 4) * (DIM / 4) + dim / 4;
-        store_at(to, row / 4, make_float4(sum[0], sum[1], sum[2], sum[3]), &s.mixed);
-        store_at(to + 1, row / 4, make_float4(sum[4], sum[5], sum[6], sum[7]), &s.mixed);
+        const uint4 mine = make_uint4(narrow(sum[0], sum[1]), narrow(sum[2], sum[3]), narrow(sum[4], sum[5]), narrow(sum[6], sum[7]));
+        store_at(sums + (at.rank * 4 + row % 4) * (DIM / 8) + dim / 8, row / 4, mine, &s.mixed);
     }
     barrier_wait(&s.mixed, done.heads++ & 1);
     const int mine = at.thread / (DIM / 4), column = at.thread % (DIM / 4);
     float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
     for (int rank = 0; rank < RANKS; rank++) {
-        const float4 part = sums[(rank * 4 + mine) * (DIM / 4) + column];
-        y.x += part.x, y.y += part.y, y.z += part.z, y.w += part.w;
+        const uint2 part = reinterpret_cast<const uint2*>(sums)[(rank * 4 + mine) * (DIM / 4) + column];
+        y.x += widen(part.x), y.y += widen_high(part.x), y.z += widen(part.y), y.w += widen_high(part.y);
     }
     const int asked = query + 4 * at.rank + mine;
     if (asked < p.rows * HEADS)
@@ -642,6 +685,7 @@ DEVICE void work(const Params& p, Shared& s) {
         const float2* rope = reinterpret_cast<const float2*>(p.rope + (p.first + row) * DIM);
         for (int i = 0; i < QKV_PAIRS; i++) s.rope[i][at.thread] = rope[(OfQkv::begin(at.cluster) + pair_of(at, i)) % DIM / 2];
     }
+    sync_threads<WORKERS>(1);
     for (int layer = 0; layer < p.depth; layer++) {
         wait_for_go(s, done);
         project(p, s, done, layer);
@@ -674,7 +718,9 @@ layers(const __grid_constant__ Params p) {
             barrier_init(&s.drained[i], GROUP / 32);
             barrier_init(&s.drained_by_all[i], RANKS * GROUP / 32);
         }
-        for (Barrier* b : {&s.go, &s.exchanged, &s.weighed, &s.mixed}) barrier_init(b, 1);
+        for (Barrier* b : {&s.go, &s.weighed, &s.mixed}) barrier_init(b, 1);
+        barrier_init(&s.normed, ROWS);
+        barrier_init(&s.exchanged, 1 + 32);
         barriers_are_ready();
     }
     sync_cluster();
@@ -685,6 +731,7 @@ layers(const __grid_constant__ Params p) {
         keep_registers<40>();
         if (at.warp == WORKERS / 32 && at.lane == 0) copy_weights(p, s, at);
         if (at.warp == WORKERS / 32 + 1 && at.lane == 0) copy_activations(p, s, at);
+        if (at.warp >= WORKERS / 32 + 2) norms(p, s, at);
     }
     sync_cluster();  // nobody's shared memory goes while others write to it
     if (at.thread == 0 && atomicAdd(p.counter + 1, 1u) == gridDim.x - 1) p.counter[0] = p.counter[1] = 0;
