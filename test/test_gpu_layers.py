@@ -153,3 +153,22 @@ def test_a_step_is_that_of_the_plain_sampler(pi05, horizon, clusters, emulated, 
         sampler.keys[:, :, rows + 1 :] = sampler.values[:, :, rows + 1 :] = float("nan")
         layers.run(when, 1, config.action_horizon, rows, with_state=False)
         assert torch.equal(velocity(), got)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
+def test_on_hopper_chunks_are_those_of_the_cpu_and_keep_their_bits(pi05):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("this GPU is not of the Hopper kind")
+    config = replace(CONFIG, pi05=pi05)
+    model = make_model(config)
+    exact, sampler = Sampler(model, num_steps=3), Sampler(model, num_steps=3, dtype=torch.bfloat16, device="cuda")
+    assert sampler.steps.layers is not None
+    for seed in range(3):
+        images, state, noise = draw_inputs(config, seed)
+        frozen = torch.full((2, config.action_dim), 0.25) if seed == 1 else None
+        tokens = TOKENS[: 5 + 5 * seed]
+        want = exact.sample(images, tokens, state, noise, frozen=frozen).actions
+        got = [sampler.sample(images, tokens, state, noise, frozen=frozen).actions for _ in range(20)]
+        assert (got[0] - want).square().mean() < (0.03 * want.square().mean().sqrt()) ** 2
+        assert all(torch.equal(one, got[0]) for one in got)

@@ -128,7 +128,12 @@ class Sampler:
             self.config, self.weights, self.time_bias, self.modulation, self.num_steps,
             **cache, rope=self.suffix_rope, x=self.x, free=self.free, early=gpu.launches_early(self.device),
         )  # fmt: skip
-        if reason := fault(self):
+        reason = fault(self)
+        if reason and self.steps.layers is not None:
+            _log.warning("the kernel for whole denoising steps is not used, others are: %s", reason)
+            self.steps.layers, self.graphs = None, Graphs(self.graphs.enabled)
+            reason = fault(self)
+        if reason:
             if float8:
                 raise ValueError(f"float8 cannot be, its kernels fail here: {reason}")
             _log.warning("the GPU's kernels are not used, so a chunk takes about twice as long: %s", reason)

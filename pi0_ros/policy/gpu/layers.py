@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import logging
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pi0_ros.model.config import Pi0Config
 from pi0_ros.model.gemma import RMS_EPS
 from pi0_ros.policy.fused import Fused
 
+_log = logging.getLogger(__name__)
 ROOM = Path(__file__).parent
 CLUSTER, THREADS = 4, 384  # blocks of a cluster, threads of a block
 MOST, LEAST = 32, 26  # clusters: more would have nothing to do, or columns for which there is no instruction
@@ -39,8 +41,16 @@ def kernel_for(config: Pi0Config, device: torch.device) -> Kernel | None:
         return None
     if torch.cuda.get_device_capability(device) != (9, 0) or not importlib.util.find_spec("cuda"):
         return None
-    kernel = compiled(device.index or 0, config.pi05)
-    return kernel if kernel and kernel.clusters >= config.suffix_len * expert.num_heads / 16 else None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        with torch.cuda.device(index):
+            clusters = min(room(index), MOST)
+            if clusters < max(LEAST, config.suffix_len * expert.num_heads / 16):
+                return None
+            return compiled(clusters, config.pi05, index)
+    except Exception as error:  # noqa: BLE001 - whatever NVIDIA's libraries raise where they are not as they should be
+        _log.warning("the kernel for whole denoising steps is not used: %s", str(error).strip().split("\n")[0])
+        return None
 
 
 def tensor_map(tensor: Tensor, rows: int) -> bytes:
@@ -121,44 +131,59 @@ def _largest(columns: int, shares: int) -> int:
 
 
 @functools.cache
-def compiled(device: int, adaptive: bool) -> Kernel | None:
-    """The kernel for as many clusters as `device` has room for, or None where that is too few.
+def room(device: int) -> int:
+    """How many clusters of blocks that take all the shared memory `device`, the current one, has room for at once."""
+    from cuda.bindings import driver
+
+    probe = f'extern "C" __global__ void __cluster_dims__({CLUSTER}, 1, 1) layers() {{}}'
+    shape = driver.CUlaunchAttribute()
+    shape.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    shape.value.clusterDim.x, shape.value.clusterDim.y, shape.value.clusterDim.z = CLUSTER, 1, 1
+    return _checked(driver.cuOccupancyMaxActiveClusters(_load(probe.encode(), {}), _configured(LEAST, shape)))
+
+
+@functools.cache
+def compiled(clusters: int, adaptive: bool, device: int) -> Kernel:
+    """The kernel for `device`, the current one.
 
     Raises:
         RuntimeError: what NVIDIA's compiler or driver says.
     """
-    clusters = MOST
-    while clusters >= LEAST:
-        function, room = _load(clusters, adaptive)
-        if room >= clusters:
-            return Kernel(clusters, _launcher(function, clusters, device))
-        clusters = room
-    return None
+    from cuda.bindings import driver
+
+    constants = {"ADAPTIVE": int(adaptive), "RMS_EPS": f"{RMS_EPS}f", "CLUSTERS": clusters, "MEMORY": MEMORY}
+    function = _load((ROOM / "layers.cu").read_bytes(), constants)
+    together = driver.CUlaunchAttribute()  # all blocks at once or none: they wait for one another
+    together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+    together.value.cooperative = 1
+    config = _configured(clusters, together)
+
+    def launch(params: bytes) -> None:
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        packed = ctypes.create_string_buffer(params, len(params))
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
+        _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0))
+
+    return Kernel(clusters, launch)
 
 
-def _load(clusters: int, adaptive: bool):
-    """The function, compiled for `clusters`, and how many of them the current device has room for at once."""
+def _load(source: bytes, constants: dict[str, object]):
+    """The function `layers` of a CUDA source, for good: a few hundred kilobytes, once for each kind of model."""
     from cuda.bindings import driver, nvrtc
 
-    header, source = (ROOM / "hopper.h").read_bytes(), (ROOM / "layers.cu").read_bytes()
+    header = (ROOM / "hopper.h").read_bytes()
     program = _checked(nvrtc.nvrtcCreateProgram(source, b"layers.cu", 1, [header], [b"hopper.h"]))
-    constants = {"ADAPTIVE": int(adaptive), "RMS_EPS": f"{RMS_EPS}f", "CLUSTERS": clusters, "MEMORY": MEMORY}
     options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{name}={value}" for name, value in constants.items())]
-    options = [option.encode() for option in options]
-    if nvrtc.nvrtcCompileProgram(program, len(options), options)[0]:
+    if nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]:
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
         raise RuntimeError(f"layers.cu does not compile: {log.decode().strip()}")
     image = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     _checked(nvrtc.nvrtcGetCUBIN(program, image))
-    module = _checked(driver.cuModuleLoadData(image))  # for good: a few hundred kilobytes, once for each kind of model
-    function = _checked(driver.cuModuleGetFunction(module, b"layers"))
+    function = _checked(driver.cuModuleGetFunction(_checked(driver.cuModuleLoadData(image)), b"layers"))
     most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(function, most, MEMORY))
-    shape = driver.CUlaunchAttribute()
-    shape.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    shape.value.clusterDim.x, shape.value.clusterDim.y, shape.value.clusterDim.z = CLUSTER, 1, 1
-    return function, _checked(driver.cuOccupancyMaxActiveClusters(function, _configured(clusters, shape)))
+    return function
 
 
 def _configured(clusters: int, attribute):
@@ -169,23 +194,6 @@ def _configured(clusters: int, attribute):
     config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
     config.attrs, config.numAttrs = [attribute], 1
     return config
-
-
-def _launcher(function, clusters: int, device: int) -> Callable[[bytes], None]:
-    from cuda.bindings import driver
-
-    together = driver.CUlaunchAttribute()  # all blocks at once or none: they wait for one another
-    together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-    together.value.cooperative = 1
-    config = _configured(clusters, together)
-
-    def launch(params: bytes) -> None:
-        config.hStream = torch.cuda.current_stream(device).cuda_stream
-        packed = ctypes.create_string_buffer(params, len(params))
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
-        _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0))
-
-    return launch
 
 
 def _checked(answer: tuple):
