@@ -31,6 +31,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["pi0_ros", "pi0_ros.*"], exclude=["pi0_ros.msg*", "pi0_ros.srv*"]),
+    package_data={"pi0_ros": ["policy/gpu/hopper/*"]},
     data_files=shared("config"),
     install_requires=lines("requirements/run.txt"),
     extras_require={"orbax": ["tensorstore"]},  # reads openpi's JAX checkpoints as they are

@@ -6,6 +6,7 @@
 #ifndef PI0_HOPPER
 #define PI0_HOPPER
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -24,7 +25,12 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 using bf16 = u16;
 using Barrier = u64;
-struct alignas(64) TensorMap { u64 base; int size[3], box[3]; long long stride[3]; u8 rest[72]; };  // innermost first
+struct alignas(64) TensorMap {
+    u64 base;
+    int size[3], box[3];
+    long long stride[3];
+    u8 rest[72];
+};  // innermost first
 static_assert(sizeof(TensorMap) == 128);
 
 #define DEVICE inline
@@ -34,10 +40,18 @@ static_assert(sizeof(TensorMap) == 128);
 #define __cluster_dims__(...)
 #define __launch_bounds__(...)
 
-struct float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct uint2 { u32 x, y; };
-struct alignas(16) uint4 { u32 x, y, z, w; };
+struct float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct uint2 {
+    u32 x, y;
+};
+struct alignas(16) uint4 {
+    u32 x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
@@ -48,25 +62,67 @@ inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 using std::fmax;
 inline float fmaxf(float a, float b) { return std::fmax(a, b); }
 
-struct Meeting { int there = 0; u64 times = 0; };
-struct Warp { int count = 0; bool full = false; u32 box[32][6]; Meeting meeting; };
+struct Meeting {
+    int there = 0;
+    u64 times = 0;
+};
+struct Warp {
+    int count = 0;
+    bool full = false;
+    u32 box[32][6];
+    Meeting meeting;
+};
 struct Cluster;
-struct Block { Cluster* cluster; u32 index, rank; u8* memory; Warp warps[32]; Meeting meetings[16]; };
-struct Cluster { std::vector<Block*> blocks; Meeting meeting; };
-struct Thread { ucontext_t context; Block* block; u32 index; bool done = false; };
-struct Copy { std::vector<u8*> to; std::vector<Barrier*> barriers; const TensorMap* map; int at[3]; };
-struct Index { u32 x; };
+struct Block {
+    Cluster* cluster;
+    u32 index, rank;
+    u8* memory;
+    Warp warps[32];
+    Meeting meetings[16];
+};
+struct Cluster {
+    std::vector<Block*> blocks;
+    Meeting meeting;
+};
+struct Thread {
+    ucontext_t context;
+    jmp_buf left;
+    Block* block;
+    u32 index;
+    bool begun = false, done = false;
+};
+struct Copy {
+    u8* to;
+    Barrier* barrier;
+    const TensorMap* map;
+    int at[3];
+};
+struct Index {
+    u32 x;
+};
 
 inline Thread* current;
-inline ucontext_t scheduler;
+inline ucontext_t unused;
+inline jmp_buf scheduler;
 inline u32 threads_of_a_block, blocks_of_the_grid, blocks_of_a_cluster;
 inline std::vector<Copy> copies;
 inline bool progress;
 
 #define gridDim (Index{blocks_of_the_grid})
 
-[[noreturn]] inline void fail(const char* why) { std::fprintf(stderr, "%s\n", why), std::fflush(stderr), std::_Exit(3); }
-inline void yield() { swapcontext(&current->context, &scheduler); }
+[[noreturn]] inline void fail(const char* why) {
+    std::fprintf(stderr, "%s\n", why), std::fflush(stderr), std::_Exit(3);
+}
+// A context is entered once with its stack; from then on jumps do, which ask the system for nothing.
+inline void yield() {
+    if (!_setjmp(current->left)) _longjmp(scheduler, 1);
+}
+inline void resume() {
+    if (_setjmp(scheduler)) return;
+    if (current->begun) _longjmp(current->left, 1);
+    current->begun = true;
+    swapcontext(&unused, &current->context);
+}
 template <class Condition> void wait_until(Condition condition) {
     while (!condition()) yield();
     progress = true;
@@ -80,7 +136,11 @@ inline Warp& warp() { return current->block->warps[current->index / 32]; }
 
 // --- barriers ---------------------------------------------------------------------------------------------------------
 
-struct Fields { u16 expected, pending; int tx : 31; unsigned phase : 1; };
+struct Fields {
+    u16 expected, pending;
+    int tx : 31;
+    unsigned phase : 1;
+};
 inline void change(Barrier* b, int arrivals, int bytes) {
     Fields f;
     std::memcpy(&f, b, 8);
@@ -100,7 +160,6 @@ inline void barrier_init(Barrier* b, u32 arrivals) {
 inline void barriers_are_ready() {}
 inline void barrier_arrive(Barrier* b) { change(b, 1, 0); }
 inline void barrier_expect(Barrier* b, u32 bytes) { change(b, 0, bytes), change(b, 1, 0); }
-inline void barrier_arrive_at(Barrier* b, u32 rank) { change(at_rank(b, rank), 1, 0); }
 inline void barrier_wait(Barrier* b, u32 parity) {
     wait_until([&] { return reinterpret_cast<Fields*>(b)->phase != parity; });
 }
@@ -112,7 +171,9 @@ inline u32 thread_index() { return current->index; }
 inline u32 block_index() { return current->block->index; }
 inline u32 atomicAdd(u32* p, u32 x) { return (*p += x) - x; }
 inline void grid_arrive(u32* counter) { ++*counter; }
-inline void grid_wait(const u32* counter, u32 arrivals) { wait_until([&] { return *counter >= arrivals; }); }
+inline void grid_wait(const u32* counter, u32 arrivals) {
+    wait_until([&] { return *counter >= arrivals; });
+}
 inline void fence_for_copies() {}
 inline void fence_for_tiles() {}
 template <int> void keep_registers() {}
@@ -121,35 +182,23 @@ template <int> void take_registers() {}
 // --- copies -----------------------------------------------------------------------------------------------------------
 
 inline u64 swizzled(u64 address) { return address ^ (address >> 7 & 7) << 4; }
-inline void copy_tile_to(u16 mask, void* to, const TensorMap* map, int x, int y, int z, Barrier* b) {
-    Copy copy = {{}, {}, map, {x, y, z}};
-    for (u32 rank = 0; rank < blocks_of_a_cluster; rank++)
-        if (mask >> rank & 1) {
-            copy.barriers.push_back(at_rank(b, rank));
-            copy.to.push_back(reinterpret_cast<u8*>(at_rank(static_cast<Barrier*>(to), rank)));
-            std::memset(copy.to.back(), 0xFF, map->box[0] * map->box[1] * 2);
-        }
-    copies.push_back(copy);
-}
 template <bool> void copy_tile(void* to, const TensorMap* map, int x, int y, int z, Barrier* b) {
-    copy_tile_to(1 << current->block->rank, to, map, x, y, z, b);
+    std::memset(to, 0xFF, map->box[0] * map->box[1] * 2);
+    copies.push_back({static_cast<u8*>(to), b, map, {x, y, z}});
 }
 inline void arrive(const Copy& copy) {
     const TensorMap& m = *copy.map;
-    for (size_t i = 0; i < copy.to.size(); i++) {
-        for (int row = 0; row < m.box[1]; row++)
-            for (int column = 0; column < m.box[0]; column++) {
-                const int at[3] = {copy.at[0] + column, copy.at[1] + row, copy.at[2]};
-                bool inside = true;
-                long long offset = 0;
-                for (int k = 0; k < 3; k++) inside &= at[k] >= 0 && at[k] < m.size[k], offset += at[k] * m.stride[k];
-                const u64 to = swizzled((u64)copy.to[i] + row * 128 + column * 2);
-                *reinterpret_cast<bf16*>(to) = inside ? reinterpret_cast<const bf16*>(m.base)[offset] : 0;
-            }
-        change(copy.barriers[i], 0, -m.box[0] * m.box[1] * 2);
-    }
+    for (int row = 0; row < m.box[1]; row++)
+        for (int column = 0; column < m.box[0]; column++) {
+            const int at[3] = {copy.at[0] + column, copy.at[1] + row, copy.at[2]};
+            bool inside = true;
+            long long offset = 0;
+            for (int k = 0; k < 3; k++) inside &= at[k] >= 0 && at[k] < m.size[k], offset += at[k] * m.stride[k];
+            const u64 to = swizzled((u64)copy.to + row * 128 + column * 2);
+            *reinterpret_cast<bf16*>(to) = inside ? reinterpret_cast<const bf16*>(m.base)[offset] : 0;
+        }
+    change(copy.barrier, 0, -m.box[0] * m.box[1] * 2);
 }
-inline void prefetch(const void*, u32) {}
 inline void prefetch_map(const TensorMap*) {}
 template <class T> void store_at(T* p, u32 rank, T v, Barrier* b) {
     std::memcpy(at_rank(reinterpret_cast<Barrier*>(p), rank), &v, sizeof v);
@@ -162,7 +211,10 @@ inline float load_fresh(const float* p) { return *p; }
 
 // --- arithmetic -------------------------------------------------------------------------------------------------------
 
-inline float as_float(u32 x) { float y; return std::memcpy(&y, &x, 4), y; }
+inline float as_float(u32 x) {
+    float y;
+    return std::memcpy(&y, &x, 4), y;
+}
 inline float widen(u32 x) { return as_float(x << 16); }
 inline float widen_high(u32 x) { return as_float(x & 0xFFFF0000u); }
 inline u32 rounded(float x) {
@@ -241,7 +293,8 @@ template <class Params> struct Grid {
         current->done = true;
         while (true) yield();
     }
-    static void run(void (*function)(Params), const Params& p, u32 blocks, u32 cluster, u32 threads, size_t memory, u32 seed) {
+    static void run(void (*function)(Params), const Params& p, u32 blocks, u32 cluster, u32 threads, size_t memory,
+                    u32 seed) {
         constexpr size_t STACK = 64 << 10;
         params = &p, kernel = function;
         blocks_of_the_grid = blocks, blocks_of_a_cluster = cluster, threads_of_a_block = threads;
@@ -283,7 +336,7 @@ template <class Params> struct Grid {
                     progress = false;
                     for (u32 k = 0; k < threads; k++) {
                         current = &fibers[(size_t)block * threads + k];
-                        if (!current->done) running = true, swapcontext(&scheduler, &current->context);
+                        if (!current->done) running = true, resume();
                     }
                     any |= progress;
                     if (!progress) break;

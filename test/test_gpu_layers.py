@@ -17,7 +17,7 @@ from sampler_kit import draw_inputs, make_model
 
 from pi0_ros.model.config import GemmaConfig, Pi0Config, VisionConfig
 from pi0_ros.model.gemma import RMS_EPS
-from pi0_ros.policy.gpu.layers import MEMORY, ROOM, ExpertLayers, Kernel
+from pi0_ros.policy.gpu.layers import MEMORY, SOURCES, ExpertLayers, Kernel
 from pi0_ros.policy.sampler import Sampler
 
 EXPERT = GemmaConfig(width=1024, depth=2, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)  # gemma_300m's sizes
@@ -44,7 +44,7 @@ def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layers")
     (folder / "layers.cpp").write_text(f"""
 #include "{HERE}/hopper_on_cpu.h"
-#include "{ROOM}/layers.cu"
+#include "{SOURCES}/layers.cu"
 extern "C" void launch(const void* bytes, size_t size, u32 seed) {{
     static Params p;
     if (size != sizeof p) fail("Params are of another size here than there");
@@ -111,8 +111,9 @@ def put(layers: ExpertLayers, sampler: Sampler, x: torch.Tensor, k: int, frozen:
         buffers["scaled"][lead:] = (y * scale).to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("pi05", [False, True], ids=["pi0", "pi05"])
-@pytest.mark.parametrize(("horizon", "clusters"), [(50, 30), (9, 32)])
+@pytest.mark.parametrize(
+    ("pi05", "horizon", "clusters"), [(False, 50, 30), (True, 9, 32)], ids=["pi0", "pi05, and few actions"]
+)
 def test_a_step_is_that_of_the_plain_sampler(pi05, horizon, clusters, emulated, monkeypatch):
     config = replace(CONFIG, pi05=pi05, action_horizon=horizon)
     monkeypatch.setattr("pi0_ros.policy.fused.has_onednn", lambda dtype: False)

@@ -1,4 +1,4 @@
-"""All layers of the action expert as one kernel, `layers.cu`, on GPUs of the Hopper kind: its compiler and its launch."""
+"""All layers of the action expert as one kernel on GPUs of the Hopper kind: what compiles and launches `hopper/layers.cu`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pi0_ros.model.gemma import RMS_EPS
 from pi0_ros.policy.fused import Fused
 
 _log = logging.getLogger(__name__)
-ROOM = Path(__file__).parent
+SOURCES = Path(__file__).parent / "hopper"
 CLUSTER, THREADS = 4, 384  # blocks of a cluster, threads of a block
 MOST, LEAST = 32, 26  # clusters: more would have nothing to do, or columns for which there is no instruction
 MEMORY = 232448  # bytes of shared memory, all that a block may have
@@ -152,7 +152,7 @@ def compiled(clusters: int, adaptive: bool, device: int) -> Kernel:
     from cuda.bindings import driver
 
     constants = {"ADAPTIVE": int(adaptive), "RMS_EPS": f"{RMS_EPS}f", "CLUSTERS": clusters, "MEMORY": MEMORY}
-    function = _load((ROOM / "layers.cu").read_bytes(), constants)
+    function = _load((SOURCES / "layers.cu").read_bytes(), constants)
     together = driver.CUlaunchAttribute()  # all blocks at once or none: they wait for one another
     together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
     together.value.cooperative = 1
@@ -171,8 +171,9 @@ def _load(source: bytes, constants: dict[str, object]):
     """The function `layers` of a CUDA source, for good: a few hundred kilobytes, once for each kind of model."""
     from cuda.bindings import driver, nvrtc
 
-    header = (ROOM / "hopper.h").read_bytes()
-    program = _checked(nvrtc.nvrtcCreateProgram(source, b"layers.cu", 1, [header], [b"hopper.h"]))
+    headers = {path.name.encode(): path.read_bytes() for path in SOURCES.glob("*.h")}
+    program = nvrtc.nvrtcCreateProgram(source, b"layers.cu", len(headers), list(headers.values()), list(headers))
+    program = _checked(program)
     options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{name}={value}" for name, value in constants.items())]
     if nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]:
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))

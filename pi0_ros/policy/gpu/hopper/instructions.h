@@ -1,4 +1,4 @@
-// What layers.cu asks of a GPU of the Hopper kind, one function per instruction (PTX ISA, sections 9.7.8 and 9.7.13 to 15).
+// What layers.cu asks of a GPU of the Hopper kind, a function for each instruction; see NVIDIA's PTX ISA for them.
 #ifndef PI0_HOPPER
 #define PI0_HOPPER
 
@@ -7,8 +7,10 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 using bf16 = u16;
-using Barrier = u64;                         // an mbarrier in shared memory
-struct alignas(64) TensorMap { u64 words[16]; };  // CUtensorMap
+using Barrier = u64;  // an mbarrier in shared memory
+struct alignas(64) TensorMap {
+    u64 words[16];
+};  // CUtensorMap
 
 #define DEVICE __device__ __forceinline__
 
@@ -39,18 +41,14 @@ DEVICE void barrier_expect(Barrier* b, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(b)), "r"(bytes) : "memory");
 }
 
-// Arrive at this barrier of the cluster's block `rank`.
-DEVICE void barrier_arrive_at(Barrier* b, u32 rank) {
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(address(b)), "r"(rank) : "memory");
-}
-
 DEVICE bool barrier_passed(Barrier* b, u32 parity) {
     u32 passed;
     asm volatile(
         "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p; }" : "=r"(passed) : "r"(address(b)), "r"(parity) : "memory");
+        "selp.u32 %0, 1, 0, p; }"
+        : "=r"(passed)
+        : "r"(address(b)), "r"(parity)
+        : "memory");
     return passed;
 }
 
@@ -128,47 +126,42 @@ template <bool STREAMED> DEVICE void copy_tile(void* to, const TensorMap* map, i
     if constexpr (STREAMED)
         asm volatile(
             "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
-            " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(address(to)), "l"(map), "r"(address(b)), "r"(x), "r"(y), "r"(z),
-            "l"(0x12F0000000000000ull) : "memory");  // evict first
+            " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(address(to)),
+            "l"(map), "r"(address(b)), "r"(x), "r"(y), "r"(z),
+            "l"(0x12F0000000000000ull)
+            : "memory");  // evict first
     else
         asm volatile(
             "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-            " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(address(to)), "l"(map), "r"(address(b)), "r"(x), "r"(y), "r"(z)
+            " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(address(to)),
+            "l"(map), "r"(address(b)), "r"(x), "r"(y), "r"(z)
             : "memory");
 }
 
-// The same to the same places of all blocks in the cluster that `mask` has a bit for.
-DEVICE void copy_tile_to(u16 mask, void* to, const TensorMap* map, int x, int y, int z, Barrier* b) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(address(to)), "l"(map), "r"(address(b)), "r"(x), "r"(y), "r"(z),
-        "h"(mask) : "memory");
-}
-
 DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
-
-DEVICE void prefetch(const void* p, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-}
 
 // To the same place in the shared memory of the cluster's block `rank`; its bytes count at `b` there.
 DEVICE void store_at(uint4* p, u32 rank, uint4 v, Barrier* b) {
     asm volatile(
         "{ .reg .b32 there, b; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 b, %1, %2;\n"
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%3, %4, %5, %6}, [b]; }"
-        ::"r"(address(p)), "r"(address(b)), "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%3, %4, %5, %6}, [b]; }" ::"r"(
+            address(p)),
+        "r"(address(b)), "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+        : "memory");
 }
 
 DEVICE void store_at(float4* p, u32 rank, float4 v, Barrier* b) {
-    const uint4 bits = make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
+    const uint4 bits =
+        make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
     store_at(reinterpret_cast<uint4*>(p), rank, bits, b);
 }
 
 DEVICE void store_at(float2* p, u32 rank, float2 v, Barrier* b) {
     asm volatile(
         "{ .reg .b32 there, b; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 b, %1, %2;\n"
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%3, %4}, [b]; }"
-        ::"r"(address(p)), "r"(address(b)), "r"(rank), "f"(v.x), "f"(v.y) : "memory");
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%3, %4}, [b]; }" ::"r"(address(p)),
+        "r"(address(b)), "r"(rank), "f"(v.x), "f"(v.y)
+        : "memory");
 }
 
 // From L2: another multiprocessor may have written it in this very kernel. Asked for where it stands.
@@ -203,8 +196,10 @@ DEVICE float from_lane(float x, int flipped) { return __shfl_xor_sync(0xFFFFFFFF
 
 // d += a b for a warp: a bf16 [16, 16], b bf16 [16, 8], d f32 [16, 8].
 DEVICE void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
-        " {%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
+        " {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
@@ -219,7 +214,9 @@ struct Tile {
 
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT> DEVICE void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
+template <int LEFT> DEVICE void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
@@ -232,10 +229,12 @@ template <int LEFT> DEVICE void products_wait() { asm volatile("wgmma.wait_group
 #define T52 T48 ", %48, %49, %50, %51"
 
 // d += a b^T for four warps: a bf16 [64, 16], b bf16 [COLUMNS, 16], d f32 [64, COLUMNS], 16 rows a warp.
-#define MULTIPLY_TILES(REGISTERS, COLUMNS, A, B, ...)                                                                   \
-    DEVICE void multiply_tiles(float (&d)[REGISTERS], Tile a, Tile b) {                                                 \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" T##REGISTERS "}, %" #A ", %" #B \
-                     ", 1, 1, 1, 0, 0;" : __VA_ARGS__ : "l"(a.view()), "l"(b.view()));                                      \
+#define MULTIPLY_TILES(REGISTERS, COLUMNS, A, B, ...)                                                \
+    DEVICE void multiply_tiles(float (&d)[REGISTERS], Tile a, Tile b) {                              \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 {" T##REGISTERS \
+                     "}, %" #A ", %" #B ", 1, 1, 1, 0, 0;"                                           \
+                     : __VA_ARGS__                                                                   \
+                     : "l"(a.view()), "l"(b.view()));                                                \
     }
 
 MULTIPLY_TILES(16, 32, 16, 17, D16(0))
