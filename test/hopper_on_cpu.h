@@ -324,7 +324,7 @@ template <class Params> struct Grid {
         std::mt19937 draw(seed);
         std::vector<u32> order(blocks);
         for (u32 i = 0; i < blocks; i++) order[i] = i;
-        for (int idle = 0; idle < 3;) {
+        for (int idle = 0; idle < 30;) {
             std::shuffle(order.begin(), order.end(), draw);
             bool any = false, running = false;
             for (u32 block : order) {
@@ -332,11 +332,13 @@ template <class Params> struct Grid {
                 for (auto& copy : copies) (draw() % 2 ? now : later).push_back(copy);
                 copies = later;
                 for (auto& copy : now) arrive(copy), any = true;
+                const u32 asleep = draw() & draw();  // warps that fall behind for as long as the others find to do
                 for (int rounds = 0; rounds < 200; rounds++) {
                     progress = false;
                     for (u32 k = 0; k < threads; k++) {
                         current = &fibers[(size_t)block * threads + k];
-                        if (!current->done) running = true, resume();
+                        running |= !current->done;
+                        if (!current->done && !(asleep >> k / 32 & 1)) resume();
                     }
                     any |= progress;
                     if (!progress) break;
@@ -344,7 +346,7 @@ template <class Params> struct Grid {
             }
             if (!running) break;
             idle = any || !copies.empty() ? 0 : idle + 1;
-            if (idle == 3) fail("the grid stands still: some thread waits for what never comes");
+            if (idle == 30) fail("the grid stands still: some thread waits for what never comes");
         }
         if (!copies.empty()) fail("a copy came after the kernel's end");
         munmap(stacks, stacks_size), munmap(shared, memory * blocks);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,6 +185,21 @@ def test_kernels_that_fail_on_this_device_are_left_for_torchs_operators(broken, 
         sampler = kernels(model, proven=False)
     assert sampler.steps is None and sampler.prefix_pass is None
     assert re.search(f"kernels are not used, .*{reason}", caplog.text)
+    want = Sampler(model, num_steps=2).sample(images, TOKENS, state, noise).actions
+    assert (sampler.sample(images, TOKENS, state, noise).actions - want).abs().max() < 2e-5
+
+
+def test_a_kernel_for_whole_steps_that_fails_is_left_for_one_for_each_part(kernels, caplog):
+    model = make_model(TINY)
+    images, state, noise = draw_inputs(TINY)
+    tiles = SimpleNamespace(clusters=3)  # what the last kernel of a step asks for
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pi0_ros.policy.gpu.layers.kernel_for", lambda *_: tiles)
+        whole = SimpleNamespace(kernel=tiles, run=lambda *_, **__: None)
+        patch.setattr("pi0_ros.policy.gpu.steps.DenoisingSteps._all_layers", lambda *_: whole)
+        sampler = kernels(model, proven=False)
+    assert sampler.steps.layers is None and sampler.prefix_pass is not None
+    assert re.search(r"whole denoising steps is not used, .*differ from torch's by \d", caplog.text)
     want = Sampler(model, num_steps=2).sample(images, TOKENS, state, noise).actions
     assert (sampler.sample(images, TOKENS, state, noise).actions - want).abs().max() < 2e-5
 

@@ -1,4 +1,7 @@
-"""The denoising steps on a GPU: the action expert over `step_kernels.py`, with every buffer allocated once."""
+"""The denoising steps on a GPU, with every buffer allocated once.
+
+The action expert goes over `step_kernels.py`, or, where it can be, over the one kernel of `layers.py`.
+"""
 
 from __future__ import annotations
 
