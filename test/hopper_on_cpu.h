@@ -73,12 +73,19 @@ struct Warp {
     Meeting meeting;
 };
 struct Cluster;
+struct Store {
+    void* to;
+    Barrier* barrier;
+    u8 bytes[16];
+    size_t size;
+};
 struct Block {
     Cluster* cluster;
     u32 index, rank;
     u8* memory;
     Warp warps[32];
     Meeting meetings[16];
+    std::vector<Store> stores;
 };
 struct Cluster {
     std::vector<Block*> blocks;
@@ -201,8 +208,22 @@ inline void arrive(const Copy& copy) {
 }
 inline void prefetch_map(const TensorMap*) {}
 template <class T> void store_at(T* p, u32 rank, T v, Barrier* b) {
-    std::memcpy(at_rank(reinterpret_cast<Barrier*>(p), rank), &v, sizeof v);
-    change(at_rank(b, rank), 0, -(int)sizeof v);
+    Store store = {at_rank(reinterpret_cast<Barrier*>(p), rank), at_rank(b, rank), {}, sizeof v};
+    std::memcpy(store.bytes, &v, sizeof v);
+    current->block->cluster->blocks[rank]->stores.push_back(store);
+}
+// Some of what others stored here comes in, in any order.
+inline bool stores_arrive(Block& block, std::mt19937& draw) {
+    std::vector<Store> later;
+    for (const Store& store : block.stores)
+        if (draw() % 2) {
+            std::memcpy(store.to, store.bytes, store.size);
+            change(store.barrier, 0, -(int)store.size);
+        } else
+            later.push_back(store);
+    const bool any = later.size() < block.stores.size();
+    block.stores.swap(later);
+    return any;
 }
 template <class T> T load_constant(const T* p) { return *p; }
 inline float divide(float x, float y) { return x / y; }
@@ -260,6 +281,7 @@ inline void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 }
 inline void products_begin() {}
 inline void products_commit() {}
+template <int N> void products_are_in(float (&)[N]) {}
 template <int> void products_wait() { meet(warp().meeting, 32); }
 struct Tile {
     u64 start;
@@ -332,6 +354,7 @@ template <class Params> struct Grid {
                 for (auto& copy : copies) (draw() % 2 ? now : later).push_back(copy);
                 copies = later;
                 for (auto& copy : now) arrive(copy), any = true;
+                any |= stores_arrive(all[block], draw);
                 const u32 asleep = draw() & draw();  // warps that fall behind for as long as the others find to do
                 for (int rounds = 0; rounds < 200; rounds++) {
                     progress = false;

@@ -194,7 +194,6 @@ def test_a_kernel_for_whole_steps_that_fails_is_left_for_one_for_each_part(kerne
     images, state, noise = draw_inputs(TINY)
     tiles = SimpleNamespace(clusters=3)  # what the last kernel of a step asks for
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pi0_ros.policy.gpu.layers.kernel_for", lambda *_: tiles)
         whole = SimpleNamespace(kernel=tiles, run=lambda *_, **__: None)
         patch.setattr("pi0_ros.policy.gpu.steps.DenoisingSteps._all_layers", lambda *_: whole)
         sampler = kernels(model, proven=False)
@@ -202,6 +201,14 @@ def test_a_kernel_for_whole_steps_that_fails_is_left_for_one_for_each_part(kerne
     assert re.search(r"whole denoising steps is not used, .*differ from torch's by \d", caplog.text)
     want = Sampler(model, num_steps=2).sample(images, TOKENS, state, noise).actions
     assert (sampler.sample(images, TOKENS, state, noise).actions - want).abs().max() < 2e-5
+
+
+def test_a_kernel_for_whole_steps_that_cannot_be_made_is_left_too(kernels, caplog):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pi0_ros.policy.gpu.layers.kernel_for", _no_compiler)
+        sampler = kernels(make_model(TINY))
+    assert sampler.steps.layers is None
+    assert "whole denoising steps is not used, others are: Failed to find C compiler." in caplog.text
 
 
 def test_float8_whose_kernels_fail_is_refused(kernels, monkeypatch):

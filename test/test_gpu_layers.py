@@ -31,7 +31,7 @@ CONFIG = Pi0Config(
     max_token_len=120,
     cameras=("base_0_rgb",),
 )
-TOKENS = np.array([2, 7, 9, 41, 3] * 4)
+TOKENS = np.array([2, 7, 9, 41, 3, 11, 5, 23, 48, 17, 8, 30, 44, 6, 19])
 HERE = Path(__file__).parent
 
 
@@ -112,16 +112,27 @@ def put(layers: ExpertLayers, sampler: Sampler, x: torch.Tensor, k: int, frozen:
 
 
 @pytest.mark.parametrize(
-    ("pi05", "horizon", "clusters"), [(False, 50, 30), (True, 9, 32)], ids=["pi0", "pi05, and few actions"]
+    ("pi05", "horizon", "keys", "clusters"),
+    [(False, 50, 650, 30), (True, 9, 120, 26)],
+    ids=["pi0, keys in two passes", "pi05, few actions and keys, fewest clusters"],
 )
-def test_a_step_is_that_of_the_plain_sampler(pi05, horizon, clusters, emulated, monkeypatch):
-    config = replace(CONFIG, pi05=pi05, action_horizon=horizon)
+def test_a_step_is_that_of_the_plain_sampler(pi05, horizon, keys, clusters, emulated, monkeypatch):
+    expert = replace(EXPERT, depth=1 if pi05 else 2)
+    config = replace(
+        CONFIG,
+        pi05=pi05,
+        action_horizon=horizon,
+        max_token_len=keys,
+        expert=expert,
+        vlm=replace(CONFIG.vlm, depth=expert.depth),
+    )
     monkeypatch.setattr("pi0_ros.policy.fused.has_onednn", lambda dtype: False)
     sampler = Sampler(make_model(config), num_steps=2, dtype=torch.bfloat16)
     sampler.prompt_multiple = config.max_token_len  # padding that nothing may see
     images, state, noise = draw_inputs(config)
     frozen = torch.full((2, config.action_dim), 0.25) if pi05 else None
-    sampler.sample(images, TOKENS, state, noise, frozen=frozen)  # leaves the prefix, and pi0's state, in the cache
+    tokens = np.resize(TOKENS, keys - 50)
+    sampler.sample(images, tokens, state, noise, frozen=frozen)  # leaves the prefix, and pi0's state, in the cache
     rows, lead = sampler.prefix_rows, 0 if pi05 else 1
     sampler._load_inputs(noise, state, frozen)
 
@@ -161,14 +172,14 @@ def test_a_step_is_that_of_the_plain_sampler(pi05, horizon, clusters, emulated, 
 def test_on_hopper_chunks_are_those_of_the_cpu_and_keep_their_bits(pi05):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("this GPU is not of the Hopper kind")
-    config = replace(CONFIG, pi05=pi05)
+    config = replace(CONFIG, pi05=pi05, max_token_len=600)
     model = make_model(config)
     exact, sampler = Sampler(model, num_steps=3), Sampler(model, num_steps=3, dtype=torch.bfloat16, device="cuda")
     assert sampler.steps.layers is not None
     for seed in range(3):
         images, state, noise = draw_inputs(config, seed)
         frozen = torch.full((2, config.action_dim), 0.25) if seed == 1 else None
-        tokens = TOKENS[: 5 + 5 * seed]
+        tokens = np.resize(TOKENS, 5 + 250 * seed)
         want = exact.sample(images, tokens, state, noise, frozen=frozen).actions
         got = [sampler.sample(images, tokens, state, noise, frozen=frozen).actions for _ in range(20)]
         assert (got[0] - want).square().mean() < (0.03 * want.square().mean().sqrt()) ** 2

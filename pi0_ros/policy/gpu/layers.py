@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import logging
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from pi0_ros.model.config import Pi0Config
 from pi0_ros.model.gemma import RMS_EPS
 from pi0_ros.policy.fused import Fused
 
-_log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "hopper"
 CLUSTER, THREADS = 4, 384  # blocks of a cluster, threads of a block
 MOST, LEAST = 32, 26  # clusters: more would have nothing to do, or columns for which there is no instruction
@@ -34,7 +32,11 @@ class Kernel:
 
 
 def kernel_for(config: Pi0Config, device: torch.device) -> Kernel | None:
-    """The kernel, where it is for this: gemma_300m as the expert, rows of one tile, Hopper, NVIDIA's bindings."""
+    """The kernel, where it is for this: gemma_300m as the expert, rows of one tile, Hopper, NVIDIA's bindings.
+
+    Raises:
+        RuntimeError: what NVIDIA's compiler or driver says.
+    """
     expert = config.expert
     sizes = expert.width, expert.mlp_dim, expert.num_heads, expert.num_kv_heads, expert.head_dim
     if sizes != (1024, 4096, 8, 1, 256) or config.suffix_len > 64 or device.type != "cuda":
@@ -42,15 +44,11 @@ def kernel_for(config: Pi0Config, device: torch.device) -> Kernel | None:
     if torch.cuda.get_device_capability(device) != (9, 0) or not importlib.util.find_spec("cuda"):
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
-    try:
-        with torch.cuda.device(index):
-            clusters = min(room(index), MOST)
-            if clusters < max(LEAST, config.suffix_len * expert.num_heads / 16):
-                return None
-            return compiled(clusters, config.pi05, index)
-    except Exception as error:  # noqa: BLE001 - whatever NVIDIA's libraries raise where they are not as they should be
-        _log.warning("the kernel for whole denoising steps is not used: %s", str(error).strip().split("\n")[0])
-        return None
+    with torch.cuda.device(index):
+        clusters = min(room(index), MOST)
+        if clusters < max(LEAST, config.suffix_len * expert.num_heads / 16):
+            return None
+        return compiled(clusters, config.pi05, index)
 
 
 def tensor_map(tensor: Tensor, rows: int) -> bytes:
@@ -153,12 +151,12 @@ def compiled(clusters: int, adaptive: bool, device: int) -> Kernel:
 
     constants = {"ADAPTIVE": int(adaptive), "RMS_EPS": f"{RMS_EPS}f", "CLUSTERS": clusters, "MEMORY": MEMORY}
     function = _load((SOURCES / "layers.cu").read_bytes(), constants)
-    together = driver.CUlaunchAttribute()  # all blocks at once or none: they wait for one another
+    together = driver.CUlaunchAttribute()  # its blocks wait for one another: all of them at once, or the driver refuses
     together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
     together.value.cooperative = 1
-    config = _configured(clusters, together)
 
     def launch(params: bytes) -> None:
+        config = _configured(clusters, together)
         config.hStream = torch.cuda.current_stream().cuda_stream
         packed = ctypes.create_string_buffer(params, len(params))
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(packed))

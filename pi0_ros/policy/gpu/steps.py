@@ -5,6 +5,7 @@ The action expert goes over `step_kernels.py`, or, where it can be, over the one
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from math import gcd
 
@@ -17,6 +18,8 @@ from pi0_ros.model.config import Pi0Config
 from pi0_ros.policy.fused import Fused
 from pi0_ros.policy.gpu import layers
 from pi0_ros.policy.gpu import step_kernels as kernels
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,20 @@ class DenoisingSteps:
         self.arrived = torch.zeros(expert.width // 16 * _blocks(rows), dtype=torch.int32, device=device)
         self.table_stride = 0 if modulation is None else modulation.stride(0)
         self._fold_shifts()
-        kernel = layers.kernel_for(config, device)
-        self.layers = None if kernel is None else self._all_layers(kernel)
+        self.layers = self._all_layers()
 
-    def _all_layers(self, kernel: layers.Kernel) -> layers.ExpertLayers:
-        """The layers as one kernel, over the same buffers. pi0 has no tables of time, and they are not read."""
+    def _all_layers(self) -> layers.ExpertLayers | None:
+        """The layers as one kernel over the same buffers, where it can be."""
+        try:
+            kernel = layers.kernel_for(self.config, self.x.device)
+            return None if kernel is None else self._over_buffers(kernel)
+        except Exception as error:  # noqa: BLE001 - whatever NVIDIA's libraries raise where they are not as they should be
+            first = str(error).strip().split("\n")[0]
+            _log.warning("the kernel for whole denoising steps is not used, others are: %s", first)
+            return None
+
+    def _over_buffers(self, kernel: layers.Kernel) -> layers.ExpertLayers:
+        # pi0 has no tables of time, and they are not read
         modulation = self.out_bias if self.modulation is None else self.modulation.contiguous()
         return layers.ExpertLayers(
             kernel, self.config, self.weights, self.num_steps + 1, tiles=self.config.expert.width // EMBED.columns,

@@ -142,9 +142,11 @@ DEVICE void attention(const Params& p, Shared& s, Progress& done, int layer) {
     Read read;
     if (early) of.read_keys(read, block, 0), of.read_keys(read, block, 1), of.read_values(read, block, 0);
     wait_for_go(s, done);
-    for (int i = at.thread; i < 16 * DIM / 8; i += WORKERS)
-        *reinterpret_cast<uint4*>(s.a + i / (DIM / 8) * Q_STRIDE + i % (DIM / 8) * 16) =
-            load_fresh(reinterpret_cast<const uint4*>(p.q + query * DIM) + i);
+    for (int i = at.thread; i < 16 * DIM / 8; i += WORKERS) {
+        const int row = i / (DIM / 8), column = i % (DIM / 8), asked = min(query + row, p.rows * HEADS - 1);
+        *reinterpret_cast<uint4*>(s.a + row * Q_STRIDE + column * 16) =
+            load_fresh(reinterpret_cast<const uint4*>(p.q + asked * DIM) + column);
+    }
     if (!early && block < blocks)
         of.read_keys(read, block, 0), of.read_keys(read, block, 1), of.read_values(read, block, 0);
     sync_threads<WORKERS>(1);

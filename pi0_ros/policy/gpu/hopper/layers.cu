@@ -49,10 +49,11 @@ DEVICE void copy_weights(const Params& p, Shared& s, const Where& at) {
 
 DEVICE void copy_activations(const Params& p, Shared& s, const Where& at) {
     u32 met = 0, long_ones = 0;
-    auto start = [&](bool wait) {
+    auto start = [&](bool wait, bool normed) {
         if (wait) grid_wait(p.counter, ++met * gridDim.x);
         fence_for_copies();
         barrier_arrive(&s.go);
+        if (normed) barrier_arrive(&s.summed);
     };
     // two chunks from `column` on into each slot
     auto copy = [&](const TensorMap* map, int chunks, int column, int row) {
@@ -68,14 +69,14 @@ DEVICE void copy_activations(const Params& p, Shared& s, const Where& at) {
     };
     const int inner = at.rank * CHUNK;
     for (int layer = 0; layer < p.depth; layer++) {
-        start(layer > 0);
+        start(layer > 0, true);
         copy(&p.x, QKV_CHUNKS, inner * QKV_CHUNKS, p.first);
-        start(true);  // attention reads by itself
-        start(true);
+        start(true, false);  // attention reads by itself
+        start(true, false);
         copy(&p.attended, OUT_CHUNKS, inner * OUT_CHUNKS, 0);
-        start(true);
+        start(true, true);
         copy(&p.x, GEGLU_CHUNKS, 0, p.first);
-        start(true);
+        start(true, false);
         copy(&p.hidden, DOWN_CHUNKS, inner * DOWN_CHUNKS, 0);
     }
 }
@@ -97,7 +98,7 @@ template <int CHUNKS, int IN_SLOT> DEVICE void skip(Progress& done) {
 template <int N, int CHUNKS, int IN_SLOT, int GROUPS>
 DEVICE void product(float (&d)[N], Shared& s, const Where& at, Progress& done) {
     constexpr int TILE = 2 * N * 2 * CHUNK, EVERY = IN_SLOT / 2;  // bytes: N elements a thread are 2 N columns
-    static_assert(GROUPS == 1 || EVERY == 1, "a slot is one group's");
+    static_assert(GROUPS == 1 || (EVERY == 1 && SLOTS > A_SLOTS), "a slot is one group's");
 #pragma unroll
     for (int i = 0; i < N; i++) d[i] = 0.f;
     const int group = GROUPS == 1 ? 0 : at.warp / 4;
@@ -111,8 +112,9 @@ DEVICE void product(float (&d)[N], Shared& s, const Where& at, Progress& done) {
 #pragma unroll 1
     for (int n = group; n < CHUNKS / 2; n += GROUPS) {
         const int i = n % A_SLOTS;
-        if (n % EVERY == 0) barrier_wait(&s.full[slot], turn);
+        // activations first: they say that the other group, too, is past n - A_SLOTS, and so past what `full` was for before
         barrier_wait(&s.arrived[i], (done.arrived >> i & 1) ^ (n >= A_SLOTS));
+        if (n % EVERY == 0) barrier_wait(&s.full[slot], turn);
         Tile a(s.a + i * A_SLOT), w(s.ring + slot * SLOT + n % EVERY * 2 * TILE);
         products_begin();
 #pragma unroll
@@ -129,6 +131,7 @@ DEVICE void product(float (&d)[N], Shared& s, const Where& at, Progress& done) {
         for (int k = 0; k < GROUPS; k++) next_slot(slot, turn);
     }
     products_wait<0>();
+    products_are_in(d);
     release(CHUNKS / 2 - GROUPS + group, true);
     skip<CHUNKS, IN_SLOT>(done);
 }
@@ -169,10 +172,9 @@ template <int N> DEVICE float2 summed(const float4* parts, int row, int column) 
 DEVICE void norms(const Params& p, Shared& s, const Where& at) {
     const int row = at.thread - (THREADS - ROWS);
     const float* squares = p.squares + p.first + min(row, p.rows - 1);
-    for (int phase = 0; phase < p.depth * PHASES; phase++) {
-        barrier_wait(&s.go, phase & 1);
-        if (phase % PHASES != 0 && phase % PHASES != 3) continue;  // qkv, geglu
-        const int tiles = phase == 0 ? p.tiles : CLUSTERS;
+    for (int n = 0; n < 2 * p.depth; n++) {  // before qkv and before geglu
+        barrier_wait(&s.summed, n & 1);
+        const int tiles = n == 0 ? p.tiles : CLUSTERS;
         float sum = 0.f;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -401,7 +403,7 @@ extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(THREA
             barrier_init(&s.arrived[i], 1);
             barrier_init(&s.drained[i], GROUP / 32);
         }
-        for (Barrier* b : {&s.go, &s.weighed, &s.mixed}) barrier_init(b, 1);
+        for (Barrier* b : {&s.go, &s.summed, &s.weighed, &s.mixed}) barrier_init(b, 1);
         barrier_init(&s.normed, ROWS);
         barrier_init(&s.exchanged, 1 + 32);
         barriers_are_ready();

@@ -11,7 +11,6 @@ constexpr int QKV_CHUNKS = WIDTH / RANKS / CHUNK, OUT_CHUNKS = QUERIES / RANKS /
               DOWN_CHUNKS = MLP / RANKS / CHUNK;
 constexpr int WORKERS = 256, GROUP = 128, THREADS = WORKERS + GROUP;
 constexpr int MOST_TILES = 32;  // that a row's squares are summed over
-constexpr int PHASES = 5;       // of a layer
 constexpr float EPS = RMS_EPS;
 
 // Columns come in eights and are shared out as evenly as that allows, CLUSTERS being what the GPU has room for. Each share
@@ -53,7 +52,7 @@ struct Shared {
     float2 rope[QKV_PAIRS][GROUP];                  // cosine and sine for what each thread turns in qkv
     float factor[ROWS];
     Barrier full[SLOTS], empty[SLOTS], arrived[A_SLOTS], drained[A_SLOTS];
-    Barrier go, normed, exchanged, weighed, mixed;
+    Barrier go, summed, normed, exchanged, weighed, mixed;
 };
 static_assert(sizeof(Shared) + 1024 <= MEMORY, "and the start may have to be moved by up to 1024");
 
