@@ -1,4 +1,4 @@
-"""All layers of the action expert as one kernel, on GPUs of the Hopper kind: compiles and launches `hopper/layers.cu`."""
+"""All layers of the action expert as one kernel for Hopper GPUs: compiles and launches `hopper/layers.cu`."""
 
 from __future__ import annotations
 

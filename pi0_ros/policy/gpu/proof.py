@@ -25,8 +25,8 @@ def fault(sampler: Sampler) -> str:
     """Why `sampler` must not use its kernels, or nothing. Leaves it reset.
 
     Draws an observation, and compares the chunk with that of torch's operators on the same weights; where graphs are
-    captured also what they give then, a few times. Products in float8 have no counterpart there, so their prefix is taken
-    as it is and the steps alone are compared.
+    captured, what they give is compared too, a few times. Products in float8 have no counterpart there, so their prefix
+    is taken as it is and the steps alone are compared.
 
     Raises:
         RuntimeError: the kernels failed in a way after which this process cannot use the GPU any more.
