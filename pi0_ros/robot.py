@@ -24,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from pi0_ros.wording import shown
+
 # The order is the model's: image tokens stand in the prefix in this order, and RoPE makes it matter.
 CAMERA_SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 
@@ -307,7 +309,7 @@ def parse_robot(text: str, source: str = "robot file") -> Robot:
         raise RobotFileError(f"{source}: not YAML{where}: {problem}") from None
     if not isinstance(data, dict):
         fields = "a mapping of fields (name, joints, cameras, ...)"
-        raise RobotFileError(f"{source}: expected {fields}, found {_shown(data)}")
+        raise RobotFileError(f"{source}: expected {fields}, found {shown(data)}")
     try:
         return Robot.model_validate(data)
     except ValidationError as error:
@@ -361,15 +363,10 @@ def _line(source: str, fault: Any) -> str:
         return f"{source}: {field}: missing, this field is required"
     if kind == "value_error":
         return f"{source}: {field + ': ' if field else ''}{message.removeprefix('Value error, ')}"
-    return f"{source}: {field}: found {_shown(found)}; {message[0].lower() + message[1:]}"
+    return f"{source}: {field}: found {shown(found)}; {message[0].lower() + message[1:]}"
 
 
 def _section(loc: tuple[int | str, ...]) -> type[_Section] | None:
     sections = {"cameras": Camera, "joints": Joint, "state": State, "actions": RecordedActions}
     sections |= {"commands": Command, "prompt": Prompt}
     return sections.get(str(loc[0])) if loc else Robot
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -76,6 +76,14 @@ def test_robot_files_are_reachable_after_a_plain_pip_install(plain, tmp_path):
     assert name == "so101_demo"
 
 
+def test_sources_that_are_compiled_on_the_robot_are_reachable_after_both_installs(plain, tmp_path):
+    sources = {path.name for path in (ROOT / "pi0_ros/policy/gpu/hopper").iterdir()}
+    code = "import pi0_ros.policy.gpu.layers as layers\nprint(*(path.name for path in layers.SOURCES.iterdir()))"
+    assert set(run(plain / "bin/python", "-c", code, cwd=tmp_path).split()) == sources
+    (colcon,) = installed().glob("lib/python3*/site-packages/pi0_ros/policy/gpu/hopper")
+    assert {path.name for path in colcon.iterdir()} == sources
+
+
 def installed() -> Path:
     """The folder that colcon installed into; the test environment has it on its path."""
     prefix = ROOT / "install/pi0_ros"

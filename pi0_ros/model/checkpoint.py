@@ -20,6 +20,7 @@ from pi0_ros.model import files, infer, layouts
 from pi0_ros.model.config import ConfigError, Pi0Config
 from pi0_ros.model.files import CheckpointError, inside, read_json, write_safetensors
 from pi0_ros.model.pi0 import Pi0
+from pi0_ros.wording import first_line
 
 __all__ = ["Checkpoint", "CheckpointError", "from_state_dict", "open_checkpoint", "parameter_shapes", "save_openpi"]
 
@@ -339,7 +340,7 @@ def _check(made: Mapping[str, tuple[int, ...] | str], plan: layouts.Plan, config
     try:
         expected = parameter_shapes(config)
     except (ConfigError, RuntimeError, OverflowError, TypeError) as error:
-        raise CheckpointError(f"{where}: no model has these sizes: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{where}: no model has these sizes: {first_line(error)}") from None
     missing = [name for name in expected if name not in made]
     unexpected = [recipe.source for name, recipe in plan.recipes.items() if name not in expected]
     unexpected = sorted({*unexpected, *plan.unexpected})
@@ -364,4 +365,4 @@ def _checked_get(reader: Any, key: str, path: Path) -> torch.Tensor:
     try:
         return reader.get_tensor(key)
     except Exception as error:  # safetensors raises its own, torch for weights that are not aligned
-        raise CheckpointError(f"{path}: {key} cannot be read: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{path}: {key} cannot be read: {first_line(error)}") from None

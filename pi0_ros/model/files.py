@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pi0_ros.wording import shown
+
 MAX_JSON_BYTES = 16 * 2**20  # of a file, or of a safetensors header; real ones have some 100 kB
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -37,7 +39,7 @@ def inside(folder: Path, name: object) -> Path:
         CheckpointError: `name` is no relative path, or leads outside.
     """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise CheckpointError(f"{folder}: {_shown(name)} is no file name")
+        raise CheckpointError(f"{folder}: {shown(name)} is no file name")
     root = folder.resolve()
     path = folder / name
     try:
@@ -48,7 +50,7 @@ def inside(folder: Path, name: object) -> Path:
     parts = Path(name).parts
     linked = bool(parts) and resolved.parts[-len(parts) - 1 :] == (root.name, *parts)
     if Path(name).is_absolute() or ".." in parts or not (linked or any(a in resolved.parents for a in allowed)):
-        raise CheckpointError(f"{folder}: {_shown(name)} leads outside the folder; only files inside it are read")
+        raise CheckpointError(f"{folder}: {shown(name)} leads outside the folder; only files inside it are read")
     return path
 
 
@@ -76,7 +78,7 @@ def parse_json(data: bytes, source: object) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError(f"{source}: not JSON: nested too deeply") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{source}: expected a JSON mapping, found {_shown(value)}")
+        raise CheckpointError(f"{source}: expected a JSON mapping, found {shown(value)}")
     return value
 
 
@@ -200,8 +202,3 @@ def sha256(path: Path) -> str:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     return digest.hexdigest()
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

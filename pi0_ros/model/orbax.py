@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pi0_ros.model.files import DTYPES, CheckpointError
+from pi0_ros.wording import first_line
 
 MAX_ARRAY_BYTES = 2**33  # the largest of a real checkpoint, the VLM's gates in float32, has 5e9
 _TENSORSTORE_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -44,7 +45,7 @@ def read_params(folder: Path) -> dict[str, torch.Tensor]:
                 raise CheckpointError(f"{folder}: {name} claims the shape {list(store.shape)}, which is too large")
             array = store.read().result()
         except (ValueError, OverflowError, MemoryError) as error:
-            raise CheckpointError(f"{folder}: {name} cannot be read: {str(error).splitlines()[0]:.300}") from None
+            raise CheckpointError(f"{folder}: {name} cannot be read: {first_line(error)}") from None
         raw = torch.frombuffer(bytearray(array.tobytes()), dtype=torch.uint8)
         params[name.replace(".", "/")] = raw.view(DTYPES[kind]).reshape(array.shape)
     return params
@@ -58,7 +59,7 @@ def _stores(folder: Path, tensorstore: Any) -> dict[str, dict[str, Any]]:
         try:
             keys = tensorstore.KvStore.open(base).result().list().result()
         except ValueError as error:
-            raise CheckpointError(f"{folder}: damaged orbax checkpoint: {str(error).splitlines()[0]:.300}") from None
+            raise CheckpointError(f"{folder}: damaged orbax checkpoint: {first_line(error)}") from None
         names = {key.decode("utf-8", "replace") for key in keys}
         return {
             name.removesuffix(end): {**base, "path": name.removesuffix(end) + "/", "zarr3": zarr3}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pi0_ros.model.files import CheckpointError, inside, open_safetensors, read_header, read_json, write_json
+from pi0_ros.wording import shown
 
 FILE_NAME = "norm_stats.json"
 _FIELDS = ("mean", "std", "q01", "q99")
@@ -44,7 +45,7 @@ class Stats:
             try:
                 array = np.array(value, dtype=np.float64)
             except (TypeError, ValueError):
-                raise StatisticsError(f"{name} must be a list of numbers, found {_shown(value)}") from None
+                raise StatisticsError(f"{name} must be a list of numbers, found {shown(value)}") from None
             if array.ndim != 1 or not len(array):
                 raise StatisticsError(f"{name} must be a list of numbers, found shape {list(array.shape)}")
             if bad := np.flatnonzero(~np.isfinite(array)).tolist():
@@ -75,7 +76,7 @@ class Stats:
     def from_dict(cls, data: Any) -> Stats:
         """The inverse of `to_dict`. StatisticsError for missing or unknown fields too."""
         if not isinstance(data, Mapping):
-            raise StatisticsError(f"expected a mapping with mean and std, found {_shown(data)}")
+            raise StatisticsError(f"expected a mapping with mean and std, found {shown(data)}")
         if missing := [name for name in ("mean", "std") if data.get(name) is None]:
             raise StatisticsError(f"{' and '.join(missing)} missing")
         if unknown := sorted(map(str, set(data) - set(_FIELDS))):
@@ -121,7 +122,7 @@ class NormStats:
         """The inverse of `to_dict`; `source` names the file in errors."""
         inner = data.get("norm_stats") if isinstance(data, Mapping) else None
         if not isinstance(inner, Mapping):
-            raise StatisticsError(f"{source}: expected a mapping 'norm_stats', found {_shown(data)}")
+            raise StatisticsError(f"{source}: expected a mapping 'norm_stats', found {shown(data)}")
         if missing := [name for name in ("state", "actions") if name not in inner]:
             raise StatisticsError(f"{source}: {' and '.join(missing)} missing, found {sorted(map(str, inner))}")
         return cls(**{name: _named(inner[name], f"{source}: {name}") for name in ("state", "actions")})
@@ -197,7 +198,7 @@ def _lerobot_step(folder: Path, file: str, step_name: str, feature: str) -> Stat
     path = inside(folder, file)
     steps = read_json(path).get("steps")
     if not isinstance(steps, list) or not all(isinstance(step, Mapping) for step in steps):
-        raise StatisticsError(f"{path}: 'steps' must be a list of mappings, found {_shown(steps)}")
+        raise StatisticsError(f"{path}: 'steps' must be a list of mappings, found {shown(steps)}")
     for step in steps:
         if step.get("registry_name") == step_name and "state_file" in step:
             weights = inside(folder, step["state_file"])
@@ -226,8 +227,3 @@ def _named(data: Any, source: str) -> Stats:
         return Stats.from_dict(data)
     except StatisticsError as error:
         raise StatisticsError(f"{source}: {error}") from None
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

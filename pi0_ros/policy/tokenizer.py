@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from pi0_ros.wording import first_line
+
 PAD_ID = 0  # in every tokenizer that pi models use
 
 
@@ -38,7 +40,7 @@ class SentencePieceTokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
         except (OSError, RuntimeError) as error:
-            raise TokenizerError(f"{path}: not a SentencePiece model: {_first_line(error)}") from None
+            raise TokenizerError(f"{path}: not a SentencePiece model: {first_line(error)}") from None
         self.vocab_size = self._model.vocab_size()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
@@ -54,7 +56,7 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # every kind of broken folder raises something else
-            raise TokenizerError(f"{folder}: not a Hugging Face tokenizer folder: {_first_line(error)}") from None
+            raise TokenizerError(f"{folder}: not a Hugging Face tokenizer folder: {first_line(error)}") from None
         if self._tokenizer.bos_token_id is None:
             raise TokenizerError(f"{folder}: this tokenizer has no bos token, and pi prompts begin with one")
         # Special tokens behind all others, as PaliGemma's <image>, are not embedded by models of pi: no text gives one.
@@ -102,8 +104,3 @@ def _open(path: Path) -> Tokenizer:
         found = sorted(entry.name for entry in path.iterdir())
         raise TokenizerError(f"{path}: needs tokenizer.json or one .model file, found {found}")
     return HuggingFaceTokenizer(path)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

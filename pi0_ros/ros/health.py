@@ -10,6 +10,7 @@ import torch
 from pi0_ros.ros.conversions import SECOND
 from pi0_ros.ros.diagnostics import Report, Window
 from pi0_ros.ros.parameters import Spec
+from pi0_ros.wording import first_line
 
 STAGES = ("decode", "preprocess", "vision", "prefix", "denoise", "publish", "total")
 
@@ -122,7 +123,7 @@ def gpu_memory(report: Report, warn: float, error: float) -> None:
     try:
         free, total = torch.cuda.mem_get_info(device)
     except RuntimeError as fault:  # after a fault of the GPU every call fails; the node has to go on to say so
-        report.error(f"the GPU does not answer: {str(fault).splitlines()[0]}")
+        report.error(f"the GPU does not answer: {first_line(fault)}")
         return
     report.add("gpu_memory_policy_mb", torch.cuda.memory_allocated(device) / 2**20)
     report.add("gpu_memory_total_mb", total / 2**20)

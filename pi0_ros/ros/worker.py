@@ -24,6 +24,7 @@ from pi0_ros.ros.conversions import SECOND, chunk_message, void_message
 from pi0_ros.ros.handover import Handover, Published
 from pi0_ros.ros.health import Health
 from pi0_ros.ros.streams import Frames, Streams
+from pi0_ros.wording import first_line
 
 if TYPE_CHECKING:
     from pi0_ros.policy.policy import Chunk, Policy
@@ -229,9 +230,7 @@ class Worker:
         return left is None or left < self.on_demand_seconds
 
     def _fail(self, error: Exception) -> None:
-        self.health.fault = (
-            f"inference failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        )
+        self.health.fault = f"inference failed: {type(error).__name__}: {first_line(error)}"
         self._logger.error(f"{self.health.fault}; stopped, activate to try again")
         self._logger.debug("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         try:

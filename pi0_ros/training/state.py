@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pi0_ros.policy.bundle import whole_folder
+from pi0_ros.wording import first_line
 
 KEPT = 2  # states on disk
 
@@ -29,7 +30,7 @@ def save_state(folder: Path, step: int, content: dict[str, Any]) -> None:
         try:
             torch.save(content, stream)
         except RuntimeError as error:  # torch's own for a write that fails
-            raise StateError(f"{folder}: the state cannot be written ({_first_line(error)}); make room") from None
+            raise StateError(f"{folder}: the state cannot be written ({first_line(error)}); make room") from None
         stream.flush()
         os.fsync(stream.fileno())  # a name must not outlive a power cut that its content does not
     for old in _saved(folder)[:-KEPT]:
@@ -51,7 +52,7 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
         raise StateError(
-            f"{path}: cannot be read ({_first_line(error)}); remove {saved[-1]} to go on from the state before"
+            f"{path}: cannot be read ({first_line(error)}); remove {saved[-1]} to go on from the state before"
         ) from None
 
 
@@ -65,8 +66,3 @@ def _saved(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d{8}", path.name) and path.is_dir())
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__

@@ -48,6 +48,7 @@ from pi0_ros.training.sharding import assign, like, shard, whole
 from pi0_ros.training.start import start
 from pi0_ros.training.state import StateError, newest_state, remove_leftovers, save_state
 from pi0_ros.training.streams import step_streams
+from pi0_ros.wording import first_line
 
 EVALUATED = 256  # held-out samples that a look at the loss is averaged over
 LOGGED = 10  # steps between two looks at the loss, which wait for the device
@@ -434,8 +435,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {reason}: see the memory forecast above for what needs less", file=sys.stderr)
         return 1
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().split("\n")[0]
-        print(f"error: --compile: {reason}; the same command without --compile goes on", file=sys.stderr)
+        print(f"error: --compile: {first_line(error)}; the same command without --compile goes on", file=sys.stderr)
         return 1
     return 0
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pi0_ros.policy.graphs import Graphs
+from pi0_ros.wording import first_line
 
 if TYPE_CHECKING:
     from pi0_ros.policy.sampler import Sampler
@@ -36,7 +37,7 @@ def fault(sampler: Sampler) -> str:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the compiler, its compiler or the driver may raise
-        first = str(error).strip().split("\n")[0]
+        first = first_line(error)
         if sampler.device.type == "cuda":
             try:
                 torch.cuda.synchronize(sampler.device)

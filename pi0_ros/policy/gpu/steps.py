@@ -18,6 +18,7 @@ from pi0_ros.model.config import Pi0Config
 from pi0_ros.policy.fused import Fused
 from pi0_ros.policy.gpu import layers
 from pi0_ros.policy.gpu import step_kernels as kernels
+from pi0_ros.wording import first_line
 
 _log = logging.getLogger(__name__)
 
@@ -105,8 +106,7 @@ class DenoisingSteps:
             kernel = layers.kernel_for(self.config, self.x.device)
             return None if kernel is None else self._over_buffers(kernel)
         except Exception as error:  # noqa: BLE001 - whatever NVIDIA's libraries raise where they are not as they should be
-            first = str(error).strip().split("\n")[0]
-            _log.warning("the kernel for whole denoising steps is not used, others are: %s", first)
+            _log.warning("the kernel for whole denoising steps is not used, others are: %s", first_line(error))
             return None
 
     def _over_buffers(self, kernel: layers.Kernel) -> layers.ExpertLayers:
