@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 import rclpy
+import torch
 from policy_node_kit import HORIZON, LATCHED, Bench
 from rclpy.parameter import Parameter
 from rosgraph_msgs.msg import Clock
@@ -371,6 +372,25 @@ def test_an_exception_in_inference_stops_the_node_visibly_and_leaves_it_controll
     assert b.node.trigger_activate().name == "SUCCESS"
     b.until(lambda: b.node._worker.health.chunks > count, doing=b.send)
     assert not b.node._worker.health.fault
+
+
+def test_a_gpu_that_a_fault_took_along_is_told_with_the_way_out(bench, monkeypatch):
+    def lost(device=None):
+        raise RuntimeError("CUDA error: unspecified launch failure\nSearch for it")
+
+    b = bench(rate=50.0)
+    b.start()
+    for name, answer in {
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "memory_allocated": lambda _: 0,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
+    b.policy.error = RuntimeError("CUDA error: unspecified launch failure")
+    b.until(lambda: b.levels.get(POLICY) == 2, doing=b.send)
+    assert "the GPU is lost to this process (CUDA error: unspecified launch failure)" in b.messages[POLICY]
 
 
 def test_actions_that_are_not_finite_are_never_published(bench):

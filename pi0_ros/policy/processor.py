@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from pi0_ros.policy import gpu
+from pi0_ros.wording import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
 MANY_PARAMETERS = 50_000_000  # from here on a CPU's time goes into reading weights, and half the bytes pay
@@ -33,6 +34,17 @@ def pick_device(device: str, dtype: str, parameters: int = 0) -> tuple[torch.dev
     halves = chosen.type == "cuda" or (parameters >= MANY_PARAMETERS and has_bfloat16(chosen))
     automatic = torch.bfloat16 if halves else torch.float32
     return chosen, DTYPES.get(dtype, automatic)
+
+
+def gpu_fault() -> str:
+    """Why this thread's GPU is lost to this process, or nothing: after some faults every call fails, for good."""
+    if not torch.cuda.is_initialized():
+        return ""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return first_line(error)
+    return ""
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -20,6 +20,7 @@ from rclpy.impl.rcutils_logger import RcutilsLogger
 from pi0_ros.msg import ActionChunk
 from pi0_ros.policy.alignment import Rejected
 from pi0_ros.policy.policy import ObservationError, RobotObservation
+from pi0_ros.policy.processor import gpu_fault
 from pi0_ros.ros.conversions import SECOND, chunk_message, void_message
 from pi0_ros.ros.handover import Handover, Published
 from pi0_ros.ros.health import Health
@@ -231,7 +232,11 @@ class Worker:
 
     def _fail(self, error: Exception) -> None:
         self.health.fault = f"inference failed: {type(error).__name__}: {first_line(error)}"
-        self._logger.error(f"{self.health.fault}; stopped, activate to try again")
+        lost = gpu_fault()
+        if lost:
+            self.health.fault += f"; the GPU is lost to this process ({lost})"
+        way_out = "end this node and start it again" if lost else "activate to try again"
+        self._logger.error(f"{self.health.fault}; stopped, {way_out}")
         self._logger.debug("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         try:
             self.deactivate()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pi0_ros.policy.graphs import Graphs
+from pi0_ros.policy.processor import gpu_fault
 from pi0_ros.wording import first_line
 
 if TYPE_CHECKING:
@@ -38,13 +39,8 @@ def fault(sampler: Sampler) -> str:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the compiler, its compiler or the driver may raise
         first = first_line(error)
-        if sampler.device.type == "cuda":
-            try:
-                torch.cuda.synchronize(sampler.device)
-            except RuntimeError as lost:
-                raise RuntimeError(
-                    f"the kernels failed on {sampler.device}, which needs a new process: {first}"
-                ) from lost
+        if lost := gpu_fault():
+            raise RuntimeError(f"the GPU's kernels failed, and it is lost to this process ({lost}): {first}") from error
         return f"{type(error).__name__}: {first} (they are compiled with a C compiler and Python's headers)"
     used = sampler.prefix_pass, sampler.steps, sampler.graphs
     sampler.steps, sampler.graphs = None, Graphs(False)
