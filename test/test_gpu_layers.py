@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from sampler_kit import draw_inputs, make_model
 
 from pi0_ros.model.config import GemmaConfig, Pi0Config, VisionConfig
-from pi0_ros.model.gemma import RMS_EPS
-from pi0_ros.policy.gpu.layers import MEMORY, SOURCES, ExpertLayers, Kernel
+from pi0_ros.policy.gpu.layers import LEAST, MOST, SOURCES, ExpertLayers, Kernel, constants, machine_code
 from pi0_ros.policy.sampler import Sampler
 
 EXPERT = GemmaConfig(width=1024, depth=2, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)  # gemma_300m's sizes
@@ -57,9 +56,8 @@ extern "C" void launch(const void* bytes, size_t size, u32 seed) {{
         library = folder / f"layers_{int(adaptive)}_{clusters}.so"
         if not library.exists():
             options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
-            values = {"ADAPTIVE": int(adaptive), "RMS_EPS": f"{RMS_EPS}f", "CLUSTERS": clusters, "MEMORY": MEMORY}
-            constants = [f"-D{name}={value}" for name, value in values.items()]
-            subprocess.run([compiler, *options, *constants, "layers.cpp", "-o", library.name], cwd=folder, check=True)
+            macros = [f"-D{name}={value}" for name, value in constants(clusters, adaptive).items()]
+            subprocess.run([compiler, *options, *macros, "layers.cpp", "-o", library.name], cwd=folder, check=True)
         launch = ctypes.CDLL(str(library)).launch
         return Kernel(clusters, lambda params: launch(params, ctypes.c_size_t(len(params)), seed))
 
@@ -167,6 +165,25 @@ def test_a_step_is_that_of_the_plain_sampler(pi05, horizon, keys, clusters, emul
         sampler.keys[:, :, rows + 1 :] = sampler.values[:, :, rows + 1 :] = float("nan")
         layers.run(when, 1, config.action_horizon, rows, with_state=False)
         assert torch.equal(velocity(), got)
+
+
+@pytest.fixture
+def compiler():
+    pytest.importorskip(
+        "cuda.bindings.nvrtc", reason="comes with torch for CUDA, on Linux with requirements/dev.txt too"
+    )
+
+
+@pytest.mark.parametrize("clusters", range(LEAST, MOST + 1))
+def test_the_kernel_compiles_without_a_word_for_every_number_of_clusters(clusters, compiler, caplog):
+    source = (SOURCES / "layers.cu").read_bytes()
+    assert machine_code(source, constants(clusters, adaptive=clusters % 2 == 0))[:4] == b"\x7fELF"
+    assert not caplog.records
+
+
+def test_what_the_compiler_says_is_told(compiler):
+    with pytest.raises(RuntimeError, match='layers.cu does not compile: .*identifier "nothing" is undefined'):
+        machine_code(b"__global__ void layers() { nothing(); }", {})
 
 
 @pytest.mark.gpu

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import logging
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pi0_ros.model.config import Pi0Config
 from pi0_ros.model.gemma import RMS_EPS
 from pi0_ros.policy.fused import Fused
 
+_log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "hopper"
 CLUSTER, THREADS = 4, 384  # blocks of a cluster, threads of a block
 MOST, LEAST = 32, 26  # clusters: more would have nothing to do, or columns for which there is no instruction
@@ -124,6 +126,11 @@ def _stacked(linears: Sequence) -> Tensor:
     return stack
 
 
+def constants(clusters: int, adaptive: bool) -> dict[str, object]:
+    """The macros that `layers.cu` is compiled with."""
+    return {"ADAPTIVE": int(adaptive), "RMS_EPS": f"{RMS_EPS}f", "CLUSTERS": clusters, "MEMORY": MEMORY}
+
+
 def _largest(columns: int, shares: int) -> int:
     return 8 * -(-columns // 8 // shares)
 
@@ -149,8 +156,7 @@ def compiled(clusters: int, adaptive: bool, device: int) -> Kernel:
     """
     from cuda.bindings import driver
 
-    constants = {"ADAPTIVE": int(adaptive), "RMS_EPS": f"{RMS_EPS}f", "CLUSTERS": clusters, "MEMORY": MEMORY}
-    function = _load((SOURCES / "layers.cu").read_bytes(), constants)
+    function = _load((SOURCES / "layers.cu").read_bytes(), constants(clusters, adaptive))
     together = driver.CUlaunchAttribute()  # its blocks wait for one another: all of them at once, or the driver refuses
     together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
     together.value.cooperative = 1
@@ -165,21 +171,37 @@ def compiled(clusters: int, adaptive: bool, device: int) -> Kernel:
     return Kernel(clusters, launch)
 
 
-def _load(source: bytes, constants: dict[str, object]):
-    """The function `layers` of a CUDA source, for good: a few hundred kilobytes, once for each kind of model."""
-    from cuda.bindings import driver, nvrtc
+def machine_code(source: bytes, constants: Mapping[str, object]) -> bytes:
+    """A CUDA source compiled for Hopper, with these macros.
+
+    Raises:
+        RuntimeError: what NVIDIA's compiler says.
+    """
+    from cuda.bindings import nvrtc
 
     headers = {path.name.encode(): path.read_bytes() for path in SOURCES.glob("*.h")}
     program = nvrtc.nvrtcCreateProgram(source, b"layers.cu", len(headers), list(headers.values()), list(headers))
     program = _checked(program)
     options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{name}={value}" for name, value in constants.items())]
-    if nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]:
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"layers.cu does not compile: {log.decode().strip()}")
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
+    log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+    nvrtc.nvrtcGetProgramLog(program, log)
+    said = log.decode(errors="replace").strip(" \0\n")
+    if failed:
+        raise RuntimeError(f"layers.cu does not compile: {said}")
+    if said:
+        _log.warning("layers.cu: %s", said)
     image = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     _checked(nvrtc.nvrtcGetCUBIN(program, image))
-    function = _checked(driver.cuModuleGetFunction(_checked(driver.cuModuleLoadData(image)), b"layers"))
+    return image
+
+
+def _load(source: bytes, constants: Mapping[str, object]):
+    """The function `layers` of a CUDA source, for good: a few hundred kilobytes, once for each kind of model."""
+    from cuda.bindings import driver
+
+    module = _checked(driver.cuModuleLoadData(machine_code(source, constants)))
+    function = _checked(driver.cuModuleGetFunction(module, b"layers"))
     most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(function, most, MEMORY))
     return function
