@@ -203,12 +203,13 @@ def test_a_kernel_for_whole_steps_that_fails_is_left_for_one_for_each_part(kerne
     assert (sampler.sample(images, TOKENS, state, noise).actions - want).abs().max() < 2e-5
 
 
-def test_a_fault_that_takes_the_gpu_along_is_an_error_not_a_slower_policy(kernels, monkeypatch):
+def test_a_fault_that_takes_the_gpu_along_is_an_error_not_a_slower_policy(kernels):
+    whole = SimpleNamespace(kernel=None, run=_no_compiler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pi0_ros.policy.gpu.proof.gpu_fault", lambda: "CUDA error: unspecified launch failure")
-        patch.setattr("pi0_ros.policy.gpu.steps.DenoisingSteps.step", _no_compiler)
+        patch.setattr("pi0_ros.policy.gpu.steps.DenoisingSteps._all_layers", lambda *_: whole)
         with pytest.raises(
-            RuntimeError, match="is lost to this process .CUDA error: unspecified launch failure.: Failed"
+            RuntimeError, match="process: CUDA error: unspecified launch failure; PI0_ROS_WHOLE_STEPS=0"
         ):
             kernels(make_model(TINY), proven=False)
 

@@ -169,9 +169,7 @@ def test_a_step_is_that_of_the_plain_sampler(pi05, horizon, keys, clusters, emul
 
 @pytest.fixture
 def compiler():
-    pytest.importorskip(
-        "cuda.bindings.nvrtc", reason="comes with torch for CUDA, on Linux with requirements/dev.txt too"
-    )
+    pytest.importorskip("cuda.bindings.nvrtc", reason="comes with torch for CUDA, and with requirements/dev.txt")
 
 
 @pytest.mark.parametrize("clusters", range(LEAST, MOST + 1))

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.util
 import logging
+import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pi0_ros.model.gemma import RMS_EPS
 from pi0_ros.policy.fused import Fused
 
 _log = logging.getLogger(__name__)
+SWITCH = "PI0_ROS_WHOLE_STEPS"
 SOURCES = Path(__file__).parent / "hopper"
 CLUSTER, THREADS = 4, 384  # blocks of a cluster, threads of a block
 MOST, LEAST = 32, 26  # clusters: more would have nothing to do, or columns for which there is no instruction
@@ -36,6 +38,8 @@ class Kernel:
 def kernel_for(config: Pi0Config, device: torch.device) -> Kernel | None:
     """The kernel, where it is for this: gemma_300m as the expert, rows of one tile, Hopper, NVIDIA's bindings.
 
+    `PI0_ROS_WHOLE_STEPS=0` in the environment: nowhere.
+
     Raises:
         RuntimeError: what NVIDIA's compiler or driver says.
     """
@@ -43,7 +47,11 @@ def kernel_for(config: Pi0Config, device: torch.device) -> Kernel | None:
     sizes = expert.width, expert.mlp_dim, expert.num_heads, expert.num_kv_heads, expert.head_dim
     if sizes != (1024, 4096, 8, 1, 256) or config.suffix_len > 64 or device.type != "cuda":
         return None
-    if torch.cuda.get_device_capability(device) != (9, 0) or not importlib.util.find_spec("cuda"):
+    if (
+        os.environ.get(SWITCH) == "0"
+        or torch.cuda.get_device_capability(device) != (9, 0)
+        or not importlib.util.find_spec("cuda")
+    ):
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
     with torch.cuda.device(index):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pi0_ros.policy.gpu.layers import SWITCH
 from pi0_ros.policy.graphs import Graphs
 from pi0_ros.policy.processor import gpu_fault
 from pi0_ros.wording import first_line
@@ -40,7 +41,10 @@ def fault(sampler: Sampler) -> str:
     except Exception as error:  # noqa: BLE001 - whatever the compiler, its compiler or the driver may raise
         first = first_line(error)
         if lost := gpu_fault():
-            raise RuntimeError(f"the GPU's kernels failed, and it is lost to this process ({lost}): {first}") from error
+            way_out = (
+                f"; {SWITCH}=0 in the environment does without the one for whole steps" if sampler.steps.layers else ""
+            )
+            raise RuntimeError(f"the kernels failed, and the GPU is lost to this process: {lost}{way_out}") from error
         return f"{type(error).__name__}: {first} (they are compiled with a C compiler and Python's headers)"
     used = sampler.prefix_pass, sampler.steps, sampler.graphs
     sampler.steps, sampler.graphs = None, Graphs(False)
