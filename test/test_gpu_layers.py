@@ -177,6 +177,7 @@ def test_the_kernel_compiles_without_a_word_for_every_number_of_clusters(cluster
     source = (SOURCES / "layers.cu").read_bytes()
     assert machine_code(source, constants(clusters, adaptive=clusters % 2 == 0))[:4] == b"\x7fELF"
     assert not caplog.records
+    assert chr(32).encode()[0] == 32  # what the compiler says was not written into Python's only space
 
 
 def test_what_the_compiler_says_is_told(compiler):

@@ -192,16 +192,16 @@ def machine_code(source: bytes, constants: Mapping[str, object]) -> bytes:
     program = _checked(program)
     options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{name}={value}" for name, value in constants.items())]
     failed = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
-    log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-    nvrtc.nvrtcGetProgramLog(program, log)
+    log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))  # bytes of one space would be Python's only ones
+    _checked(nvrtc.nvrtcGetProgramLog(program, log))
     said = log.decode(errors="replace").strip(" \0\n")
     if failed:
         raise RuntimeError(f"layers.cu does not compile: {said}")
     if said:
         _log.warning("layers.cu: %s", said)
-    image = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    image = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
     _checked(nvrtc.nvrtcGetCUBIN(program, image))
-    return image
+    return bytes(image)
 
 
 def _load(source: bytes, constants: Mapping[str, object]):
