@@ -86,6 +86,7 @@ struct Block {
     Warp warps[32];
     Meeting meetings[16];
     std::vector<Store> stores;
+    u32 asleep = 0;  // warps that fall behind, for as long as the others find something to do, and longer
 };
 struct Cluster {
     std::vector<Block*> blocks;
@@ -346,7 +347,7 @@ template <class Params> struct Grid {
         std::mt19937 draw(seed);
         std::vector<u32> order(blocks);
         for (u32 i = 0; i < blocks; i++) order[i] = i;
-        for (int idle = 0; idle < 30;) {
+        for (int idle = 0; idle < 200;) {
             std::shuffle(order.begin(), order.end(), draw);
             bool any = false, running = false;
             for (u32 block : order) {
@@ -355,13 +356,13 @@ template <class Params> struct Grid {
                 copies = later;
                 for (auto& copy : now) arrive(copy), any = true;
                 any |= stores_arrive(all[block], draw);
-                const u32 asleep = draw() & draw();  // warps that fall behind for as long as the others find to do
+                if (draw() % 4 == 0) all[block].asleep = draw() & draw();
                 for (int rounds = 0; rounds < 200; rounds++) {
                     progress = false;
                     for (u32 k = 0; k < threads; k++) {
                         current = &fibers[(size_t)block * threads + k];
                         running |= !current->done;
-                        if (!current->done && !(asleep >> k / 32 & 1)) resume();
+                        if (!current->done && !(all[block].asleep >> k / 32 & 1)) resume();
                     }
                     any |= progress;
                     if (!progress) break;
@@ -369,7 +370,7 @@ template <class Params> struct Grid {
             }
             if (!running) break;
             idle = any || !copies.empty() ? 0 : idle + 1;
-            if (idle == 30) fail("the grid stands still: some thread waits for what never comes");
+            if (idle == 200) fail("the grid stands still: some thread waits for what never comes");
         }
         if (!copies.empty()) fail("a copy came after the kernel's end");
         munmap(stacks, stacks_size), munmap(shared, memory * blocks);
