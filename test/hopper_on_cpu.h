@@ -1,4 +1,4 @@
-// hopper.h for a CPU without a GPU: every thread of the grid is a fiber, run in random order, one at a time.
+// instructions.h for a CPU without a GPU: every thread of the grid is a fiber, run in random order, one at a time.
 //
 // What hardware does later is done later here: a copy first fills its destination with NaN, and comes when the scheduler
 // likes. A kernel that reads before it waited, overwrites what others still read, or forgets a barrier gives NaN,
@@ -19,12 +19,8 @@
 
 #include <sys/mman.h>
 
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-using bf16 = u16;
-using Barrier = u64;
+#include "types.h"
+
 struct alignas(64) TensorMap {
     u64 base;
     int size[3], box[3];
@@ -34,7 +30,6 @@ struct alignas(64) TensorMap {
 static_assert(sizeof(TensorMap) == 128);
 
 #define DEVICE inline
-#define __device__
 #define __global__
 #define __grid_constant__
 #define __cluster_dims__(...)
@@ -59,7 +54,6 @@ inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
-using std::fmax;
 inline float fmaxf(float a, float b) { return std::fmax(a, b); }
 
 struct Meeting {

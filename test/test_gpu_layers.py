@@ -55,11 +55,11 @@ extern "C" void launch(const void* bytes, size_t size, u32 seed) {{
     def make(adaptive: bool, clusters: int, seed: int) -> Kernel:
         library = folder / f"layers_{int(adaptive)}_{clusters}.so"
         if not library.exists():
-            options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
+            options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{SOURCES}"]
             macros = [f"-D{name}={value}" for name, value in constants(clusters, adaptive).items()]
             subprocess.run([compiler, *options, *macros, "layers.cpp", "-o", library.name], cwd=folder, check=True)
         launch = ctypes.CDLL(str(library)).launch
-        return Kernel(clusters, lambda params: launch(params, ctypes.c_size_t(len(params)), seed))
+        return Kernel(clusters, lambda params: launch(params, ctypes.c_size_t(len(params)), seed), tensor_map)
 
     return make
 
@@ -72,30 +72,17 @@ def tensor_map(tensor, rows: int) -> bytes:
 
 
 def make_layers(sampler: Sampler, kernel: Kernel) -> ExpertLayers:
-    config, expert = sampler.config, sampler.config.expert
-    rows, width = config.suffix_len, expert.width
-
-    def buffer(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
-        return torch.full(shape, float("nan"), dtype=dtype)  # what is not written before it is read shows
-
-    def biases(part: str) -> torch.Tensor:
-        if sampler.modulation is None:
-            return torch.zeros(1)
-        shift = sampler.modulation[:, {"qkv": 0, "geglu": 1}[part] : -1 : 2, 1, 0].float()  # [times, depth, width]
-        matrices = [layer.qkv if part == "qkv" else layer.geglu.both for layer in sampler.weights.expert]
-        return torch.stack([shift[:, i] @ matrix.weight.float().T for i, matrix in enumerate(matrices)])
-
-    tokens = buffer(rows, width)
-    return ExpertLayers(
-        kernel, config, sampler.weights, sampler.num_steps + 1, tiles=32, encode=tensor_map,
-        buffers=dict(
-            tokens=tokens, scaled=tokens if sampler.modulation is None else buffer(rows, width),
-            squares=buffer(64, 64, dtype=torch.float32), q=buffer(rows, 2048), keys=sampler.keys, values=sampler.values,
-            mixed=buffer(rows, 2048), gated=buffer(rows, 4096), rope=torch.view_as_real(sampler.suffix_rope),
-            seen=sampler.valid, when=torch.zeros(1), qkv_bias=biases("qkv"), geglu_bias=biases("geglu"),
-            modulation=torch.zeros(1) if sampler.modulation is None else sampler.modulation,
-        ),
-    )  # fmt: skip
+    steps = pytest.importorskip("pi0_ros.policy.gpu.steps", reason="needs triton, which requirements/dev.txt has")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps.layers, "kernel_for", lambda *_: kernel)
+        layers = steps.DenoisingSteps(
+            sampler.config, sampler.weights, sampler.time_bias, sampler.modulation, sampler.num_steps,
+            x=sampler.x, free=sampler.free, keys=sampler.keys, values=sampler.values, rope=sampler.suffix_rope,
+            seen=sampler.valid, early=False,
+        ).layers  # fmt: skip
+    for name in ("tokens", "scaled", "squares", "q", "mixed", "gated"):
+        layers.buffers[name].fill_(float("nan"))  # what is not written before it is read shows
+    return layers
 
 
 def put(layers: ExpertLayers, sampler: Sampler, x: torch.Tensor, k: int, frozen: bool, lead: int) -> None:

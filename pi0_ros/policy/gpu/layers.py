@@ -29,10 +29,12 @@ MEMORY = 232448  # bytes of shared memory, all that a block may have
 
 @dataclass(frozen=True)
 class Kernel:
-    """`layers.cu` compiled for so many clusters: `launch` takes packed `Params`."""
+    """`layers.cu` compiled for so many clusters: `launch` takes packed `Params`, and `encode` makes what it takes for a
+    view of [layers, rows, columns] by tiles of so many rows."""
 
     clusters: int
     launch: Callable[[bytes], None]
+    encode: Callable[[Tensor, int], bytes]
 
 
 def kernel_for(config: Pi0Config, device: torch.device) -> Kernel | None:
@@ -92,13 +94,11 @@ class ExpertLayers:
         weights: its expert's matrices are put behind one another, as views of one tensor for each kind.
         buffers: the names that `layers.cu` has for them, in the order of its `Params`, from `tokens` on.
         tiles: how many sums of squares a row of tokens comes with.
-        encode: what makes the copy engine's view of a tensor.
     """
 
     def __init__(
-        self, kernel: Kernel, config: Pi0Config, weights: Fused, times: int, *, buffers: dict[str, Tensor], tiles: int,
-        encode: Callable[[Tensor, int], bytes] = tensor_map,
-    ) -> None:  # fmt: skip
+        self, kernel: Kernel, config: Pi0Config, weights: Fused, times: int, *, buffers: dict[str, Tensor], tiles: int
+    ) -> None:
         self.kernel, self.buffers, expert = kernel, buffers, config.expert
         self._sizes = config.suffix_len, buffers["keys"].shape[-2], buffers["squares"].shape[-1], tiles
         self._depth, self._times = expert.depth, times
@@ -110,8 +110,8 @@ class ExpertLayers:
             (_stacked([layer.geglu.both for layer in layers]), _largest(expert.mlp_dim, clusters * CLUSTER)),
             (_stacked([layer.down for layer in layers]), _largest(expert.width, clusters)),
         ]
-        maps = [encode(rows[None], 64) for rows in activations]
-        self._maps = b"".join(maps + [encode(*matrix) for matrix in self._matrices])
+        maps = [kernel.encode(rows[None], 64) for rows in activations]
+        self._maps = b"".join(maps + [kernel.encode(*matrix) for matrix in self._matrices])
         self._counter = torch.zeros(2, dtype=torch.int32, device=buffers["tokens"].device)
 
     def run(self, when: Tensor, first: int, rows: int, prefix_rows: int, *, with_state: bool) -> None:
@@ -176,7 +176,7 @@ def compiled(clusters: int, adaptive: bool, device: int) -> Kernel:
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
         _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0))
 
-    return Kernel(clusters, launch)
+    return Kernel(clusters, launch, tensor_map)
 
 
 def machine_code(source: bytes, constants: Mapping[str, object]) -> bytes:

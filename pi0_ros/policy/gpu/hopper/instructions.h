@@ -2,12 +2,8 @@
 #ifndef PI0_HOPPER
 #define PI0_HOPPER
 
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-using bf16 = u16;
-using Barrier = u64;  // an mbarrier in shared memory
+#include "types.h"
+
 struct alignas(64) TensorMap {
     u64 words[16];
 };  // CUtensorMap
