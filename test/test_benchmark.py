@@ -244,6 +244,14 @@ def test_bfloat16_is_for_processors_that_have_it(flags, found, tmp_path, monkeyp
     assert machine.processor() == "A Processor"
 
 
+@pytest.mark.parametrize(("vendor", "found"), [("GenuineIntel", True), ("AuthenticAMD", False)])
+def test_intels_processors_are_known_by_their_vendor(vendor, found, tmp_path, monkeypatch):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(processor, "Path", lambda _: cpuinfo)
+    assert processor.is_intel.__wrapped__() is found
+
+
 def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(CONFIGS, "nano", TINY)
     monkeypatch.setattr("pi0_ros.benchmark.sampling.measure_rates", lambda *_: Rates(1e9, 1e9))

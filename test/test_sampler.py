@@ -231,6 +231,18 @@ def test_without_onednn_the_numbers_are_the_same(model, monkeypatch):
     assert (actions - expected(model, images, state, noise)).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("intel", [False, True], ids=["AMD", "Intel"])
+def test_whoever_made_the_processor_the_numbers_are_the_same(intel, model, monkeypatch):
+    for room in ("fused", "attention"):
+        monkeypatch.setattr(f"pi0_ros.policy.{room}.is_intel", lambda: intel)
+    images, state, noise = draw()
+    sampler = Sampler(model)
+    packed = [layer.qkv.packed is not None for layer in sampler.weights.expert]
+    assert packed == [not intel and torch.backends.mkldnn.is_available()] * len(packed)
+    actions = sampler.sample(images, TOKENS, state, noise).actions
+    assert (actions - expected(model, images, state, noise)).abs().max() < 2e-5
+
+
 def test_frames_of_another_size_are_resized_on_the_device(model):
     images, state, noise = draw()
     size = TINY.vision.image_size

@@ -49,6 +49,9 @@ class Sample:
     latency: dict[str, float]
 
 
+_EPS = torch.tensor(RMS_EPS)
+
+
 class Sampler:
     """Samples action chunks from a `Pi0` with everything that stays the same computed once.
 
@@ -399,7 +402,12 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def _rms(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS)
+    """x / sqrt(mean(x^2) + eps)."""
+    if x.is_cuda or torch.is_grad_enabled():
+        return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS)
+    y = x.float()  # on a CPU that is eight operators, and these are four
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    return (y * torch.addcmul(_EPS, norm, norm, value=1 / y.shape[-1]).rsqrt_()).to(x.dtype)
 
 
 def _merge(x: Tensor) -> Tensor:
