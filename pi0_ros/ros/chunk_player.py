@@ -80,7 +80,7 @@ SPECS = (
         "following_error",
         0.5,
         "stop until ~/start when a joint is further from its command, rad; for prismatic joints a fifth of it, m; or "
-        "stands still for 1 s while chunks move it; 0: never",
+        "stands still for 1 s while chunks lead away from it; 0: never",
         0,
         100,
     ),
