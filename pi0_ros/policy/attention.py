@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,8 +22,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.device.type == "cpu" and mask is None and len(k) == 1 and not torch.is_grad_enabled():
         # the heads share keys and values and no row is masked, so they are just more rows
         if is_intel():
-            each = q.reshape(1, 1, rows * heads, dim)
-            return F.scaled_dot_product_attention(each, k[None], v[None], scale=1.0).view(rows, heads * dim)
+            shares = gcd(rows * heads, torch.get_num_threads())  # as many for each thread, whatever torch's blocks are
+            q = q.reshape(1, shares, -1, dim)
+            k, v = (t[None].expand(-1, shares, -1, -1) for t in (k, v))
+            return F.scaled_dot_product_attention(q, k, v, scale=1.0).reshape(rows, heads * dim)
         if has_onednn(q.dtype):
             return _attend_onednn(q.reshape(rows * heads, dim), k[0], v[0]).view(rows, heads * dim)
     if len(k) != heads:  # a view where there is one kv head
