@@ -238,8 +238,7 @@ def test_rates_of_the_device_are_measured():
 def test_bfloat16_is_for_processors_that_have_it(flags, found, tmp_path, monkeypatch):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"model name\t: A Processor\nflags\t\t: {flags}\n")
-    monkeypatch.setattr(machine, "Path", lambda _: cpuinfo)
-    monkeypatch.setattr(processor, "Path", lambda _: cpuinfo)
+    monkeypatch.setattr("pi0_ros.model.linear.Path", lambda _: cpuinfo)
     assert processor.has_bfloat16(CPU) is found
     assert machine.processor() == "A Processor"
 
@@ -248,7 +247,7 @@ def test_bfloat16_is_for_processors_that_have_it(flags, found, tmp_path, monkeyp
 def test_intels_processors_are_known_by_their_vendor(vendor, found, tmp_path, monkeypatch):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
-    monkeypatch.setattr(processor, "Path", lambda _: cpuinfo)
+    monkeypatch.setattr("pi0_ros.model.linear.Path", lambda _: cpuinfo)
     assert processor.is_intel.__wrapped__() is found
 
 

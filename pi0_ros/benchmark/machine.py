@@ -7,7 +7,6 @@ import platform
 import resource
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 
 from pi0_ros.benchmark.inputs import BenchmarkError
 from pi0_ros.benchmark.timing import timed
+from pi0_ros.model.linear import cpuinfo
 from pi0_ros.policy.fused import Linear
 
 
@@ -58,11 +58,9 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def processor() -> str:
     """The processor's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    for line in cpuinfo().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 

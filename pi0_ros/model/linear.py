@@ -74,10 +74,14 @@ def _takes_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 @functools.cache
 def onednn_is_faster() -> bool:
     """Whether this is an AMD processor with AVX-512, and torch has oneDNN."""
-    cpuinfo = Path("/proc/cpuinfo")
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        and cpuinfo.exists()
-        and "AuthenticAMD" in cpuinfo.read_text(errors="replace")
+        and "AuthenticAMD" in cpuinfo()
     )
+
+
+def cpuinfo() -> str:
+    """What Linux says of the processor; nothing on other systems."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text(errors="replace") if path.exists() else ""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import torch
 
+from pi0_ros.model.linear import cpuinfo
 from pi0_ros.policy import gpu
 from pi0_ros.wording import first_line
 
@@ -52,18 +52,13 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 by itself; elsewhere it is emulated, and slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return bool(_BFLOAT16_FLAGS & set(_cpuinfo().split()))
+    return bool(_BFLOAT16_FLAGS & set(cpuinfo().split()))
 
 
 @functools.cache
 def is_intel() -> bool:
     """Whether the CPU is Intel's: there MKL uses AVX-512 and AMX as oneDNN does; on AMD's it keeps to AVX2."""
-    return "GenuineIntel" in _cpuinfo()
-
-
-def _cpuinfo() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(errors="replace") if path.exists() else ""
+    return "GenuineIntel" in cpuinfo()
 
 
 def has_onednn(dtype: torch.dtype) -> bool:

@@ -37,6 +37,7 @@ from pi0_ros.policy.stages import Stages
 from pi0_ros.policy.tables import rope_table, time_tables
 
 _log = logging.getLogger(__name__)
+_EPS = torch.tensor(RMS_EPS)
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,6 @@ class Sample:
     prefix_reused: bool
     cameras_encoded: int
     latency: dict[str, float]
-
-
-_EPS = torch.tensor(RMS_EPS)
 
 
 class Sampler:
