@@ -97,6 +97,36 @@ def test_attention_mask_written_out():
     ]
 
 
+@pytest.mark.parametrize("per_row", [False, True], ids=["one mask", "a mask per row"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_attention_and_its_gradients_are_the_textbook_s_however_threads_share_the_batch(threads, per_row):
+    batch, heads, rows, keys, dim = 2, 4, 5, 7, 8
+    q = torch.randn(batch, heads, rows, dim, generator=generator(0))
+    k, v = torch.randn(2, batch, 1, keys, dim, generator=generator(1))
+    mask = torch.rand(batch, rows if per_row else 1, keys, generator=generator(2)) < 0.6
+    mask[..., 0] = True
+
+    def textbook(q, k, v):
+        scores = (q @ k.mT / dim**0.5).masked_fill(~mask[:, None], -torch.inf)
+        return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+
+    weights = torch.randn(batch, rows, heads * dim, generator=generator(3))
+
+    def results(function):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = function(*inputs)
+        return out, *torch.autograd.grad((out * weights).sum(), inputs)
+
+    expected, usual = results(textbook), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = results(lambda *inputs: attend(*inputs, mask))
+    finally:
+        torch.set_num_threads(usual)
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
+
+
 def test_actions_see_one_another_and_the_state_does_not_see_them():
     model, observation, x_t = case("pi0")
     changed = x_t.clone()

@@ -151,10 +151,10 @@ def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """q [B, heads, N, D], k, v [B, kv heads, M, D], mask bool [B, 1 or N, M] (True: may look) -> [B, N, heads * D]."""
     batch, heads, rows, dim = q.shape
-    if k.shape[1] == 1 and q.device.type == "cpu":
-        # Heads that share keys and values are just more rows: forward and backward take a quarter less.
+    if k.shape[1] == 1 and q.device.type == "cpu" and mask.shape[1] == 1 and batch % torch.get_num_threads() == 0:
+        # Heads that share keys and values are just more rows, which takes up to a quarter less. Torch's backward gives
+        # each thread whole heads, so only where all threads have as many; and a mask per row would have to be repeated.
         q = q.transpose(1, 2).reshape(batch, 1, rows * heads, dim)
-        mask = mask if mask.shape[1] == 1 else mask.repeat_interleave(heads, dim=1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).view(batch, rows, heads * dim)
     group = q.shape[1] // k.shape[1]  # query heads per kv head; spelt out, since masked GPU kernels take no groups
     k, v = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))  # a view for one kv head
