@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pi0_ros.training.dataset import Dataset
-from pi0_ros.training.page import STYLE
+from pi0_ros.training.html import document, drawn, picture, table
 
 if TYPE_CHECKING:
     from pi0_ros.training.evaluate import Comparison
@@ -56,17 +54,15 @@ def _joint(i: int, name: str, comparison: Comparison, dataset: Dataset, result: 
     error.set(xlabel="step of the chunk", title="mean absolute error")
     error.set_ylim(bottom=0)
     error.legend(fontsize=7)
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=90)
-    return target.getvalue()
+    return drawn(figure)
 
 
 def page(result: dict[str, Any], plots: dict[str, bytes]) -> str:
     """The whole page; it needs no other file."""
-    title = escape(f"Evaluation of {result['digest']}")
     head = (
         f"{result['chunks']} chunks of {result['horizon']} actions, {result['seeds']} seeds, {result['num_steps']} "
-        f"denoising steps, from {result['episodes']} {result['which']}."
+        f"denoising steps, from {result['episodes']} {result['which']}. "
+        "Mean absolute error in robot units (rad or m), jerk in units / s³."
     )
     rows = []
     for i, name in enumerate(result["joints"]):
@@ -79,18 +75,5 @@ def page(result: dict[str, Any], plots: dict[str, bytes]) -> str:
     shares = [f"{result['error'][kind]['share_of_range']:.3%}" for kind in COLOURS]
     rows.append(["share of the joints' ranges", *shares, "", "", ""])
     columns = ["joint", "policy", "hold", "repeat last", "spread over seeds", "jerk", "recorded jerk"]
-    pictures = "".join(
-        f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
-        for name, png in plots.items()
-    )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style></head><body><h1>{title}</h1><p>{escape(head)} Mean absolute error in robot units "
-        f"(rad or m), jerk in units / s&sup3;.</p>{_table(columns, rows)}{pictures}</body></html>"
-    )
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    header = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{header}</tr>{body}</table>"
+    parts = [f"<p>{escape(head)}</p>", table(columns, rows), *(picture(png, name) for name, png in plots.items())]
+    return document(f"Evaluation of {result['digest']}", parts)

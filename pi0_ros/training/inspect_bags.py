@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             data = {"summary": summary, "bags": [report.numbers for report in reports]}
             write_json(options.json, data)
         if options.html:
-            from pi0_ros.training.page import page  # matplotlib takes a second to import
+            from pi0_ros.training.inspection_page import page  # matplotlib takes a second to import
 
             write_text(options.html, page(reports, summary))
     except (OptionsError, BagError, CacheError, RobotFileError, OSError) as error:

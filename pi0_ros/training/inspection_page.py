@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from html import escape
 from typing import Any
 
@@ -11,26 +9,17 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
+from pi0_ros.training.html import document, drawn, picture, table
 from pi0_ros.training.report import BagReport
-
-STYLE = """body{font:14px system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}.bad{color:#b00020}.warn{color:#9a5b00}img{max-width:100%}
-figure{display:inline-block;margin:.4em}figcaption{font-size:12px;color:#666}"""
 
 
 def page(reports: list[BagReport], summary: dict[str, Any]) -> str:
     """The whole page."""
-    parts = [f"<h1>Recordings for {escape(summary['robot'])}</h1>", _verdict(summary), _totals(summary)]
+    parts = [_verdict(summary), _totals(summary)]
     parts += [f'<p class="warn">{escape(text)}</p>' for text in summary["warnings"]]
     parts += [_joints(summary["joints"]), _histograms(reports)]
     parts += ["<h2>Recordings</h2>", *(_bag(report, summary) for report in reports)]
-    title = escape(f"Recordings for {summary['robot']}")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style></head>"
-        f"<body>{''.join(parts)}</body></html>"
-    )
+    return document(f"Recordings for {summary['robot']}", parts)
 
 
 def _verdict(summary: dict[str, Any]) -> str:
@@ -53,7 +42,7 @@ def _totals(s: dict[str, Any]) -> str:
     }
     if skew := s["skew_ms"]:
         rows["skew"] = f"median {skew['p50']:.1f} ms, 95 % {skew['p95']:.1f} ms, worst {skew['max']:.1f} ms"
-    return _table(["", ""], [[name, value] for name, value in rows.items()])
+    return table(["", ""], [[name, value] for name, value in rows.items()])
 
 
 def _joints(joints: list[dict[str, Any]]) -> str:
@@ -68,13 +57,7 @@ def _joints(joints: list[dict[str, Any]]) -> str:
                     remarks += f" polarity {joint['gripper']['polarity']}"
                 values = [f"{column[name]:.4f}" for name in names]
                 rows.append([joint["name"], what, *values, f"{column['outside_limits']:.1%}", column["nan"], remarks])
-    return "<h2>Joints</h2>" + _table(["joint", "", *names, "outside limits", "NaN", ""], rows) if rows else ""
-
-
-def _table(head: list[str], rows: list[list[Any]]) -> str:
-    header = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{header}</tr>{body}</table>"
+    return "<h2>Joints</h2>" + table(["joint", "", *names, "outside limits", "NaN", ""], rows) if rows else ""
 
 
 def _histograms(reports: list[BagReport]) -> str:
@@ -88,7 +71,7 @@ def _histograms(reports: list[BagReport]) -> str:
     left.set(xlabel="skew between streams, ms", ylabel="ticks")
     right.hist(seconds, bins=min(40, max(len(seconds), 5)))
     right.set(xlabel="length of episodes, s", ylabel="episodes")
-    return _figure(figure, "")
+    return picture(drawn(figure), "skew between streams, lengths of episodes")
 
 
 def _bag(report: BagReport, summary: dict[str, Any]) -> str:
@@ -110,12 +93,12 @@ def _bag(report: BagReport, summary: dict[str, Any]) -> str:
             ]
             for name, stream in n["streams"].items()
         ]
-        parts.append(_table(["stream", "topic", "messages", "Hz", "gaps", "longest, s", "bag - header, ms"], rows))
+        parts.append(table(["stream", "topic", "messages", "Hz", "gaps", "longest, s", "bag - header, ms"], rows))
         bad = [[reason, count] for reason, count in n["bad_messages"].items()]
-        parts.append(_table(["bad messages", ""], bad) if bad else "")
+        parts.append(table(["bad messages", ""], bad) if bad else "")
         if n["ticks"]:
             dropped = [[f"dropped: {reason}", count] for reason, count in n["dropped"].items()]
-            parts.append(_table(["ticks", ""], [["kept", n["kept"]], *dropped]))
+            parts.append(table(["ticks", ""], [["kept", n["kept"]], *dropped]))
     parts += [_frame(slot, seconds, frame) for slot, seconds, frame in report.samples]
     if report.samples and report.episode is not None:
         parts.append(_curves(report.episode, [joint["name"] for joint in summary["joints"]]))
@@ -124,7 +107,7 @@ def _bag(report: BagReport, summary: dict[str, Any]) -> str:
 
 def _frame(slot: str, seconds: float, frame: np.ndarray) -> str:
     _, data = cv2.imencode(".png", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-    return _image(data.tobytes(), f"{slot}, {seconds:.1f} s")
+    return picture(data.tobytes(), slot, f"{slot}, {seconds:.1f} s")
 
 
 def _curves(episode: dict[str, np.ndarray], names: list[str]) -> str:
@@ -139,15 +122,4 @@ def _curves(episode: dict[str, np.ndarray], names: list[str]) -> str:
         axis.set_title(name, fontsize=9)
         if i == 0:
             axis.legend(fontsize=7)
-    return _figure(figure, "first episode; grey: not used")
-
-
-def _figure(figure: Figure, caption: str) -> str:
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=90)
-    return _image(target.getvalue(), caption)
-
-
-def _image(png: bytes, caption: str) -> str:
-    data = base64.b64encode(png).decode()
-    return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
+    return picture(drawn(figure), "states and actions", "first episode; grey: not used")
