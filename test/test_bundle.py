@@ -160,10 +160,10 @@ def test_statistics_and_robot_must_fit_the_settings(tmp_path):
         quantile = replace(SETTINGS, normalisation="quantile")
         save_bundle(tmp_path / "x", random_weights(TINY), quantile, ROBOT, NormStats(plain, plain))
     narrow = replace(TINY, action_dim=2)
-    with pytest.raises(CheckpointError, match=f"the robot has {JOINTS} joints, the model 2 action dimensions"):
+    with pytest.raises(CheckpointError, match=f"has {JOINTS} joints, the model 2 action dimensions"):
         save_bundle(tmp_path / "x", random_weights(narrow), BundleSettings(narrow), ROBOT, STATS)
     blind = replace(TINY, cameras=("right_wrist_0_rgb",))
-    with pytest.raises(CheckpointError, match="cameras base_0_rgb.* have no slot in the model"):
+    with pytest.raises(CheckpointError, match="camera base_0_rgb.* has no slot in the model"):
         save_bundle(tmp_path / "x", random_weights(blind), BundleSettings(blind), ROBOT, STATS)
 
 

@@ -153,10 +153,10 @@ def test_a_robot_that_the_model_has_no_place_for_is_refused(data, tmp_path, caps
     narrow = replace(kit.TINY, cameras=("left_wrist_0_rgb",))
     save_bundle(tmp_path / "narrow", kit.random_start(narrow), BundleSettings(narrow), None, None)
     line = refusal(capsys, kit.arguments(data, tmp_path / "out", init=tmp_path / "narrow"))
-    assert "camera base_0_rgb of 'bench' has no slot in the model: it has left_wrist_0_rgb" in line
+    assert "camera base_0_rgb of robot 'bench' has no slot in the model, which has left_wrist_0_rgb" in line
     thin = replace(kit.TINY, action_dim=2)
     save_bundle(tmp_path / "thin", kit.random_start(thin), BundleSettings(thin), None, None)
-    assert "'bench' has 3 joints, the model 2 dimensions" in refusal(
+    assert "'bench' has 3 joints, the model 2 action dimensions" in refusal(
         capsys, kit.arguments(data, tmp_path / "out", init=tmp_path / "thin")
     )
 

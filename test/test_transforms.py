@@ -193,5 +193,5 @@ def test_statistics_of_32_dimensions_serve_a_smaller_robot():
 
 def test_a_model_of_fewer_dimensions_than_joints_is_refused():
     small = BundleSettings(dataclasses.replace(PRESETS["nano"], action_dim=4))
-    with pytest.raises(ValueError, match="the model has 4 action dimensions, the robot 6 joints"):
+    with pytest.raises(ValueError, match="has 6 joints, the model 4 action dimensions"):
         build_transforms(ROBOT, statistics(6), small)

@@ -258,12 +258,19 @@ def _check_meaning(settings: BundleSettings, robot: Robot | None, stats: NormSta
     with _source(where):
         if stats is not None:
             stats.require(settings.normalisation, len(robot.joints) if robot else None)
-        if robot is not None and len(robot.joints) > settings.model.action_dim:
-            joints, dims = len(robot.joints), settings.model.action_dim
-            raise CheckpointError(f"the robot has {joints} joints, the model {dims} action dimensions")
-        if robot is not None and (extra := [c for c in robot.present_cameras if c not in settings.model.cameras]):
-            has = ", ".join(settings.model.cameras)
-            raise CheckpointError(f"the robot's cameras {', '.join(extra)} have no slot in the model, which has {has}")
+        if robot is not None and (fault := misfit(settings.model, robot)):
+            raise CheckpointError(fault)
+
+
+def misfit(model: Pi0Config, robot: Robot) -> str:
+    """Why a robot has no place in a model of these sizes, or ""."""
+    joints, dims = len(robot.joints), model.action_dim
+    if joints > dims:
+        return f"robot {robot.name!r} has {joints} joints, the model {dims} action dimensions"
+    if extra := [slot for slot in robot.present_cameras if slot not in model.cameras]:
+        has = ", ".join(model.cameras)
+        return f"camera {', '.join(extra)} of robot {robot.name!r} has no slot in the model, which has {has}"
+    return ""
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import torch
 from pi0_ros.model.config import PRESETS, Pi0Config
 from pi0_ros.model.flow import Cold, NoiseSource, noise_source_from_dict, require_same_source
 from pi0_ros.model.pi0 import Pi0
-from pi0_ros.policy.bundle import BundleSettings, load_bundle
+from pi0_ros.policy.bundle import BundleSettings, load_bundle, misfit
 from pi0_ros.policy.guided import Guidance
 from pi0_ros.policy.images import ImageError, check_image, resize_with_pad
 from pi0_ros.policy.processor import MANY_PARAMETERS, PolicyError, pick_device
@@ -85,6 +85,8 @@ class Policy:
         force_noise: bool = False,
         seed: int = 0,
     ) -> None:
+        if fault := misfit(settings.model, robot):
+            raise PolicyError(fault)
         self.robot, self.config, self.settings, self.digest = robot, settings.model, settings, digest
         self.num_steps = num_steps
         self.transforms: Group = build_transforms(robot, stats, settings)
@@ -94,8 +96,6 @@ class Policy:
         self._source = require_same_source(noise_source_from_dict(settings.noise_source), noise_source, force_noise)
         self._guidance = guidance or GuidanceSettings()
         self._generator = torch.Generator().manual_seed(seed)  # for calls that bring neither noise nor generator
-        if extra := [slot for slot in robot.present_cameras if slot not in self.config.cameras]:
-            raise PolicyError(f"camera {', '.join(extra)} has no slot in the model, allowed: {self.config.cameras}")
         self._slots = tuple(slot for slot in self.config.cameras if slot in robot.present_cameras)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         device, dtype = pick_device(device, dtype, parameters)
@@ -181,7 +181,7 @@ class Policy:
         """An untrained policy: random weights by `seed`, statistics from the joints' limits, byte-level tokens.
 
         It moves the robot, within bounds and to no purpose: for tests, timing and dry runs. PolicyError for an unknown
-        preset.
+        preset, or one that has no place for the robot.
         """
         if isinstance(preset, str) and preset not in PRESETS:
             raise PolicyError(f"preset must be one of {', '.join(PRESETS)}, found {preset!r}")

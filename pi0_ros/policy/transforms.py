@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pi0_ros.policy import aloha
-from pi0_ros.policy.bundle import BundleSettings
+from pi0_ros.policy.bundle import BundleSettings, misfit
 from pi0_ros.policy.statistics import NormStats, Stats
 from pi0_ros.robot import Robot
 
@@ -60,12 +60,9 @@ def build_transforms(robot: Robot, stats: NormStats | None, settings: BundleSett
     statistics are computed.
 
     Raises:
-        ValueError: statistics or action dimensions that do not fit the robot (StatisticsError is one).
+        ValueError: statistics or a model that do not fit the robot (StatisticsError is one).
     """
-    joints, dims = len(robot.joints), settings.model.action_dim
-    if joints > dims:
-        raise ValueError(f"the model has {dims} action dimensions, the robot {joints} joints")
-    group = Group()
+    joints, group = len(robot.joints), Group()
     if settings.adapter == "aloha":
         group = group.push(aloha.pair(joints))
     elif grippers := tuple((i, j.open, j.closed) for i, j in enumerate(robot.joints) if j.kind == "gripper"):
@@ -74,11 +71,13 @@ def build_transforms(robot: Robot, stats: NormStats | None, settings: BundleSett
     group = group.push((RelativeActions(relative), AbsoluteActions(relative)))
     if stats is None:
         return group
+    if fault := misfit(settings.model, robot):
+        raise ValueError(fault)
     stats.require(settings.normalisation, joints)
     quantile = settings.normalisation == "quantile"
     return group.push(
         (Normalize(stats, quantile), Unnormalize(stats, quantile)),
-        (Pad(dims), Unpad(joints)),
+        (Pad(settings.model.action_dim), Unpad(joints)),
     )
 
 

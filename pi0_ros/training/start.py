@@ -11,7 +11,7 @@ from pi0_ros.model.checkpoint import Checkpoint, open_checkpoint
 from pi0_ros.model.config import PRESETS
 from pi0_ros.model.flow import Cold, NoiseSource, Pink, White, noise_source_from_dict
 from pi0_ros.model.pi0 import Pi0
-from pi0_ros.policy.bundle import BundleSettings, is_bundle, load_bundle
+from pi0_ros.policy.bundle import BundleSettings, is_bundle, load_bundle, misfit
 from pi0_ros.policy.convert import UnknownNormalisation, foreign_settings
 from pi0_ros.policy.tokenizer import ByteTokenizer
 from pi0_ros.robot import Robot
@@ -125,17 +125,11 @@ def _from_checkpoint(path: Path, robot: Robot, notes: list[str]) -> tuple[Bundle
 
 
 def _require_fit(options: TrainOptions, settings: BundleSettings, robot: Robot) -> None:
-    model = settings.model
-    if len(robot.joints) > model.action_dim:
-        raise OptionsError(f"{robot.name!r} has {len(robot.joints)} joints, the model {model.action_dim} dimensions")
-    if extra := [slot for slot in robot.present_cameras if slot not in model.cameras]:
-        raise OptionsError(
-            f"camera {', '.join(extra)} of {robot.name!r} has no slot in the model: it has {', '.join(model.cameras)}"
-        )
-    if options.rtc_max_delay >= model.action_horizon:
-        raise OptionsError(
-            f"--rtc-max-delay {options.rtc_max_delay} must be below the horizon, {model.action_horizon} actions"
-        )
+    if fault := misfit(settings.model, robot):
+        raise OptionsError(fault)
+    delay, horizon = options.rtc_max_delay, settings.model.action_horizon
+    if delay >= horizon:
+        raise OptionsError(f"--rtc-max-delay {delay} must be below the horizon, {horizon} actions")
 
 
 def noise_source(options: TrainOptions, settings: BundleSettings) -> NoiseSource:
