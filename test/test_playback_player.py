@@ -447,12 +447,13 @@ def test_refused_chunks_are_counted_and_the_old_one_plays_on():
     assert "action 0 of joint 'b' is nan" in bench.offer([[0.0, np.nan, 0.0], [0, 0, 0]])
     bench.tick(1)
     assert bench.seen == (PLAYING, "refused chunk 1: action 0 of joint 'b' is nan")
+    assert bench.player.refused_sequence == 1
     assert "its sequence is not above 0" in bench.offer(np.zeros((41, 3)), sequence=0)
     assert "all its actions are past" in bench.offer(np.zeros((4, 3)), age=0.5, sequence=2)
     assert bench.player.refused == 3 and bench.player.played == 1
     bench.lively()
     bench.tick(1)
-    assert bench.seen == (PLAYING, "") and bench.player.played == 2
+    assert bench.seen == (PLAYING, "") and bench.player.played == 2 and bench.player.refused_sequence is None
 
 
 def test_an_older_epoch_is_void_and_a_newer_one_drops_the_chunk_at_once():

@@ -182,15 +182,14 @@ def test_the_chunk_of_a_held_arm_is_grey_from_end_to_end(kinematics, state):
     assert (shape.colours == HELD).all()
 
 
-def test_the_words_of_a_refusal_by_the_real_player_make_the_chunk_red(kinematics):
+def test_a_chunk_that_the_player_refused_is_red(kinematics):
     player = ChunkPlayer(ROBOT, Settings(), ())
     actions = swing()
     player.start()
-    refusal = player.offer(Offer(0, 7, 0, JOINTS, 10, 0.1, actions.ravel()), 10 * SECOND)
-    assert "old" in refusal
+    assert "old" in player.offer(Offer(0, 7, 0, JOINTS, 10, 0.1, actions.ravel()), 10 * SECOND)
     looking = view(kinematics)
     looking.hear_chunk(0, 0.1, 7, JOINTS, actions, "")
-    looking.hear_player(Player(0, PLAYING, player.reason, 6, 0.4))
+    looking.hear_player(Player(0, PLAYING, player.reason, 6, 0.4, player.refused_sequence))
     assert (drawn(looking, 0)["chunk"].colours == REFUSED).all()
     looking.hear_chunk(0, 0.1, 8, JOINTS, actions, "")  # the next one is not meant
     np.testing.assert_allclose(drawn(looking, 0)["chunk"].colours[0], NOW)

@@ -70,8 +70,8 @@ class Bench:
         message.header.stamp = self.node.get_clock().now().to_msg()
         self.chunks.publish(message)
 
-    def says(self, state: int, reason: str) -> None:
-        message = PlayerStatus(state=state, reason=reason, sequence=3)
+    def says(self, state: int, reason: str, **fields: object) -> None:
+        message = PlayerStatus(state=state, reason=reason, sequence=3, **fields)
         message.header.stamp = self.node.get_clock().now().to_msg()
         self.statuses.publish(message)
 
@@ -124,7 +124,8 @@ def test_held_and_refused_chunks_and_complaints_are_seen(bench):
 
     bench.ros.spin_until(lambda: colour() == (0.55, 0.55, 0.6), 20, "a grey path")
     bench.ros.spin_until(lambda: "HOLDING: no joint state for more than 0.2 s" in text(), 20, "its reason")
-    bench.says(PlayerStatus.PLAYING, "refused chunk 3: its stamp is in the future")
+    words = "refused chunk 3: its stamp is in the future"
+    bench.says(PlayerStatus.PLAYING, words, newest_refused=True, refused_sequence=3)
     bench.ros.spin_until(lambda: colour() == (1.0, 0.08, 0.05), 20, "a red path")
     complaint = DiagnosticStatus(level=DiagnosticStatus.WARN, name="policy_node: base_0_rgb", message="too slow")
     stranger = DiagnosticStatus(level=DiagnosticStatus.ERROR, name="battery", message="empty")

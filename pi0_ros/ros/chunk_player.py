@@ -331,6 +331,8 @@ class ChunkPlayer(ManagedNode):
             handover_delay=player.handover_delay,
             chunks_played=player.played,
             chunks_refused=player.refused,
+            newest_refused=player.refused_sequence is not None,
+            refused_sequence=player.refused_sequence or 0,
             holds=player.holds,
             joint_names=list(player.joint_names),
             commanded=[] if player.commanded is None else player.commanded.tolist(),

@@ -6,7 +6,6 @@ into a picture. Positions in metres in the URDF's root frame, times in nanosecon
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,6 @@ EXECUTED, TEXT = np.array([0.15, 0.75, 1.0, 1.0]), np.array([1.0, 1.0, 1.0, 1.0]
 STEP = 5e-4  # m; the executed path gets a new point when the tip has moved so far
 WRAP = 60  # characters of a line of the text
 SILENCE = SECOND  # ns; an active player says something ten times a second
-_REFUSAL = re.compile(r"refused chunk (\d+): ")  # in the words of player.Player.offer
 
 Look = Literal["coming", "held", "refused"]
 
@@ -69,6 +67,7 @@ class Player:
     reason: str
     sequence: int
     seconds_left: float
+    refused_sequence: int | None = None  # of the newest chunk, where that was refused
 
 
 def fade(ahead: np.ndarray, span: float) -> np.ndarray:
@@ -93,8 +92,7 @@ def look_of(heard: Heard, player: Player | None) -> Look:
         return "refused"
     if player is None:
         return "coming"
-    refusal = _REFUSAL.search(player.reason)
-    if refusal and int(refusal[1]) == heard.sequence:
+    if player.refused_sequence == heard.sequence:
         return "refused"
     return "held" if player.state in (STOPPED, HOLDING) else "coming"
 

@@ -62,6 +62,7 @@ class Player:
         self.playback = Playback(fastest, settings.handover, settings.blend_time, settings.ensemble_decay)
         self.played = self.refused = self.holds = 0
         self.sequence = self.epoch = 0  # of the chunk that is played, or was last
+        self.refused_sequence: int | None = None  # of the newest chunk, where that was refused
         self.handover_delay = 0.0  # actions of that chunk that were past when it took over
         self.commanded: np.ndarray | None = None  # [J]
 
@@ -134,12 +135,12 @@ class Player:
             fault = "all its actions are past"
         if fault is not None:
             self.refused += 1
-            self._refusal = f"refused chunk {offer.sequence}: {fault}"
+            self._refusal, self.refused_sequence = f"refused chunk {offer.sequence}: {fault}", offer.sequence
             return self._refusal
         if offer.epoch != self._epoch:
             self._drop("the policy started afresh")
         self._epoch, self._sequence, self._heard = offer.epoch, offer.sequence, now
-        self._refusal = ""
+        self._refusal, self.refused_sequence = "", None
         if self._running:
             self._pending = TimedActions(offer, self.limits, self.settings.interpolation)
         return ""
@@ -154,7 +155,8 @@ class Player:
     def start(self) -> None:
         """Play from the next chunk on."""
         if not self._running:
-            self._running, self._afresh, self._anew, self._refusal, self.lost = True, True, True, "", ""
+            self._running, self._afresh, self._anew, self.lost = True, True, True, ""
+            self._refusal, self.refused_sequence = "", None
             self._drop("no chunk yet")
             self._halt(HOLDING, "no chunk yet")
 

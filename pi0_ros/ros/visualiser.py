@@ -155,7 +155,9 @@ class Visualiser(Node):
 
     def _status_came(self, message: PlayerStatus) -> None:
         stamp = stamp_ns(message.header.stamp)
-        self.view.hear_player(Player(stamp, message.state, message.reason, message.sequence, message.seconds_left))
+        refused = message.refused_sequence if message.newest_refused else None
+        said = message.state, message.reason, message.sequence, message.seconds_left, refused
+        self.view.hear_player(Player(stamp, *said))
 
     def _state_came(self, message: JointState) -> None:
         pairs = zip(message.name, message.position, strict=False)  # some drivers leave positions out
