@@ -265,10 +265,12 @@ def test_bad_chunks_are_refused_with_the_reason_in_status(streamed):
     ):
         streamed.policy.change = change
         streamed.ros.spin_until(lambda words=words: words in streamed.watch.status.reason, what=words)
+        status = streamed.watch.status
+        assert status.newest_refused and f"refused chunk {status.refused_sequence}: " in status.reason
         streamed.policy.change = {}
         streamed.ros.spin_until(streamed.watch.is_in(PLAYING))
         streamed.ros.spin_until(lambda: streamed.watch.status.reason == "", what="all is well again")
-    assert streamed.watch.status.chunks_refused >= 4
+    assert streamed.watch.status.chunks_refused >= 4 and not streamed.watch.status.newest_refused
 
 
 def test_a_far_first_action_is_approached(ros, tmp_path):
