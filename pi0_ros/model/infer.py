@@ -50,55 +50,21 @@ def infer_config(
     Raises:
         CheckpointError: the head count cannot be told, config.json contradicts the weights or makes no sense.
     """
-    kind = config_kind(data)
     if isinstance(data.get("model"), Mapping):  # ours, and the copy that we leave in openpi's config.json
         try:
             return Pi0Config.from_dict(data["model"]), []
         except ConfigError as error:
             raise CheckpointError(f"{source}: {error}") from None
-    preset = PRESETS["pi05" if pi05 else "pi0"]
-    notes: list[str] = []
+    kind, preset, config = config_kind(data), PRESETS["pi05" if pi05 else "pi0"], _Reader(data, source)
     if kind == "lerobot" and (data["type"] == "pi05") != pi05:
         held = "pi05 (adaptive norms)" if pi05 else "pi0 (no adaptive norms)"
         raise CheckpointError(f"{source}: type is {data['type']!r}, but the weights are {held}")
-
-    def at(name: str, axis: int, default: int) -> int:
-        shape = shapes.get(name, ())
-        return shape[axis] if axis < len(shape) else default
-
-    config = _Reader(data, source)
-    vision_heads, gemma_heads = heads.get("vision"), heads.get("gemma")
+    stated = dict(heads)
     if kind == "transformers":
         vlm, tower = config.section("dit_config"), config.section("vlm_config").section("vision_config")
-        gemma_heads = gemma_heads or vlm.integer("num_attention_heads", preset.vlm.num_heads)
-        vision_heads = vision_heads or tower.integer("num_attention_heads", preset.vision.num_heads)
-    positions = at(VISION + "embeddings.position_embedding.weight", 0, preset.vision.num_tokens)
-    patch = at(VISION + "embeddings.patch_embedding.weight", 2, preset.vision.patch_size)
-    width = at(VISION + "embeddings.patch_embedding.bias", 0, preset.vision.width)
-    queries = at(VLM + "layers.0.self_attn.q_proj.weight", 0, preset.vlm.num_heads * preset.vlm.head_dim)
-    keys = at(VLM + "layers.0.self_attn.k_proj.weight", 0, preset.vlm.num_kv_heads * preset.vlm.head_dim)
-    vlm_width = at(VLM + "layers.0.mlp.gate_proj.weight", 1, preset.vlm.width)
-    gemma_heads = gemma_heads or _preset_gemma_heads(vlm_width, queries, keys)
-    vision_heads = vision_heads or next((p.vision.num_heads for p in PRESETS.values() if p.vision.width == width), None)
-    if not gemma_heads or not vision_heads:
-        tower, found = ("vision", width) if gemma_heads else ("language", vlm_width)
-        raise CheckpointError(
-            f"{source}: the number of attention heads of a {tower} tower of width {found} is in no shape and no "
-            "preset; `convert` takes the model's sizes (--model-config JSON_FILE)"
-        )
-    if queries % gemma_heads or keys % (queries // gemma_heads):
-        raise CheckpointError(f"{source}: {gemma_heads} heads do not divide queries of {queries} and keys of {keys}")
-
-    def stack(root: str, default: GemmaConfig) -> GemmaConfig:
-        return GemmaConfig(
-            width=at(root + "layers.0.mlp.gate_proj.weight", 1, default.width),
-            depth=depth(shapes, root + "layers.") or default.depth,
-            mlp_dim=at(root + "layers.0.mlp.gate_proj.weight", 0, default.mlp_dim),
-            num_heads=gemma_heads,
-            num_kv_heads=keys // (queries // gemma_heads),
-            head_dim=queries // gemma_heads,
-        )
-
+        for name, section, default in (("gemma", vlm, preset.vlm), ("vision", tower, preset.vision)):
+            stated[name] = stated.get(name) or section.integer("num_attention_heads", default.num_heads)
+    notes: list[str] = []
     horizon_key = "chunk_size" if kind in ("lerobot", "transformers") else "action_horizon"
     if horizon_key not in data:
         notes.append(f"horizon of {preset.action_horizon} actions assumed, no config.json says it")
@@ -107,19 +73,13 @@ def infer_config(
         cameras, camera_notes = lerobot_cameras(data, source)
         notes += camera_notes
     try:
+        vlm, expert = _gemma_stacks(shapes, stated.get("gemma"), preset, source)
         result = Pi0Config(
-            vision=VisionConfig(
-                width=width,
-                depth=depth(shapes, VISION + "encoder.layers.") or preset.vision.depth,
-                mlp_dim=at(VISION + "encoder.layers.0.mlp.fc1.bias", 0, preset.vision.mlp_dim),
-                num_heads=vision_heads,
-                patch_size=patch,
-                image_size=patch * math.isqrt(positions),
-            ),
-            vlm=stack(VLM, preset.vlm),
-            expert=stack(EXPERT, preset.expert),
-            vocab_size=at(EMBEDDING, 0, preset.vocab_size),
-            action_dim=at("action_in_proj.weight", 1, preset.action_dim),
+            vision=_vision_tower(shapes, stated.get("vision"), preset.vision, source),
+            vlm=vlm,
+            expert=expert,
+            vocab_size=_size(shapes, EMBEDDING, 0, preset.vocab_size),
+            action_dim=_size(shapes, "action_in_proj.weight", 1, preset.action_dim),
             action_horizon=config.integer(horizon_key, preset.action_horizon),
             max_token_len=config.integer("tokenizer_max_length", preset.max_token_len),
             cameras=cameras,
@@ -131,6 +91,59 @@ def infer_config(
         raise CheckpointError(f"{source}: {error}") from None
     _check_lerobot_sizes(data, kind, result, source)
     return result, notes
+
+
+def _size(shapes: Shapes, name: str, axis: int, default: int) -> int:
+    shape = shapes.get(name, ())
+    return shape[axis] if axis < len(shape) else default
+
+
+def _vision_tower(shapes: Shapes, heads: int | None, default: VisionConfig, source: str) -> VisionConfig:
+    positions = _size(shapes, VISION + "embeddings.position_embedding.weight", 0, default.num_tokens)
+    patch = _size(shapes, VISION + "embeddings.patch_embedding.weight", 2, default.patch_size)
+    width = _size(shapes, VISION + "embeddings.patch_embedding.bias", 0, default.width)
+    heads = heads or next((p.vision.num_heads for p in PRESETS.values() if p.vision.width == width), None)
+    return VisionConfig(
+        width=width,
+        depth=depth(shapes, VISION + "encoder.layers.") or default.depth,
+        mlp_dim=_size(shapes, VISION + "encoder.layers.0.mlp.fc1.bias", 0, default.mlp_dim),
+        num_heads=_known(heads, "vision", width, source),
+        patch_size=patch,
+        image_size=patch * math.isqrt(positions),
+    )
+
+
+def _gemma_stacks(shapes: Shapes, heads: int | None, preset: Pi0Config, source: str) -> tuple[GemmaConfig, GemmaConfig]:
+    """VLM and action expert; their attention is one, so they share its sizes."""
+    queries, keys = (
+        _size(shapes, f"{VLM}layers.0.self_attn.{name}_proj.weight", 0, count * preset.vlm.head_dim)
+        for name, count in (("q", preset.vlm.num_heads), ("k", preset.vlm.num_kv_heads))
+    )
+    width = _size(shapes, VLM + "layers.0.mlp.gate_proj.weight", 1, preset.vlm.width)
+    heads = _known(heads or _preset_gemma_heads(width, queries, keys), "language", width, source)
+    if queries % heads or keys % (queries // heads):
+        raise CheckpointError(f"{source}: {heads} heads do not divide queries of {queries} and keys of {keys}")
+
+    def stack(root: str, default: GemmaConfig) -> GemmaConfig:
+        return GemmaConfig(
+            width=_size(shapes, root + "layers.0.mlp.gate_proj.weight", 1, default.width),
+            depth=depth(shapes, root + "layers.") or default.depth,
+            mlp_dim=_size(shapes, root + "layers.0.mlp.gate_proj.weight", 0, default.mlp_dim),
+            num_heads=heads,
+            num_kv_heads=keys // (queries // heads),
+            head_dim=queries // heads,
+        )
+
+    return stack(VLM, preset.vlm), stack(EXPERT, preset.expert)
+
+
+def _known(heads: int | None, tower: str, width: int, source: str) -> int:
+    if not heads:
+        raise CheckpointError(
+            f"{source}: the number of attention heads of a {tower} tower of width {width} is in no shape and no "
+            "preset; `convert` takes the model's sizes (--model-config JSON_FILE)"
+        )
+    return heads
 
 
 def depth(shapes: Shapes, stem: str) -> int:
