@@ -82,8 +82,8 @@ def most_bytes(folder, count, kind):
     """What reading a recording of `count` commands takes at most, beyond the recording itself."""
     items = [kit.joint_state(kit.START, [0, 0, 0]), kit.compressed(kit.START, kit.picture(0))]
     for i in range(count):
-        ns = kit.START + i * 10**6
-        items.append(kit.floats(ns, [i, 0, 0]) if kind[0] == "F" else kit.trajectory(ns, [(0.001, [i, 0, 0])]))
+        ns, positions = kit.START + i * 10**6, [i / count, 0, 0]
+        items.append(kit.floats(ns, positions) if kind[0] == "F" else kit.trajectory(ns, [(0.001, positions)]))
     robot = kit.robot(actions={"topic": "/command", "type": kind})
     (files,) = find_bags(kit.write_bag(folder / f"{count}", items))
     del items

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import bag_kit as kit
 import numpy as np
+import yaml
 
 from pi0_ros.training.bags import Bag, find_bags
 from pi0_ros.training.data import load_units
 from pi0_ros.training.dataset import Dataset
 from pi0_ros.training.episodes import Selection, cut_episodes
 from pi0_ros.training.recording import read_recording
+
+JOINTS = yaml.safe_load(kit.ROBOT)["joints"]
 
 
 def at(seconds):
@@ -41,6 +46,19 @@ def test_a_prompt_that_changes_within_an_episode_counts_from_then_on(tmp_path):
     assert two.prompts == ["red"] * 15 + ["blue"] * 5
     _, two = cut(tmp_path / "again", marked((3.05, "red"), (4.5, "blue")), episode_topic="/episode")
     assert two.prompts == ["red"] * 15 + ["blue"] * 5
+
+
+def test_a_prompt_of_a_later_episode_is_not_that_of_one_without(tmp_path):
+    one, two = cut(tmp_path, marked((3.1, "blue")), episode_topic="/episode")
+    assert (set(one.prompts), set(two.prompts)) == ({"wave"}, {"blue"})
+
+
+def test_a_prompt_long_after_the_start_of_a_recording_counts_from_then_on(tmp_path):
+    """Who sets the next task before the recorder stops must not rename what was shown."""
+    (episode,) = cut(tmp_path, [*kit.episode(seconds=3.0), kit.text(at(2.8), "next task")])
+    assert episode.prompts == ["wave"] * 28 + ["next task"] * 2
+    (episode,) = cut(tmp_path / "again", [*kit.episode(seconds=3.0), kit.text(at(0.4), "this task")])
+    assert set(episode.prompts) == {"this task"}
 
 
 def test_the_prompt_of_a_short_episode_is_its_own(tmp_path):
@@ -104,7 +122,7 @@ def test_what_was_told_before_a_hole_is_not_known_after_it(tmp_path):
     """The hand was told once, before the hole: whether it was told something else in it, nobody knows."""
     items = [i for i in kit.episode(seconds=6.0) if i.topic != "/command" and not in_hole(i)]
     for k in [*range(11), *range(30, 60)]:
-        arm = kit.trajectory(at(k / 10), [(0.0, [k, k])], names=("shoulder", "elbow"))
+        arm = kit.trajectory(at(k / 10), [(0.0, [k / 10, k / 10])], names=("shoulder", "elbow"))
         items += [arm, *([kit.trajectory(at(k / 10), [(0.0, [0.5])], names=("grip",))] if k in (0, 40) else [])]
     (episode,) = cut(tmp_path, items)
     assert np.flatnonzero(episode.known).tolist() == [*range(11), *range(40, 60)]
@@ -132,3 +150,19 @@ def test_a_joint_that_was_only_named_in_messages_without_use_is_a_problem(tmp_pa
     with Bag(file) as bag:
         problems = read_recording(bag, kit.robot()).problems
     assert f"state: no message with joint {kit.JOINTS[2]} can be used" in problems
+
+
+def test_late_frames_and_positions_outside_the_limits_are_warned_of_before_training(tmp_path, capsys):
+    items = kit.episode(seconds=4.0)
+    for item in items:
+        if item.topic == "/cam/image_raw/compressed":
+            item.message.header = kit.header(item.time - round(0.5 * kit.SECOND))
+    joints = [joint | {"position": [-1.9, -1.4]} if joint["name"] == "shoulder" else joint for joint in JOINTS]
+    robot = kit.robot(joints=joints)
+    load_units(kit.write_bag(tmp_path / "bag", items), robot, 28, cache=tmp_path / "cache", idle=0, jobs=1)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("warning: base_0_rgb (/cam/image_raw/compressed): recorded 0.5 s after the stamps, later")
+    assert told[0].endswith("(1 recordings)")
+    assert re.match(r"warning: state of shoulder: \d+% outside its limits \[-1.9, -1.4\]; other units", told[1])
+    load_units(kit.write_bag(tmp_path / "same", items), robot, 28, cache=tmp_path / "cache", jobs=1, quiet=True)
+    assert capsys.readouterr().out == ""

@@ -162,22 +162,25 @@ def test_joints_in_any_order_and_on_several_topics_are_merged_by_name(cut):
     items = other("/joint_states", kit.episode(seconds=1.0))
     for k in range(50):
         ns = at(k / 50)
-        names, values = [("shoulder", "elbow"), ("elbow", "shoulder")][k % 2], [[k, -k], [-k, k]][k % 2]
+        names, values = (
+            [("shoulder", "elbow"), ("elbow", "shoulder")][k % 2],
+            [[k / 10, -k / 10], [-k / 10, k / 10]][k % 2],
+        )
         items.append(kit.joint_state(ns, values, names))
         items.append(kit.joint_state(ns, [9.0, k / 10], ("other", "grip"), "/hand/joint_states"))
     robot = kit.robot(state={"topics": ["/joint_states", "/hand/joint_states"]})
     recording, (episode,) = cut(items, robot)
     assert len(recording.states) == 2
-    np.testing.assert_array_equal(episode.state[3], [15, -15, 1.5])
+    np.testing.assert_array_equal(episode.state[3], [1.5, -1.5, 1.5])
 
 
 def test_two_publishers_on_one_topic_are_two_streams(cut):
     items = other("/joint_states", kit.episode(seconds=1.0))
     for k in range(50):
-        items.append(kit.joint_state(at(k / 50), [k, -k], ("shoulder", "elbow")))
+        items.append(kit.joint_state(at(k / 50), [k / 10, -k / 10], ("shoulder", "elbow")))
         items.append(kit.joint_state(at(k / 50) + MS, [k / 10], ("grip",)))
     _, (episode,) = cut(items)
-    np.testing.assert_array_equal(episode.state[2], [10, -10, 1.0])
+    np.testing.assert_array_equal(episode.state[2], [1.0, -1.0, 1.0])
     assert episode.usable.all()
 
 
@@ -201,10 +204,12 @@ def test_joints_that_come_alone_and_all_together_are_taken_from_the_newest(cut):
     items = other("/joint_states", kit.episode(seconds=2.0))
     for k in range(100):
         few = k % 10  # all of them five times a second, the arm alone in between
-        items.append(kit.joint_state(at(k / 50), [k, -k, 1.0][: 2 if few else 3], kit.JOINTS[: 2 if few else 3]))
+        items.append(
+            kit.joint_state(at(k / 50), [k / 10, -k / 10, 1.0][: 2 if few else 3], kit.JOINTS[: 2 if few else 3])
+        )
     _, (episode,) = cut(items, kit.robot(state={"topics": ["/joint_states"], "max_age": 0.3}, max_skew=0.3))
     assert episode.usable.all()
-    np.testing.assert_array_equal(episode.state[:, 0], np.arange(20) * 5)
+    np.testing.assert_array_equal(episode.state[:, 0], np.arange(20) * 5 / 10)
     assert episode.state[:, 2].tolist() == [1.0] * 20
 
 
@@ -363,6 +368,25 @@ def test_many_nan_positions_are_a_problem_and_few_are_dropped(cut):
     assert recording.problems == ["/joint_states joint 'elbow': NaN or infinite in 5.0% of messages"]
 
 
+@pytest.mark.parametrize("value", [1e300, 4.2e6, -43.0])
+def test_a_position_that_cannot_be_is_left_out_and_many_of_them_are_a_problem(cut, value):
+    """Limits of -2 and 2: one such number would leave the policy blind on that joint, by its standard deviation."""
+
+    def glitches(count):
+        items = kit.episode(seconds=4.0)
+        for item in [i for i in items if i.topic == "/joint_states"][20 : 20 + count]:
+            item.message.position[1] = value
+        return cut(items)
+
+    recording, (episode,) = glitches(1)
+    assert recording.problems == [] and np.abs(episode.state).max() < 2
+    assert recording.faults["/joint_states", "position absurdly far outside the joint's limits"] == 1
+    recording, _ = glitches(10)
+    assert recording.problems == [
+        "/joint_states joint 'elbow': absurdly far outside its limits in 5.0% of messages (a glitch, other units, wrong limits?)"
+    ]
+
+
 def test_a_relative_topic_is_found_below_a_namespace(cut):
     items = kit.episode(seconds=0.5)
     for item in items:
@@ -456,7 +480,7 @@ def test_one_absurd_stamp_of_a_command_counts_as_none(cut):
 
 @pytest.mark.parametrize(("ahead", "told"), [(0.1, None), (0.5, "notes"), (5.0, "problems")])
 def test_frames_from_the_future_are_told_and_beyond_a_second_refused(cut, ahead, told):
-    """As the node refuses them. Late ones are nothing strange."""
+    """As the node refuses them. Late ones are told where they are older than the robot would take them."""
     for sign in (1, -1):
         items = kit.episode(seconds=2.0)
         for item in items:
@@ -467,6 +491,8 @@ def test_frames_from_the_future_are_told_and_beyond_a_second_refused(cut, ahead,
         for where, lines in said.items():
             words = f"header stamps are {ahead} s ahead of those of the joint states"
             assert any(words in line for line in lines) == (where == told and sign > 0), said
+        late = f"base_0_rgb (/cam/image_raw/compressed): recorded {ahead:.2g} s after the stamps"
+        assert [line.startswith(late) for line in recording.warnings] == [True] * (sign < 0 and ahead > 0.2)
 
 
 def test_streams_of_two_clocks_are_refused_with_their_distance(cut):

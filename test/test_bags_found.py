@@ -18,7 +18,9 @@ BAGS = Path(__file__).parent / "data" / "bags"
 
 
 def robot_of(names, clock="header", state="/joint_states", camera="/camera/image_raw"):
-    joints = "\n".join(f"  - {{name: {name}, position: [-3, 3], velocity: 1, acceleration: 1}}" for name in names)
+    # some of them are wheels, which have turned often
+    limits = "kind: prismatic, position: [-10000, 10000], velocity: 1, acceleration: 1"
+    joints = "\n".join(f"  - {{name: {name}, {limits}}}" for name in names)
     return parse_robot(
         f"name: found\ncontrol_rate: 20\nclock: {clock}\ncameras: {{base_0_rgb: {{topic: {camera}}}}}\n"
         f"joints:\n{joints}\nstate: {{topics: [{state}]}}\nactions: {{topic: {state}, type: JointState}}\n"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pi0_ros.robot import Robot
+from pi0_ros.robot import Joint, Robot
 from pi0_ros.training.bags import BagError, find_bags
 from pi0_ros.training.build import build_cache
 from pi0_ros.training.cache import FOLDER, Unit
@@ -18,6 +19,7 @@ from pi0_ros.training.episodes import Selection
 
 EPISODES = "episodes.json"  # beside a checkpoint of `train`: what it was trained on
 FEWEST_CHANGES = 10  # changes of a command from which its rate is judged
+OUTSIDE_WARNING = 0.05
 
 Episodes = list[tuple[int, int]]  # (unit, episode of the unit)
 
@@ -52,7 +54,42 @@ def load_units(
     for bag, reason in () if quiet else cached.skipped.items():
         print(f"left out {bag}: {_without(reason, bag)}")
     check_rate(cached.units, robot)
+    for text in () if quiet else warnings(cached.units, robot):
+        print(f"warning: {text}")
     return cached.units
+
+
+def warnings(units: Sequence[Unit], robot: Robot) -> list[str]:
+    """Why a policy trained on these recordings may not work on the robot."""
+    found = counted([unit.index["warnings"] for unit in units])
+    seen = {"state": ["usable"], "actions": ["usable", "known"]}
+    for what, needed in seen.items():
+        values = np.concatenate(
+            [unit.arrays[what][np.all([unit.arrays[name] for name in needed], axis=0)] for unit in units]
+        )
+        for joint, column in zip(robot.joints, values.T, strict=True):
+            found += limits_warning(what, joint, outside_limits(column, joint))
+    return found
+
+
+def counted(warnings: Sequence[Sequence[str]]) -> list[str]:
+    """Those of each recording, every one once, with the number of recordings."""
+    return [f"{text} ({count} recordings)" for text, count in Counter(w for each in warnings for w in each).items()]
+
+
+def outside_limits(values: np.ndarray, joint: Joint) -> float:
+    """The share of float64 [T] positions outside the joint's limits, with some slack for what sensors say there."""
+    low, high = joint.position
+    slack = 1e-3 * (high - low)
+    return float(((values < low - slack) | (values > high + slack)).mean()) if len(values) else 0.0
+
+
+def limits_warning(what: str, joint: Joint, share: float) -> list[str]:
+    """What is to be said of a `share` of positions outside a joint's limits: one line, or none."""
+    if share <= OUTSIDE_WARNING:
+        return []
+    limits = list(joint.position)
+    return [f"{what} of {joint.name}: {share:.0%} outside its limits {limits}; other units (degrees?) or wrong limits"]
 
 
 def _without(reason: str, bag: str) -> str:

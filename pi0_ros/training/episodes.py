@@ -282,7 +282,8 @@ def _prompts(
 ) -> list[str]:
     """Command line, else the newest on the topic at or before the tick, else the bag's metadata, else the default.
 
-    One spoken a moment after the mark that begins an episode counts from the mark on.
+    One spoken a moment after the mark that begins an episode counts from the mark on, as does the first of a recording
+    without marks that is heard a moment after its start. Later ones were not known yet.
     """
     fixed = selection.prompt or recording.custom_data.get("prompt") or robot.prompt.default
     spoken = [(time, text) for time, text in recording.prompts if text]
@@ -290,7 +291,8 @@ def _prompts(
         return [fixed] * len(ticks)
     times = np.array([time for time, _ in spoken])
     at = np.searchsorted(times, ticks, side="right") - 1
-    if mark is not None and len(ticks):
-        late = np.flatnonzero((times > mark) & (times <= min(mark + PROMPT_DELAY_NS, ticks[-1])))
-        at = np.maximum(at, late[0]) if len(late) else at
-    return [spoken[max(i, 0)][1] for i in at]  # a latched prompt is recorded a little after the start
+    begin = int(ticks[0]) if mark is None else mark
+    late = np.flatnonzero((times > begin) & (times <= min(begin + PROMPT_DELAY_NS, ticks[-1])))
+    if len(late) and (mark is not None or late[0] == 0):
+        at = np.maximum(at, late[0])
+    return [spoken[i][1] if i >= 0 else fixed for i in at]

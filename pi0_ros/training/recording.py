@@ -32,6 +32,7 @@ ACTION_TYPES = {
 NAN_SHARE = 0.01  # a larger share of messages with NaN joints is a fault of the robot, not of a start-up
 AWAY_NS = 60 * 1_000_000_000  # a stamp this far from where its neighbours put it is wrong
 APART_NS = 200_000_000  # more than jitter: stamps of another machine's clock
+ABSURD = 10  # further outside its limits than so many times what is between them, no number is a position
 WAY_OUT = "set `clock: bag` in the robot file to align by time of recording"
 YEAR_NS = 365 * 86_400 * 1_000_000_000
 
@@ -76,6 +77,7 @@ class Recording:
     faults: Counter[tuple[str, str]] = field(default_factory=Counter)  # (stream, reason) -> messages
     nan: Counter[tuple[str, str]] = field(default_factory=Counter)  # ("state" or "actions", joint) -> messages
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # why a policy trained on it may not work on the robot
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -115,9 +117,12 @@ class _Reader:
         self.texts: dict[str, list[tuple[int, str]]] = {}
         self.handlers: dict[str, list[Any]] = {}
         self.index = {name: i for i, name in enumerate(robot.joint_names)}
+        low, high = np.array([joint.position for joint in robot.joints]).T
+        self.least, self.most = low - ABSURD * (high - low), high + ABSURD * (high - low)
         self.columns: dict[tuple[Any, ...], tuple[tuple[int, ...], list[int]]] = {}  # by names in a message, and wanted
         self.seen_names: dict[tuple[str, str], set[str]] = {}
         self.nan: Counter[tuple[str, str, str]] = Counter()  # (state or actions, topic, joint) -> messages
+        self.absurd: Counter[tuple[str, str, str]] = Counter()
 
     def read(self) -> Recording:
         robot, recording = self.robot, self.recording
@@ -159,6 +164,7 @@ class _Reader:
         recording.prompts = self._texts(prompt, offset)
         recording.marks = self._texts(marks, offset)
         recording.notes = list(dict.fromkeys(recording.notes))
+        recording.warnings = list(dict.fromkeys(recording.warnings))
         recording.problems = list(dict.fromkeys(recording.problems))
         return recording
 
@@ -239,8 +245,12 @@ class _Reader:
         if len(positions) < len(key):
             raise BagError(f"{len(positions)} positions for {len(key)} joint names")
         row = np.asarray(positions, np.float64)[at]
-        if not np.isfinite(row).all():
-            bad = [self.robot.joint_names[j] for j, value in zip(joints, row, strict=True) if not np.isfinite(value)]
+        sound = (row >= self.least[list(joints)]) & (row <= self.most[list(joints)])  # false for NaN
+        if not sound.all():
+            bad = [self.robot.joint_names[j] for j, good in zip(joints, sound, strict=True) if not good]
+            if np.isfinite(row).all():
+                self.absurd.update((what, topic, name) for name in bad)
+                raise BagError("position absurdly far outside the joint's limits")
             self.nan.update((what, topic, name) for name in bad)
             raise BagError("NaN or infinite position")
         return joints, row
@@ -272,11 +282,19 @@ class _Reader:
                 usable = {names[joint] for stream in recording.states for joint in stream.joints}
                 if useless := [name for name in names if name not in usable]:
                     recording.problems.append(f"state: no message with joint {', '.join(useless)} can be used")
-        for (what, topic, name), count in self.nan.items():
+        for (what, _, name), count in self.nan.items():
             recording.nan[what, name] += count
-            share = count / max(self.bag.topics[topic].count, 1)
-            text = f"{topic} joint {name!r}: NaN or infinite in {share:.1%} of messages"
-            (recording.problems if share > NAN_SHARE else recording.notes).append(text)
+        for counts, text in (
+            (self.nan, "NaN or infinite in {:.1%} of messages"),
+            (
+                self.absurd,
+                "absurdly far outside its limits in {:.1%} of messages (a glitch, other units, wrong limits?)",
+            ),
+        ):
+            for (_, topic, name), count in counts.items():
+                share = count / max(self.bag.topics[topic].count, 1)
+                found = recording.problems if share > NAN_SHARE else recording.notes
+                found.append(f"{topic} joint {name!r}: {text.format(share)}")
 
     def _set_times(self, offset: ClockOffset) -> None:
         recording = self.recording
@@ -300,7 +318,7 @@ class _Reader:
                 recording.faults[stream.topic, "header stamp 0"] += int((~stamped).sum())
                 recording.faults[stream.topic, "header stamp far from the time of recording"] += int(wrong.sum())
                 stream.keep(stamped & ~wrong)
-                self._check_ahead(what, delay[stamped & ~wrong])
+                self._check_apart(what, delay[stamped & ~wrong], self._max_age(stream))
             stream.time_ns = stream.header_ns
             back = stream.header_ns[:-1] - stream.header_ns[1:]
             if len(back) and back.max() > CLOCK_RESET_NS:
@@ -320,9 +338,18 @@ class _Reader:
         else:
             self.recording.problems.append(f"{fault}; {WAY_OUT}")
 
-    def _check_ahead(self, what: str, delay: np.ndarray) -> None:
-        """Stamps from the future of the joint states: of another clock. The node takes none that are 1 s ahead."""
+    def _max_age(self, stream: Stream) -> float:
+        return self.robot.state.max_age if stream.joints else self.robot.present_cameras[stream.name].max_age
+
+    def _check_apart(self, what: str, delay: np.ndarray, max_age: float) -> None:
+        """Stamps of another clock than the joint states'. The node takes none that are 1 s ahead, or old at once."""
         ahead = -float(np.median(delay)) if len(delay) else 0.0
+        if -ahead > max_age * 1e9:
+            self.recording.warnings.append(
+                f"{what}: recorded {-ahead / 1e9:.2g} s after the stamps, later than joint states are, and the robot "
+                f"takes none older than its max_age of {max_age:g} s: they are long on their way, or of a clock that "
+                "is behind, and then show what came later (chrony and PTP let machines agree on the time)"
+            )
         if ahead > APART_NS:
             found = self.recording.problems if ahead > CLOCK_RESET_NS else self.recording.notes
             found.append(

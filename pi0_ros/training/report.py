@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from pi0_ros.robot import Robot
+from pi0_ros.robot import Joint, Robot
 from pi0_ros.training.bags import Bag, BagError, BagFiles
 from pi0_ros.training.cache import image_messages, model_frame, require_usable
-from pi0_ros.training.data import change_gaps, rate_fault
+from pi0_ros.training.data import change_gaps, counted, limits_warning, outside_limits, rate_fault
 from pi0_ros.training.episodes import Episode, Selection, cut_episodes
 from pi0_ros.training.recording import Recording, Stream, read_recording
 
 NEAR_CONSTANT = 1e-3  # standard deviation as a share of the joint's position range
-OUTSIDE_WARNING = 0.05
 GAP_FACTOR = 3.0  # a gap is a silence longer than this many usual periods
 
 
@@ -44,6 +43,7 @@ def inspect_bag(files: BagFiles, robot: Robot, selection: Selection, image_size:
             episodes = cut_episodes(recording, robot, selection)
             numbers |= _numbers(bag, recording, episodes, robot)
             numbers["notes"] = recording.notes + _still(recording, robot)
+            numbers["warnings"] = recording.warnings
             require_usable(recording, episodes)
             _require_pictures(bag, recording, episodes, robot, image_size)
             report.state = np.concatenate([e.state[e.usable] for e in episodes])
@@ -234,15 +234,14 @@ def _joint(robot: Robot, i: int, state: np.ndarray, actions: np.ndarray, good: l
     numbers: dict[str, Any] = {"name": joint.name, "kind": joint.kind, "limits": list(joint.position)}
     for name, rows in (("state", state), ("actions", actions)):
         nan = sum(r.numbers["nan"].get(f"{name} of {joint.name}", 0) for r in good)
-        numbers[name] = _column(rows[:, i], joint.position) | {"nan": nan} if len(rows) else None
+        numbers[name] = _column(rows[:, i], joint) | {"nan": nan} if len(rows) else None
     if joint.kind == "gripper":
         numbers["gripper"] = _polarity(robot, i, good)
     return numbers
 
 
-def _column(values: np.ndarray, limits: tuple[float, float]) -> dict[str, Any]:
+def _column(values: np.ndarray, joint: Joint) -> dict[str, Any]:
     q01, q99 = np.quantile(values, [0.01, 0.99])
-    slack = 1e-3 * (limits[1] - limits[0])
     return {
         "mean": float(values.mean()),
         "std": float(values.std()),
@@ -250,8 +249,8 @@ def _column(values: np.ndarray, limits: tuple[float, float]) -> dict[str, Any]:
         "q99": float(q99),
         "min": float(values.min()),
         "max": float(values.max()),
-        "outside_limits": float(((values < limits[0] - slack) | (values > limits[1] + slack)).mean()),
-        "near_constant": bool(values.std() < NEAR_CONSTANT * (limits[1] - limits[0])),
+        "outside_limits": outside_limits(values, joint),
+        "near_constant": bool(values.std() < NEAR_CONSTANT * (joint.position[1] - joint.position[0])),
     }
 
 
@@ -276,18 +275,14 @@ def _warnings(
     joints: list[dict[str, Any]],
     episodes: list[dict[str, Any]],
 ) -> list[str]:
-    found = []
-    for joint in joints:
+    found = counted([bag["warnings"] for bag in numbers])
+    for joint, limits in zip(joints, robot.joints, strict=False):  # without any usable tick there are no columns
         for what in ("state", "actions"):
             column = joint[what] or {}
             if column.get("near_constant"):
                 std = f"{column['std']:.2g}"
                 found.append(f"{what} of {joint['name']} hardly changes (std {std}): normalising would blow up noise")
-            if column.get("outside_limits", 0) > OUTSIDE_WARNING:
-                found.append(
-                    f"{what} of {joint['name']}: {column['outside_limits']:.0%} outside its limits {joint['limits']}; "
-                    "other units (degrees?) or wrong limits"
-                )
+            found += limits_warning(what, limits, column.get("outside_limits", 0.0))
         if joint.get("gripper", {}).get("polarity") == "perhaps swapped":
             found.append(f"gripper {joint['name']} starts closed; are open and closed swapped in the robot file?")
     if {source.topic for source in robot.actions} & set(robot.state.topics):
