@@ -383,7 +383,8 @@ def test_a_position_that_cannot_be_is_left_out_and_many_of_them_are_a_problem(cu
     assert recording.faults["/joint_states", "position absurdly far outside the joint's limits"] == 1
     recording, _ = glitches(10)
     assert recording.problems == [
-        "/joint_states joint 'elbow': absurdly far outside its limits in 5.0% of messages (a glitch, other units, wrong limits?)"
+        "/joint_states joint 'elbow': absurdly far outside its limits in 5.0% of messages "
+        "(a glitch, other units, wrong limits?)"
     ]
 
 

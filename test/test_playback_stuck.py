@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from playback_kit import NAMES, PERIOD, ROBOT, Bench
+from playback_kit import NAMES, PERIOD, ROBOT, Bench, check_limits
 
 from pi0_ros.ros.judging import SECOND
 from pi0_ros.ros.player import APPROACHING, HOLDING, PLAYING, STOPPED
@@ -194,6 +194,51 @@ def test_what_an_emergency_stop_left_short_of_its_command_does_not_jump_there_at
     bench.tick()
     first = bench.trail[-1] if streamed else bench.plans[-1][1].positions[0]
     assert abs(first[0] - stuck[0]) < 1e-3
+
+
+@BOTH
+@pytest.mark.parametrize("dead", [0.0, 0.1])
+def test_an_arm_that_lags_does_not_jump_back_when_it_is_stopped_and_started_at_once(streamed, dead):
+    """A command that begins where a moving arm is begins behind where it will be."""
+    for wait in range(1, 60, 3):
+        bench = Bench(streamed)
+        bench.arm = arm = np.array([-0.9, 0.0, 0.5])
+        bench.tick(2)
+        told = [arm] * (round(100 * dead) + 1)
+        for k in range(190):
+            if k % 10 == 0:  # chunks that go on from where the arm is
+                time = np.arange(41) * 0.05
+                bench.offer(np.stack([np.minimum(arm[0] + 1.5 * time, 0.95), 0 * time, 0.5 + 0 * time], axis=1))
+            if k == 90:
+                bench.player.stop("stop service")
+            if k == 90 + wait:
+                bench.player.start()
+            bench.arm = arm
+            bench.tick()
+            told.append(bench.player.commanded.copy())
+            arm = arm + (told[-1 - round(100 * dead)] - arm) * 0.12  # a time constant of 80 ms
+        check_limits(bench.trail)
+
+
+@pytest.mark.parametrize("moved", [0.1, 0.2])
+def test_a_gripper_goes_no_further_than_two_chunks_that_agree(moved):
+    """It moves within one action, at more than its velocity limit, and the second chunk takes over meanwhile."""
+    dt, target = 0.02, 0.7 - moved
+    for late in range(44, 53):
+        bench = Bench()
+        bench.arm = np.array([0.0, 0.0, 0.7])
+        bench.tick(2)
+        begin = bench.now
+        chunk = np.tile([0.0, 0.0, 0.7], (76, 1))
+        chunk[25:, 2] = target
+        bench.offer(chunk, dt=dt)
+        bench.tick(late)
+        times = (bench.now - begin) / SECOND + dt * np.arange(76)
+        again = chunk.copy()
+        again[:, 2] = np.interp(times, dt * np.arange(76), chunk[:, 2])
+        bench.offer(again, dt=dt)
+        bench.tick(80)
+        assert np.array(bench.trail)[:, 2].min() > target - 0.01
 
 
 @pytest.mark.parametrize("handover", ["blend", "ensemble", "switch"])

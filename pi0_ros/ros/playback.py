@@ -106,8 +106,8 @@ class Playback:
             return
         here, moving = self.at(at)
         # A chunk that jumps (a gripper that closes within one action) has a velocity there that nothing will ever have:
-        # making up for it would begin with a move the other way.
-        moving = np.clip(moving, -self._fastest, self._fastest)
+        # making up for it would begin with a move the other way, and keeping it up would lead beyond the jump's end.
+        moving, velocity = (np.clip(v, -self._fastest, self._fastest) for v in (moving, velocity))
         self._joined = at
         self._offset, self._offset_velocity = position - here, velocity - moving
 

@@ -299,9 +299,13 @@ class Player:
             self._approach(at)
 
     def _away(self) -> bool:
-        """Whether the arm is far from a command at rest, and it is not known yet whether it only lags or was moved."""
+        """Whether the arm is far from a command at rest, and it is not known yet whether it only lags or was moved. An
+        arm that is started anew begins from where it stands, so it must stand."""
         resting = self.at_rest and not (self._following or self._rest.moved or self.settings.dry_run)
-        return resting and self._rest.far(self.measured, self.commanded)
+        if not resting:
+            return False
+        coming = self._anew and self._rest.on_its_way and self._rest.off(self.measured, self.commanded)
+        return coming or self._rest.far(self.measured, self.commanded)
 
     def _state_fault(self, now: int) -> str:
         """Why the joint states cannot be relied on, or ""."""

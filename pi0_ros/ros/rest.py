@@ -8,6 +8,8 @@ from pi0_ros.ros.judging import SECOND
 
 SETTLING = 1.0  # s; so long after its command came to rest an arm catches up, swings and sags by itself
 GIVE = 0.05  # rad; by so much a joint at rest may change its place by itself
+STANDING = 0.2  # s; within these an arm that goes on by more than CREEP rad is on its way
+CREEP = 0.005
 HABIT = 5.0  # s; what an arm did for so long under way is its way
 
 
@@ -25,11 +27,12 @@ class Rest:
 
     Attributes:
         moved: somebody moved the arm; so it stays until the arm is commanded anew.
+        on_its_way: the arm did not stand still yet since its command came to rest.
         stayed: bool [J], the joints that are not known to have left the place where they settled.
     """
 
     def __init__(self, arm: np.ndarray, far: np.ndarray, unit: np.ndarray) -> None:
-        self._arm, self._far, self._give = arm, far, GIVE * unit
+        self._arm, self._far, self._give, self._creep = arm, far, GIVE * unit, CREEP * unit
         self._gap = np.zeros(len(arm))  # from the command, as it was last seen while commands moved the arm
         self._usual, self._seen = np.zeros(len(arm)), -1  # the same over the last seconds; ns
         self.begin_anew()
@@ -38,6 +41,8 @@ class Rest:
         """Commands move the arm."""
         self._since = -1  # ns
         self._place: np.ndarray | None = None  # [J], where it settled
+        self._stands: tuple[np.ndarray, int] | None = None  # [J], and ns since when it is there
+        self.on_its_way = True
         self.moved = False
         self.stayed = np.ones(len(self._arm), bool)
 
@@ -52,6 +57,10 @@ class Rest:
         if not 0 <= self._since <= now:
             self._since = now
         gap = np.abs(measured - commanded)
+        if self._stands is None or (np.abs(measured - self._stands[0]) > self._creep)[self._arm].any():
+            self._stands = measured.copy(), now
+        if now - self._stands[1] > STANDING * SECOND or now - self._since > SETTLING * SECOND:
+            self.on_its_way = False
         if self._place is None:
             away = gap > self._gap + self._give
             if now - self._since > SETTLING * SECOND:
