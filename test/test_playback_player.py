@@ -439,6 +439,23 @@ def test_not_started_means_nothing_is_sent():
     assert bench.seen == (STOPPED, "not started") and bench.trail == [] and bench.plans == []
 
 
+@pytest.mark.parametrize("streamed", [NAMES, ()], ids=["positions", "trajectories"])
+def test_an_arm_far_outside_its_limits_is_left_there_and_the_joint_named(streamed):
+    """Chunks are clamped to the limits, so even one that says "stay" would drive it back."""
+    bench = Bench(streamed)
+    bench.arm = np.array([1.5, 0.0, 0.5])
+    bench.tick(2)
+    bench.offer(np.tile(bench.arm, (41, 1)))
+    bench.tick(20)
+    why = "joint 'a' is at 1.5, outside its limits -1 to 1: move it back, or correct the robot file"
+    assert bench.seen == (HOLDING, why)
+    assert bench.sends == 0 and bench.plans == []
+    bench.arm = np.array([1.1, 0.0, 0.5])  # by hand; a little outside is a matter of calibration
+    bench.offer(np.tile([0.9, 0.0, 0.5], (41, 1)))
+    bench.tick(20)
+    assert bench.seen == (PLAYING, "") and bench.player.commanded[0] < 1.1
+
+
 def test_refused_chunks_are_counted_and_the_old_one_plays_on():
     bench = Bench()
     bench.tick(2)

@@ -280,6 +280,10 @@ class Player:
             self._afresh = True
             self._halt(HOLDING, "the arm is not yet at rest where it was told")
             return
+        if not self._following and (outside := self._outside()):
+            self._afresh = True
+            self._halt(HOLDING, outside)
+            return
         self._afresh = False
         if self._following and self.playback.chunk is not None and (lost := self._not_followed(now)):
             self.stop(lost)  # an emergency stop, a collision: who releases the arm says when it goes on
@@ -306,6 +310,17 @@ class Player:
             return False
         coming = self._anew and self._rest.on_its_way and self._rest.off(self.measured, self.commanded)
         return coming or self._rest.far(self.measured, self.commanded)
+
+    def _outside(self) -> str:
+        """Why an arm is not played to that is far outside its limits, or "": every chunk would lead it back inside."""
+        low, high = self.limits.low, self.limits.high
+        worst, gap = self._farthest(self.measured, np.clip(self.measured, low, high))
+        if gap <= self.settings.approach_threshold:
+            return ""
+        return (
+            f"joint '{self.joint_names[worst]}' is at {self.measured[worst]:.3g}, outside its limits "
+            f"{low[worst]:g} to {high[worst]:g}: move it back, or correct the robot file"
+        )
 
     def _state_fault(self, now: int) -> str:
         """Why the joint states cannot be relied on, or ""."""
