@@ -593,7 +593,7 @@ def test_ticks_of_a_bag_see_what_the_node_would_have_of_joint_states_of_every_ki
     with Bag(files) as opened:
         (episode,) = cut_episodes(read_recording(opened, robot), robot, WHOLE)
     node = Listener()
-    streams = Streams(node, robot, lambda: None)
+    streams = Streams(node, robot, lambda _: None)
     for k, tick in enumerate(episode.ticks_ns):
         while items and items[0].time <= tick + 20 * MS:
             item = items.pop(0)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import rclpy
 import torch
-from policy_node_kit import HORIZON, LATCHED, Bench
+from policy_node_kit import HORIZON, LATCHED, Bench, robot
+from rclpy.clock_type import ClockType
 from rclpy.parameter import Parameter
+from rclpy.time import Time
 from rosgraph_msgs.msg import Clock
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
@@ -293,6 +295,30 @@ def test_a_clock_that_jumps_back_clears_the_buffers_and_drops_the_chunk_in_fligh
     b.until(lambda: b.chunks[-1].epoch > old and b.chunks[-1].horizon, doing=advance)
     new = [c for c in real(b.chunks) if c.epoch > old]
     assert all(500 * SECOND < stamp_ns(c.header.stamp) < 600 * SECOND for c in new)
+
+
+def test_a_system_clock_that_is_set_back_a_little_makes_no_old_frame_new(bench, monkeypatch):
+    """Less than the stamps would betray: once the clock has reached them again, they would seem fresh."""
+    b = bench(rate=50.0)
+    cameras = {slot: camera.model_copy(update={"max_age": 0.3}) for slot, camera in b.robot.present_cameras.items()}
+    b.robot = robot(cameras={**b.robot.cameras, **cameras})
+    back, real_clock = [0], b.node.get_clock()
+
+    class SetBack:
+        def now(self):
+            return Time(nanoseconds=real_clock.now().nanoseconds - back[0], clock_type=ClockType.SYSTEM_TIME)
+
+    monkeypatch.setattr(b.node, "get_clock", SetBack)
+    b.start()
+    old = b.chunks[-1].epoch
+    back[0], b.offset = SECOND // 2, -SECOND // 2
+    frozen = b.now()  # cameras stand still, and only joint states go on
+    b.until(lambda: b.node._worker.epoch > old, doing=b.send_joints)
+    asked = len(b.policy.asked)
+    b.until(lambda: b.now() > frozen + SECOND, doing=b.send_joints)
+    assert len(b.policy.asked) == asked
+    b.until(lambda: b.chunks[-1].epoch > old and b.chunks[-1].horizon, doing=b.send)
+    assert min(b.policy.asked[-1].frames.values()) > frozen - SECOND // 2
 
 
 def test_a_camera_whose_clock_is_ahead_is_blamed_and_voids_the_chunks_once(bench):

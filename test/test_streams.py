@@ -43,7 +43,7 @@ class World:
             self.publishers[topic] = node.create_publisher(JointState, topic, 10)
         ros.spin_until(lambda: all(p.get_subscription_count() for p in self.publishers.values()))
 
-    def _count(self) -> None:
+    def _count(self, now: int) -> None:
         self.stored += 1
 
     def send(self, where: str, message, stamp: int) -> None:
@@ -208,7 +208,7 @@ def test_cameras_are_heard_best_effort_by_default_and_reliably_where_the_robot_f
         (robot, "camera/image", ReliabilityPolicy.RELIABLE),
     ):
         node = ros.node("reader")
-        streams = Streams(node, described, lambda: None)
+        streams = Streams(node, described, lambda _: None)
         info = next(s for s in node.subscriptions if s.topic_name == f"/{topic}")
         assert (info.qos_profile.reliability, info.qos_profile.depth) == (expected, 1)
         streams.close()

@@ -26,6 +26,7 @@ from pi0_ros.policy.policy import Policy
 from pi0_ros.policy.processor import DTYPES
 from pi0_ros.policy.realtime import SCHEDULES, GuidanceSettings
 from pi0_ros.robot import load_robot
+from pi0_ros.ros.conversions import SECOND
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, title
 from pi0_ros.ros.health import THRESHOLDS, gpu_memory
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec
@@ -35,6 +36,7 @@ from pi0_ros.ros.streams import Streams
 from pi0_ros.ros.worker import Worker
 from pi0_ros.srv import SetPrompt
 
+SET_BACK = 0.1  # s; less is a clock being adjusted
 HEARTBEAT = 5.0  # Hz: free-running ticks follow messages; this many a second come without any, to say what is missing
 
 SPECS = (
@@ -101,6 +103,7 @@ class PolicyNode(ManagedNode):
         self._streams: Streams | None = None
         self._entities: list[tuple[Callable[[Any], Any], Any]] = []  # how to destroy what configure made
         self._timer = None
+        self._newest = 0  # ns, what the clock said last
         self._stopped = False  # by ~/stop, until ~/start: activating again does not undo it
         # From the wall clock, so that a restarted node's epochs are newer than any that the player knows.
         self._epoch = int(time.time()) & 0x7FFFFFFF
@@ -234,7 +237,10 @@ class PolicyNode(ManagedNode):
             self.destroy_timer(self._timer)
             self._timer = None
 
-    def _message_stored(self) -> None:
+    def _message_stored(self, now: int) -> None:
+        if now < self._newest - SET_BACK * SECOND:  # nobody tells of the system's clock, as of a simulated one
+            self._set_back(now)
+        self._newest = max(now, self._newest)
         if self._worker is not None and not self._settings["rate"]:
             self._worker.wake()
 
@@ -242,6 +248,10 @@ class PolicyNode(ManagedNode):
         self._worker.handover.heard(status, self._now())
 
     def _clock_jumped(self, jump: TimeJump) -> None:
+        self._set_back(self._now())
+
+    def _set_back(self, now: int) -> None:
+        self._newest = now
         if self._worker is not None and self._streams is not None:
             self.get_logger().warning("the clock was set back: buffers cleared, chunks so far are void")
             self._worker.set_back()

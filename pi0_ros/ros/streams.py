@@ -53,7 +53,8 @@ class Streams:
         on_message: called after each stored message, in the executor's thread.
     """
 
-    def __init__(self, node: Node, robot: Robot, on_message: Callable[[], None]) -> None:
+    def __init__(self, node: Node, robot: Robot, on_message: Callable[[int], None]) -> None:
+        """`on_message`: called after each, with the node's clock, ns."""
         self._node, self._robot, self._on_message = node, robot, on_message
         self._lock = threading.Lock()
         self._cameras: dict[str, StreamBuffer] = {}
@@ -88,7 +89,7 @@ class Streams:
                 return
             buffer.push(now if arrival else stamp_ns(message.header.stamp), message)
             window.add(now / SECOND)
-            self._on_message()
+            self._on_message(now)
 
         self._subscriptions.append(self._node.create_subscription(kind, topic, callback, qos))
 

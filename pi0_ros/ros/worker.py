@@ -212,13 +212,13 @@ class Worker:
             self._wake.clear()
             if self._ended.is_set():
                 break
-            if self.ticking and not self._due():
-                self._sign_of_life()
-            elif self.ticking:
-                try:
+            try:
+                if self.ticking and not self._due():
+                    self._sign_of_life()
+                elif self.ticking:
                     self._tick()
-                except Exception as error:  # noqa: BLE001 - whatever it is, the node stays controllable and says so
-                    self._fail(error)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the node stays controllable and says so
+                self._fail(error)
             self._busy = False
         if self.policy is not None:
             self.policy.close()
