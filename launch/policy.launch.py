@@ -49,26 +49,24 @@ def nodes(context: LaunchContext) -> list[Node]:
     # What is not given here is left to the parameter file, and what that leaves out to the defaults. In this order: of
     # the entries that match a node the last wins, and a dictionary before a file would be one with that after it.
     told = {name: given[name] == "true" for name in ("autostart", "use_sim_time") if given[name]}
+    told |= {"robot_file": given["robot"]} if given["robot"] else {}
+    told |= {"checkpoint": given["checkpoint"]} if given["checkpoint"] else {}  # the player's robot file may be there
     files = [DEFAULTS, *([given["params_file"]] if given["params_file"] else [])]
-    checkpoint = {"checkpoint": given["checkpoint"]} if given["checkpoint"] else {}
     played = {name: True for name in ("dry_run", "play_untrained") if given[name] == "true"}
     common = {"package": "pi0_ros", "namespace": given["namespace"], "output": "screen"}
-    robot = {"robot_file": given["robot"]} if given["robot"] else {}
-    # The player finds the robot file in a checkpoint folder.
-    player_robot = {"robot_file": given["robot"] or given["checkpoint"]} if robot or checkpoint else {}
-    if not player_robot and not given["params_file"]:
+    if not (given["robot"] or given["checkpoint"] or given["params_file"]):
         raise RuntimeError("give robot:=FILE (config/ has examples to copy), checkpoint:=FOLDER, or both")
     return [
         Node(
             executable="policy_node",
             name="policy_node",
-            parameters=[*files, told | robot | checkpoint],
+            parameters=[*files, told],
             **common,
         ),
         Node(
             executable="chunk_player",
             name="chunk_player",
-            parameters=[*files, told | player_robot | played],
+            parameters=[*files, told | played],
             **common,
         ),
     ]

@@ -172,6 +172,17 @@ def test_a_command_topic_without_a_controller_is_a_warning(ros, tmp_path):
     ros.spin_until(lambda: any(r.level == b"\x01" and r.message == words for r in reports), what="WARN with its name")
 
 
+def test_a_robot_file_that_is_given_counts_before_that_of_the_checkpoint(ros, tmp_path):
+    """With lower limits, perhaps: a launch file's checkpoint must not undo a parameter file's robot."""
+    stage = Stage(ros, tmp_path, STREAMED, policy=False)
+    (folder := tmp_path / "checkpoint").mkdir()
+    (folder / "robot.yaml").write_text(stage.file.read_text().replace(stage.robot.name, "trained_with"))
+    for robot_file, name in ((str(stage.file), stage.robot.name), ("", "trained_with"), (str(folder), "trained_with")):
+        node = stage.player(active=False, robot_file=robot_file, checkpoint=str(folder))
+        assert node._robot.name == name
+        node.trigger_cleanup()
+
+
 def test_who_comes_late_hears_the_status(streamed):
     streamed.player(active=False)
     late = Watch(streamed.ros.node("late"))
@@ -361,6 +372,7 @@ def test_where_the_robot_goes_by_arrival_stamps_of_another_clock_do_not_matter(s
     [
         ({"robot_file": ""}, "parameter 'robot_file': found ''"),
         ({"robot_file": "/nowhere/robot.yaml"}, "/nowhere/robot.yaml: cannot be read"),
+        ({"robot_file": "", "checkpoint": "/nowhere/robot.yaml"}, "/nowhere/robot.yaml: cannot be read"),
     ],
 )
 def test_configure_fails_with_the_reason(ros, tmp_path, parameters, words):

@@ -47,7 +47,8 @@ def _set(name: str, default: Any, description: str, *bounds: float, **more: Any)
 
 
 SPECS = (
-    _set("robot_file", "", "path of the robot file, or of a checkpoint folder with one"),
+    _set("robot_file", "", "path of the robot file, or of a checkpoint folder with one; '' takes that of `checkpoint`"),
+    _set("checkpoint", "", "the policy's checkpoint folder, for its robot file"),
     _set("rate", 100.0, "control rate: how often commands are computed, Hz", 20, 1000),
     _set("interpolation", "linear", "between two actions of a chunk", choices=("linear", "cubic")),
     _set("handover", "blend", "how a chunk follows another", choices=("blend", "ensemble", "switch")),
@@ -105,9 +106,9 @@ def settings_from(values: dict[str, Any]) -> Settings:
     )
 
 
-def load_robot_file(value: str) -> Robot:
-    """The robot of the `robot_file` parameter."""
-    if not value:
+def load_robot_file(robot_file: str, checkpoint: str) -> Robot:
+    """The robot of the two parameters."""
+    if not (value := robot_file or checkpoint):
         raise ParameterError("parameter 'robot_file': found '', give a robot file or a checkpoint folder")
     path = Path(value).expanduser()
     return load_robot(path / "robot.yaml" if path.is_dir() else path)
@@ -149,7 +150,7 @@ class ChunkPlayer(ManagedNode):
         """Read the robot file, connect."""
         self._teardown()
         try:
-            self._robot = robot = load_robot_file(self._settings["robot_file"])
+            self._robot = robot = load_robot_file(self._settings["robot_file"], self._settings["checkpoint"])
             settings = settings_from(self._settings.values())
             self._player = Player(robot, settings, streamed_joints(robot))
             period = 1.0 / settings.rate
