@@ -38,6 +38,18 @@ def test_ours_to_openpi_and_back_is_the_same_to_the_bit(tmp_path, config, dtype)
     assert all(torch.equal(loaded[k], weights[k]) and loaded[k].dtype == dtype for k in weights)
 
 
+def test_what_openpis_layout_cannot_hold_is_warned_of(tmp_path, capsys):
+    settings = BundleSettings(TINY, noise_source={"source": "pink", "beta": 1.0}, rtc_max_delay=3)
+    save_bundle(tmp_path / "ours", random_weights(TINY), settings, None, None)
+    convert(Options(tmp_path / "ours", tmp_path / "openpi", to="openpi"))
+    told = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert [line.partition("no place for ")[2].split()[0] for line in told] == ["noise_source", "rtc_max_delay"]
+    convert(Options(tmp_path / "ours" / "model.safetensors", tmp_path / "short", horizon=3))
+    assert "rtc_max_delay: 2 instead of 3, by the horizon" in capsys.readouterr().out
+    kept = load_bundle(tmp_path / "short").settings
+    assert (kept.rtc_max_delay, kept.noise_source["source"]) == (2, "pink")
+
+
 def test_openpis_layout_is_what_openpi_loads_strictly(tmp_path):
     """The keys and shapes that its own model saved, the tied embedding's name in the metadata included."""
     from safetensors import safe_open

@@ -27,6 +27,7 @@ from pi0_ros.training.batches import prefetch
 from pi0_ros.training.optimise import Average, learning_rate
 from pi0_ros.training.options import parse
 from pi0_ros.training.start import start
+from pi0_ros.training.state import alone, remove_leftovers
 from pi0_ros.training.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +132,7 @@ def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(data, tmp_path):
     assert [path.name for path in states.glob("step_*")] == ["step_00000002"]
     assert list(states.glob(".step_00000004.*.part"))
     assert not (tmp_path / "killed" / "checkpoint").exists()
+    (tmp_path / "killed" / ".checkpoint.0123abcd.part").mkdir()  # as one that is killed while it exports leaves it
 
     resumed = kit.make_run(data, tmp_path / "killed", **options)
     resumed.run()
@@ -141,9 +143,34 @@ def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(data, tmp_path):
     assert resumed.held_out_losses == whole.held_out_losses
     same(kit.weights(resumed), kit.weights(whole))
     same(resumed.average.weights, whole.average.weights)
-    assert not list(states.glob(".*"))
+    assert not list(states.glob(".*")) and not list((tmp_path / "killed").glob(".checkpoint.*"))
     digests = [load_bundle(tmp_path / name / "checkpoint").digest for name in ("killed", "whole")]
     assert digests[0] == digests[1]
+
+
+def test_a_second_trainer_in_a_folder_is_refused_while_the_first_is_at_work(data, tmp_path, capsys):
+    """Its checkpoint would stand beside the other's list of episodes."""
+    words = kit.arguments(data, tmp_path / "out", steps=1)
+    with alone(tmp_path / "out"):
+        assert main(words) == 1
+        assert last_line(capsys) == (
+            f"error: {tmp_path / 'out'}: another trainer is at work in this folder; wait for its end, or use another "
+            "--output"
+        )
+    assert not (tmp_path / "out").exists()
+    assert main(words) == 0
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_what_an_export_was_killed_in_is_removed_once_a_checkpoint_stands(data, tmp_path):
+    output = tmp_path / "out"
+    old = output / ".checkpoint.0123abcd.old"  # killed between two renames: this is the only one
+    old.mkdir(parents=True)
+    remove_leftovers(output)
+    assert old.exists()
+    kit.make_run(data, output, steps=1).run()
+    remove_leftovers(output)
+    assert not old.exists()
 
 
 def test_a_resumed_run_is_held_to_its_options(data, tmp_path, capsys):

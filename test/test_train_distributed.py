@@ -15,6 +15,7 @@ import train_kit as kit
 from pi0_ros.policy.bundle import load_bundle
 from pi0_ros.training.distributed import World
 from pi0_ros.training.options import OptionsError
+from pi0_ros.training.state import alone
 from pi0_ros.training.streams import step_streams
 
 ROOT = Path(__file__).parents[1]
@@ -148,6 +149,20 @@ def test_torchrun_trains_one_whole_checkpoint(tmp_path):
     ]  # fmt: skip
     assert state(tmp_path / "out")["pieces"] == 2
     assert len(list((tmp_path / "out" / "tensorboard").iterdir())) == 1
+
+
+def test_what_stops_the_first_of_two_processes_is_told_once_and_stops_both(tmp_path):
+    data = kit.make_data(tmp_path)
+    ends = finish(start_two(kit.arguments(data, tmp_path / "out", bags=data / "nothing")))
+    assert [code for code, _, _ in ends] == [1, 1]
+    errors = [[line for line in said.splitlines() if line.startswith("error: ")] for _, _, said in ends]
+    assert str(data / "nothing") in errors[0][0]
+    assert errors[1] == ["error: another process cannot go on; its own error says why"]
+    with alone(tmp_path / "out"):
+        ends = finish(start_two(kit.arguments(data, tmp_path / "out")))
+    assert [code for code, _, _ in ends] == [1, 1]
+    assert "another trainer is at work in this folder" in ends[0][2] and "another process" in ends[1][2]
+    assert not any("Traceback" in said for _, _, said in ends)
 
 
 def test_every_piece_of_every_process_draws_for_itself(tmp_path, monkeypatch):

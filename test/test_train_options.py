@@ -10,7 +10,7 @@ import yaml
 
 from pi0_ros.model.config import PRESETS
 from pi0_ros.model.flow import Pink
-from pi0_ros.policy.bundle import BundleSettings, save_bundle
+from pi0_ros.policy.bundle import BundleSettings, load_bundle, save_bundle
 from pi0_ros.training.data import load_units
 from pi0_ros.training.evaluate import Options as EvaluateOptions
 from pi0_ros.training.evaluate import evaluate
@@ -70,6 +70,39 @@ def test_a_run_that_is_older_than_an_option_did_what_its_default_does():
     require_same(saved, now)
     with pytest.raises(OptionsError, match=r"--draws \(was 1, now 2\)"):
         require_same(saved, {**now, "draws": 2})
+
+
+def test_a_path_may_be_written_otherwise_when_a_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    now = parse(["--bags", "a", "--robot", "b", "--output", "c", "--init", "start"]).to_dict()
+    require_same({**now, "init": str(tmp_path / "x" / ".." / "start")}, now)
+    with pytest.raises(OptionsError, match=r"--init \(was other, now start\)"):
+        require_same({**now, "init": "other"}, now)
+
+
+def test_a_number_without_end_is_refused():
+    with pytest.raises(OptionsError, match="--first-seconds must be at least 0, found inf"):
+        parse(["--bags", "a", "--robot", "b", "--output", "c", "--first-seconds", "inf"])
+
+
+def test_the_weights_file_of_a_checkpoint_means_the_checkpoint(data, tmp_path):
+    """With its noise, its prompts and its normalisation, which the weights alone do not tell."""
+    kit.make_run(data, tmp_path / "pink", steps=1, noise="pink").run()
+    run = kit.make_run(data, tmp_path / "on", steps=1, init=tmp_path / "pink" / "checkpoint" / "model.safetensors")
+    assert isinstance(run.source, Pink) and run.options.init == tmp_path / "pink" / "checkpoint"
+
+
+def test_a_prompt_that_replaced_every_other_is_the_checkpoints_default(data, tmp_path):
+    kit.make_run(data, tmp_path / "out", steps=1, prompt="nod").run()
+    assert load_bundle(tmp_path / "out" / "checkpoint").robot.prompt.default == "nod"
+
+
+def test_a_checkpoint_for_long_delays_can_be_given_a_shorter_horizon(data, tmp_path):
+    kit.make_run(data, tmp_path / "long", steps=1, rtc_max_delay=4).run()
+    words = {"steps": 1, "init": tmp_path / "long" / "checkpoint", "horizon": 3}
+    kit.make_run(data, tmp_path / "short", **words, rtc_max_delay=2).run()
+    settings = load_bundle(tmp_path / "short" / "checkpoint").settings
+    assert (settings.model.action_horizon, settings.rtc_max_delay) == (3, 2)
 
 
 def test_what_was_left_open_is_written_down_as_it_was_resolved(data, tmp_path, monkeypatch):

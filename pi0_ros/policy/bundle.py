@@ -97,6 +97,10 @@ class BundleSettings:
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"noise_source: {error}") from None
 
+    def with_model(self, model: Pi0Config) -> BundleSettings:
+        """The same for other sizes; a shorter horizon may leave less room for a delay."""
+        return dataclasses.replace(self, model=model, rtc_max_delay=min(self.rtc_max_delay, model.action_horizon - 1))
+
     def to_dict(self) -> dict[str, Any]:
         """config.json."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -317,6 +321,11 @@ def _replaceable(folder: Path) -> bool:
 def is_bundle(path: Path) -> bool:
     """Whether this is a checkpoint folder of ours, sound or not; other layouts have a config.json too."""
     return (path / MANIFEST).is_file() and (path / CONFIG).is_file()
+
+
+def folder_of(path: Path) -> Path:
+    """The checkpoint folder of ours whose weights file this is: alone they mean little. Any other path as it is."""
+    return path.parent if path.name == WEIGHTS and is_bundle(path.parent) else path
 
 
 @contextlib.contextmanager

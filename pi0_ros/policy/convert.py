@@ -22,6 +22,7 @@ from pi0_ros.policy.bundle import (
     WEIGHTS,
     Bundle,
     BundleSettings,
+    folder_of,
     is_bundle,
     load_bundle,
     save_bundle,
@@ -85,11 +86,12 @@ def convert(options: Options) -> str:
     Raises:
         CheckpointError, RobotFileError: see `open_checkpoint`, `save_bundle`, `load_statistics`, `load_robot`.
     """
-    if options.output.resolve() == options.source.resolve():
+    source = folder_of(options.source)
+    if options.output.resolve() == source.resolve():
         raise CheckpointError(f"{options.output}: is the source itself; name another folder")
-    own = load_bundle(options.source, verify_weights=True) if is_bundle(options.source) else None
+    own = load_bundle(source, verify_weights=True) if is_bundle(source) else None
     config = _given_config(options.model_config)
-    checkpoint = own.weights() if own else open_checkpoint(options.source, config=config, base=options.base)
+    checkpoint = own.weights() if own else open_checkpoint(source, config=config, base=options.base)
     print(checkpoint.describe())
     if options.horizon is not None:
         checkpoint = _with_horizon(checkpoint, options.horizon)
@@ -97,17 +99,20 @@ def convert(options: Options) -> str:
         print(f"  {note}")
     robot = load_robot(options.robot) if options.robot else (own.robot if own else None)
     if robot is not None:
-        check_actions(checkpoint, robot, str(options.source))
+        check_actions(checkpoint, robot, str(source))
     stats = _statistics(options, own)
     print("  statistics: " + ("none found" if stats is None else _describe(stats)))
     if options.to == "openpi":
+        for note in beyond_openpi(own.settings) if own else ():
+            print(f"  warning: {note}")
         write_openpi(options.output, checkpoint, stats, options.asset_id or "pi0_ros", DTYPES[options.dtype], True)
         return ""
-    settings = (
-        dataclasses.replace(own.settings, model=checkpoint.config)
-        if own
-        else foreign_settings(checkpoint, str(options.source), options.normalisation)
-    )
+    if own:
+        settings = own.settings.with_model(checkpoint.config)
+        if settings.rtc_max_delay < own.settings.rtc_max_delay:
+            print(f"  rtc_max_delay: {settings.rtc_max_delay} instead of {own.settings.rtc_max_delay}, by the horizon")
+    else:
+        settings = foreign_settings(checkpoint, str(source), options.normalisation)
     wanted = {name: getattr(options, name) for name in ("normalisation", "prompt_format", "adapter")}
     settings = dataclasses.replace(settings, **{name: value for name, value in wanted.items() if value is not None})
     for note in foreign_units(robot, stats, settings) if robot and stats else ():
@@ -119,6 +124,23 @@ def convert(options: Options) -> str:
     digest = save_bundle(options.output, checkpoint, settings, robot, stats, tokenizer, dtype=dtype, progress=True)
     print(f"{options.output}: checkpoint {digest}")
     return digest
+
+
+def beyond_openpi(settings: BundleSettings) -> list[str]:
+    """What openpi would do otherwise than a policy of ours with these settings: its folders have no place for them."""
+    usual = BundleSettings(settings.model)
+    told = {
+        "noise_source": "it samples from white noise",
+        "rtc_max_delay": "it conditions on no prefix of actions",
+        "prompt_format": f"it writes prompts as {usual.prompt_format}, unless its config says otherwise",
+        "normalisation": f"it takes {usual.normalisation}, unless its config says otherwise",
+        "adapter": "its config must say adapt_to_pi",
+    }
+    return [
+        f"openpi's layout has no place for {name} {value}: {consequence}"
+        for name, consequence in told.items()
+        if (value := getattr(settings, name)) != getattr(usual, name)
+    ]
 
 
 def foreign_settings(checkpoint: Checkpoint, where: str, normalisation: str | None = None) -> BundleSettings:

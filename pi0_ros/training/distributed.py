@@ -25,6 +25,10 @@ from pi0_ros.policy.processor import pick_device
 PATIENCE = timedelta(hours=6)  # others wait as long while the first one decodes recordings
 
 
+class OthersFailed(RuntimeError):
+    """Another process cannot go on, and says why."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among `size`; `local_rank` counts on its own machine."""
@@ -91,12 +95,37 @@ class World:
 
     @contextlib.contextmanager
     def one_first(self) -> Iterator[None]:
-        """On each machine one process goes through the block first, then the others."""
+        """On each machine one process goes through the block first, then the others. OthersFailed where one failed."""
         if self.size > 1 and self.local_rank > 0:
-            dist.all_reduce(torch.zeros(1))
-        yield
-        if self.size > 1 and self.local_rank == 0:
-            dist.all_reduce(torch.zeros(1))
+            self._hear(fine=True)
+        fine = False
+        try:
+            yield
+            fine = True
+        finally:
+            if self.size > 1 and self.local_rank == 0:
+                self._hear(fine)
+
+    @contextlib.contextmanager
+    def by_first(self, context: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+        """`context` around the block in the first process. OthersFailed in the others where it cannot be entered."""
+        with contextlib.ExitStack() as stack:
+            fine = False
+            try:
+                if self.first:
+                    stack.enter_context(context)
+                fine = True
+            finally:
+                if self.size > 1:
+                    self._hear(fine)
+            yield
+
+    def _hear(self, fine: bool) -> None:
+        """Every process says whether it is fine; one that is learns that another is not."""
+        failed = torch.tensor(float(not fine))
+        dist.all_reduce(failed)
+        if fine and failed:
+            raise OthersFailed("another process cannot go on; its own error says why")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,18 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import tyro
 import yaml
 
+from pi0_ros.policy.bundle import folder_of
+
 
 class OptionsError(RuntimeError):  # of a ValueError tyro would make a box of its own
     """Options that do not go together; the message names the option, the value and the way out."""
 
 
 def require_at_least(options: Any, **least: float) -> None:
-    """OptionsError for the first of these options that is below its least value, or NaN; None is no value."""
+    """OptionsError for the first of these options that is below its least value, NaN or infinite; None is no value."""
     for name, allowed in least.items():
         value = getattr(options, name)
-        if value is not None and not value >= allowed:
+        if value is not None and not allowed <= value < math.inf:
             raise OptionsError(f"--{name.replace('_', '-')} must be at least {allowed}, found {value}")
 
 
@@ -121,6 +124,8 @@ class TrainOptions:
     """Processes that decode; None: one a core."""
 
     def __post_init__(self) -> None:
+        if self.init:
+            object.__setattr__(self, "init", folder_of(self.init))
         require_at_least(
             self, steps=1, batch=1, accumulate=1, draws=1, save_every=1, evaluate_every=1, horizon=1, jobs=1
         )
@@ -187,10 +192,15 @@ RESOLVED = "resolved"  # beside the options in options.yaml: for people to read;
 def require_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """OptionsError naming every option whose change would give a resumed run other numbers."""
     saved = {**YOUNGER, **saved}
-    changed = [name for name in now if name not in FREE and saved.get(name) != now[name]]
+    changed = [name for name in now if name not in FREE and not _same(name, saved.get(name), now[name])]
     if changed:
         told = ", ".join(f"--{n.replace('_', '-')} (was {saved.get(n)}, now {now[n]})" for n in changed)
         raise OptionsError(f"a run goes on with the options it began with; changed: {told}. Use another --output")
+
+
+def _same(name: str, before: Any, now: Any) -> bool:
+    both_paths = name in ("init", "tokenizer") and before and now
+    return before == now or bool(both_paths and Path(before).resolve() == Path(now).resolve())
 
 
 def parse(arguments: list[str] | None = None) -> TrainOptions:

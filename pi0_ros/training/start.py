@@ -71,7 +71,7 @@ def start(options: TrainOptions, robot: Robot) -> Start:
                 "published weights (--init) are what makes that size worth its cost"
             )
     if options.horizon:
-        settings = replace(settings, model=replace(settings.model, action_horizon=options.horizon))
+        settings = settings.with_model(replace(settings.model, action_horizon=options.horizon))
     _require_fit(options, settings, robot)
     if settings.rtc_max_delay and not options.rtc_max_delay:
         notes.append(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +59,39 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
         ) from None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed run left half-written. Only for the process that writes."""
-    for partial in folder.glob(".step_*") if folder.is_dir() else ():
+@contextlib.contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Hold a run's folder for the time of the block; a killed holder lets go of it. One that was not there and got
+    nothing is removed again.
+
+    Raises:
+        StateError: another trainer holds it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    lock = output / ".lock"
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(
+                f"{output}: another trainer is at work in this folder; wait for its end, or use another --output"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                output.rmdir()
+
+
+def remove_leftovers(output: Path) -> None:
+    """Delete what a killed run left half-written in its folder. Only for the process that writes."""
+    left = [*(output / "state").glob(".step_*"), *output.glob(".checkpoint.*.part")]
+    if (output / "checkpoint").is_dir():
+        left += output.glob(".checkpoint.*.old")
+    for partial in left:
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -37,7 +37,7 @@ from pi0_ros.training.batches import Batch, collate, prefetch
 from pi0_ros.training.cache import CacheError
 from pi0_ros.training.curves import plot_losses
 from pi0_ros.training.dataset import Dataset, batch_indices, split, statistics
-from pi0_ros.training.distributed import World, joined
+from pi0_ros.training.distributed import OthersFailed, World, joined
 from pi0_ros.training.lora import merged
 from pi0_ros.training.memory import available_memory, forecast, report
 from pi0_ros.training.objective import flow_loss
@@ -46,7 +46,7 @@ from pi0_ros.training.options import RESOLVED, OptionsError, TrainOptions, parse
 from pi0_ros.training.parts import frozen_digest, trained
 from pi0_ros.training.sharding import assign, like, shard, whole
 from pi0_ros.training.start import start
-from pi0_ros.training.state import StateError, newest_state, remove_leftovers, save_state
+from pi0_ros.training.state import StateError, alone, newest_state, remove_leftovers, save_state
 from pi0_ros.training.streams import step_streams
 from pi0_ros.wording import first_line
 
@@ -304,8 +304,12 @@ class Run:
             return ""
         settings = replace(self.settings, trained_steps=self.step)
         weights = merged(self.model, weights)
+        robot = self.robot
+        if self.options.prompt:  # the only one that the policy has seen
+            prompt = robot.prompt.model_copy(update={"default": self.options.prompt})
+            robot = robot.model_copy(update={"prompt": prompt})
         folder = self.options.output / "checkpoint"
-        return save_bundle(folder, weights, settings, self.robot, self.stats, self.tokenizer)
+        return save_bundle(folder, weights, settings, robot, self.stats, self.tokenizer)
 
     def _read_losses(self) -> None:
         if not self._unread:
@@ -378,7 +382,7 @@ class Run:
     def _write_down(self) -> None:
         """What was asked for, and what is trained on."""
         output = self.options.output
-        remove_leftovers(output / "state")
+        remove_leftovers(output)
         options = yaml.safe_dump(self.options.to_dict() | {RESOLVED: self._resolved()}, sort_keys=False)
         write_text(output / "options.yaml", options)
         write_json(output / data.EPISODES, self.episodes)
@@ -414,7 +418,7 @@ CHANGED = {
 }
 FAULTS = (
     OptionsError, RobotFileError, BagError, CacheError, CheckpointError, ConfigError, StateError, TrainingError,
-    ValueError, OSError,
+    OthersFailed, ValueError, OSError,
 )  # fmt: skip
 
 
@@ -422,7 +426,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; 1 and one line when something is wrong with options, data or checkpoint."""
     try:
         options = parse(arguments)
-        with joined() as world:
+        with joined() as world, world.by_first(alone(options.output)):
             Run(options, world).run()
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last saved state", file=sys.stderr)
