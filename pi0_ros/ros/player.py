@@ -15,7 +15,8 @@ from pi0_ros.robot import Robot
 from pi0_ros.ros.judging import SECOND, Offer, Settings, fault_of
 from pi0_ros.ros.limiter import robot_limits
 from pi0_ros.ros.motion import CATCH_UP, Commands, Plan, Stream, Window
-from pi0_ros.ros.playback import Playback, TimedActions, joint_index
+from pi0_ros.ros.playback import Playback, TimedActions
+from pi0_ros.ros.proprioception import Proprioception
 from pi0_ros.ros.rest import Rest
 from pi0_ros.ros.stall import Stall
 
@@ -24,7 +25,6 @@ STOPPED, HOLDING, PLAYING, APPROACHING, DRY_RUN = range(5)
 STATES = ("STOPPED", "HOLDING", "PLAYING", "APPROACHING", "DRY_RUN")
 
 JUMP_BACK = 0.1  # s; less is a clock being adjusted, more is another time (bag loop, simulator reset)
-FUTURE_STATE = 0.5  # s; joint states stamped further ahead of the clock are from another clock
 PAUSE = 0.15  # s; ticks that stay away for longer are a pause, in which others may have moved the arm
 METRES = 0.2  # thresholds are in rad; for a prismatic joint they count as this many m a rad
 
@@ -40,7 +40,6 @@ class Player:
         self.settings = settings
         self.joint_names = robot.joint_names
         self.limits = robot_limits(robot, settings.velocity_scale, settings.acceleration_scale)
-        self._state_age = robot.state.max_age
         self._hold_after = settings.hold_after * SECOND
         # Opening or closing a gripper at once is no jump of the arm: grippers start no approach.
         self._arm = np.array([joint.kind != "gripper" for joint in robot.joints])
@@ -57,18 +56,14 @@ class Player:
         self.window = Window(self.limits, np.array(rest, dtype=np.intp), step, window, self._lead) if rest else None
         self._resend = max(1, round(settings.resend * settings.rate))
 
-        joints = len(self.joint_names)
-        fastest = self.limits.velocity
-        self.playback = Playback(fastest, settings.handover, settings.blend_time, settings.ensemble_decay)
+        self.playback = Playback(self.limits.velocity, settings.handover, settings.blend_time, settings.ensemble_decay)
         self.played = self.refused = self.holds = 0
         self.sequence = self.epoch = 0  # of the chunk that is played, or was last
         self.refused_sequence: int | None = None  # of the newest chunk, where that was refused
         self.handover_delay = 0.0  # actions of that chunk that were past when it took over
         self.commanded: np.ndarray | None = None  # [J]
 
-        self.measured = np.full(joints, np.nan)
-        self._measured_at = np.full(joints, -1, dtype=np.int64)  # ns, by joint
-        self._state_note = ""
+        self._seen = Proprioception(robot, self.limits)
         self.blind = False  # holds because joint states are missing
         self.lost = ""  # why it stopped by itself: the arm does not follow
         self._mode, self.why, self._refusal = STOPPED, "not started", ""
@@ -94,31 +89,17 @@ class Player:
     # What arrives.
 
     def observe(self, names: Sequence[str], positions: Sequence[float], stamp: int, now: int) -> None:
-        """Take in measured positions, of some joints or all, in any order. Left out, lest they become what is held, are
-        those that cannot be: not finite, or further outside a joint's limits than these are apart."""
+        """Take in measured positions (`Proprioception.take`)."""
         self._watch_clock(now)
-        if stamp - now > FUTURE_STATE * SECOND:
-            self._state_note = f"; they are stamped {(stamp - now) / SECOND:.0f} s ahead of this node's clock"
+        if not self._seen.take(names, positions, stamp, now):
             return
-        here, mine = joint_index(names, self.joint_names)
-        if not len(mine) or int(here.max()) >= len(positions):
-            return
-        values = np.asarray(positions, dtype=np.float64)[here]
-        low, high = self.limits.low[mine], self.limits.high[mine]
-        good = (values >= 2 * low - high) & (values <= 2 * high - low)  # false for NaN
-        self.measured[mine[good]] = values[good]
-        self._measured_at[mine[good]] = min(stamp, now)  # a clock ahead of ours must not make them last longer
-        late = (now - stamp) / SECOND
-        self._state_note = (
-            f"; they come, stamped {late:.2g} s before this node's clock" if late > self._state_age else ""
-        )
         if self.commanded is None:
             return
         # Not in `tick`: an arm that is moved while nothing is played, or the node is inactive, must be noticed too.
         if self._following or not self.at_rest:
-            self._rest.lags(now, self.measured, self.commanded)
+            self._rest.lags(now, self._seen.positions, self.commanded)
         else:
-            self._rest.watch(now, self.measured, self.commanded)
+            self._rest.watch(now, self._seen.positions, self.commanded)
 
     def offer(self, offer: Offer, now: int) -> str:
         """Judge a chunk; it takes over at the next tick. Returns why it was refused, or ""."""
@@ -192,8 +173,7 @@ class Player:
 
     def state_age(self, now: int) -> float:
         """Age of the oldest joint state, s; infinite while one is missing."""
-        oldest = int(self._measured_at.min())
-        return (now - oldest) / SECOND if oldest >= 0 else math.inf
+        return self._seen.age(now)
 
     # What goes out.
 
@@ -236,7 +216,7 @@ class Player:
             # Paused: what takes positions has stood where it was told last, and others may have moved it since.
             self.stream.seed(self.commanded)
             self._afresh = True
-            self._measured_at[self._measured_at <= before] = -1
+            self._seen.forget(before)
             if self._running:
                 self._halt(HOLDING, "there was a pause")
         return steps
@@ -268,7 +248,7 @@ class Player:
             self._stall.begin_anew()
         if not self._running:
             return
-        fault = self._state_fault(now)
+        fault = self._seen.fault(now)
         self.blind = bool(fault)
         if fault:
             self._afresh = True
@@ -308,32 +288,23 @@ class Player:
         resting = self.at_rest and not (self._following or self._rest.moved or self.settings.dry_run)
         if not resting:
             return False
-        coming = self._anew and self._rest.on_its_way and self._rest.off(self.measured, self.commanded)
-        return coming or self._rest.far(self.measured, self.commanded)
+        coming = self._anew and self._rest.on_its_way and self._rest.off(self._seen.positions, self.commanded)
+        return coming or self._rest.far(self._seen.positions, self.commanded)
 
     def _outside(self) -> str:
         """Why an arm is not played to that is far outside its limits, or "": every chunk would lead it back inside."""
         low, high = self.limits.low, self.limits.high
-        worst, gap = self._farthest(self.measured, np.clip(self.measured, low, high))
+        worst, gap = self._farthest(self._seen.positions, np.clip(self._seen.positions, low, high))
         if gap <= self.settings.approach_threshold:
             return ""
         return (
-            f"joint '{self.joint_names[worst]}' is at {self.measured[worst]:.3g}, outside its limits "
+            f"joint '{self.joint_names[worst]}' is at {self._seen.positions[worst]:.3g}, outside its limits "
             f"{low[worst]:g} to {high[worst]:g}: move it back, or correct the robot file"
         )
 
-    def _state_fault(self, now: int) -> str:
-        """Why the joint states cannot be relied on, or ""."""
-        old = (self._measured_at < 0) | (now - self._measured_at > self._state_age * SECOND)
-        if not old.any():
-            return ""
-        missing = [name for name, late in zip(self.joint_names, old, strict=True) if late]
-        which = "" if len(missing) == len(old) else f" of {', '.join(missing)}"
-        return f"no joint state{which} for more than {self._state_age:g} s{self._state_note}"
-
     def _not_followed(self, now: int) -> str:
         """Why the arm does not do what is commanded, or "": going on would let it jump when it is released."""
-        most, (worst, gap) = self.settings.following_error, self._farthest(self.measured, self.commanded)
+        most, (worst, gap) = self.settings.following_error, self._farthest(self._seen.positions, self.commanded)
         if not most or self.settings.dry_run:
             return ""
         if gap > most:
@@ -341,7 +312,7 @@ class Player:
             return f"the arm does not follow: joint '{name}' is more than {allowed:g} from its command; ~/start goes on"
         chunk, fastest = self.playback.chunk, self.limits.velocity * self._speed
         meant, ahead = np.clip(chunk.at(now)[1], -fastest, fastest), chunk.at(now + SECOND)[0]
-        stuck = self._stall.watch(now, self.measured, self._measured_at, self.commanded, meant, ahead)
+        stuck = self._stall.watch(now, self._seen.positions, self._seen.at, self.commanded, meant, ahead)
         if stuck is None:
             return ""
         return f"the arm does not follow: joint '{self.joint_names[stuck]}' stands still; ~/start goes on"
@@ -405,7 +376,7 @@ class Player:
         reset), or is started anew and elsewhere (an emergency stop before): then where it is. A dry run always starts
         where the arm is.
         """
-        left_short = self._short or self._rest.off(self.measured, self.commanded)
+        left_short = self._short or self._rest.off(self._seen.positions, self.commanded)
         elsewhere = self._anew and self.at_rest and left_short
         if self.settings.dry_run or self._rest.moved or elsewhere:
             self._seed()
@@ -421,7 +392,7 @@ class Player:
 
     def _seed(self) -> None:
         """Command from where the arm is, at rest. A gripper that stayed may be holding something: its command stays."""
-        position = self.measured.copy()
+        position = self._seen.positions.copy()
         if self.commanded is not None:
             kept = self._rest.stayed & ~self._arm
             position[kept] = self.commanded[kept]
@@ -446,7 +417,7 @@ class Player:
         if self._last < 0 or now >= self._last - JUMP_BACK * SECOND:
             return
         self._drop("the clock jumped back")
-        self._measured_at[:] = -1
+        self._seen.forget()
         self._heard = min(self._heard, now)
         self._last = -1
 

@@ -1,0 +1,66 @@
+"""Where the arm is, as the joint states tell the player: joint by joint the newest, and for how long that counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from pi0_ros.robot import Robot
+from pi0_ros.ros.judging import SECOND
+from pi0_ros.ros.limiter import Limits
+from pi0_ros.ros.playback import joint_index
+
+FUTURE_STATE = 0.5  # s; joint states stamped further ahead of the clock are from another clock
+
+
+class Proprioception:
+    """Measured positions, put together from messages of some joints or all, in any order.
+
+    Attributes:
+        positions: float64 [J], NaN where a joint was never seen.
+        at: int64 [J], when each was measured, ns; -1: never, or not since a pause.
+    """
+
+    def __init__(self, robot: Robot, limits: Limits) -> None:
+        self._names, self._limits, self._max_age = robot.joint_names, limits, robot.state.max_age
+        self.positions = np.full(len(self._names), np.nan)
+        self.at = np.full(len(self._names), -1, dtype=np.int64)
+        self._note = ""
+
+    def take(self, names: Sequence[str], positions: Sequence[float], stamp: int, now: int) -> bool:
+        """Take in a message; whether it says anything. Left out, lest they become what is held, are positions that
+        cannot be: not finite, or further outside a joint's limits than these are apart."""
+        if stamp - now > FUTURE_STATE * SECOND:
+            self._note = f"; they are stamped {(stamp - now) / SECOND:.0f} s ahead of this node's clock"
+            return False
+        here, mine = joint_index(names, self._names)
+        if not len(mine) or int(here.max()) >= len(positions):
+            return False
+        values = np.asarray(positions, dtype=np.float64)[here]
+        low, high = self._limits.low[mine], self._limits.high[mine]
+        good = (values >= 2 * low - high) & (values <= 2 * high - low)  # false for NaN
+        self.positions[mine[good]] = values[good]
+        self.at[mine[good]] = min(stamp, now)  # a clock ahead of ours must not make them last longer
+        late = (now - stamp) / SECOND
+        self._note = f"; they come, stamped {late:.2g} s before this node's clock" if late > self._max_age else ""
+        return True
+
+    def forget(self, until: int | None = None) -> None:
+        """Nothing measured up to `until` (ns), or ever, counts any more."""
+        self.at[self.at <= until if until is not None else slice(None)] = -1
+
+    def age(self, now: int) -> float:
+        """Of the oldest joint state, s; infinite while one is missing."""
+        oldest = int(self.at.min())
+        return (now - oldest) / SECOND if oldest >= 0 else math.inf
+
+    def fault(self, now: int) -> str:
+        """Why they cannot be relied on, or ""."""
+        old = (self.at < 0) | (now - self.at > self._max_age * SECOND)
+        if not old.any():
+            return ""
+        missing = [name for name, late in zip(self._names, old, strict=True) if late]
+        which = "" if len(missing) == len(old) else f" of {', '.join(missing)}"
+        return f"no joint state{which} for more than {self._max_age:g} s{self._note}"
