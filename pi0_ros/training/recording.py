@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from pi0_ros.policy.alignment import CLOCK_RESET_NS
 from pi0_ros.policy.images import ENCODINGS
 from pi0_ros.robot import Robot
 from pi0_ros.training.bags import Bag, BagError, decode, header_stamp
 from pi0_ros.training.clocks import ClockOffset
 from pi0_ros.training.commands import CommandRows, Commands
+from pi0_ros.training.stamps import command_times, set_times
 from pi0_ros.training.topics import absence, find_topic, image_names
 
 IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
@@ -30,11 +30,7 @@ ACTION_TYPES = {
     "Float64MultiArray": "std_msgs/msg/Float64MultiArray",
 }
 NAN_SHARE = 0.01  # a larger share of messages with NaN joints is a fault of the robot, not of a start-up
-AWAY_NS = 60 * 1_000_000_000  # a stamp this far from where its neighbours put it is wrong
-APART_NS = 200_000_000  # more than jitter: stamps of another machine's clock
 ABSURD = 10  # further outside its limits than so many times what is between them, no number is a position
-WAY_OUT = "set `clock: bag` in the robot file to align by time of recording"
-YEAR_NS = 365 * 86_400 * 1_000_000_000
 
 
 @dataclass
@@ -79,6 +75,11 @@ class Recording:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # why a policy trained on it may not work on the robot
     problems: list[str] = field(default_factory=list)
+
+    def reasons(self, topic: str) -> str:
+        """Why messages of a topic cannot be used, in brackets; nothing where all can."""
+        told = [f"{count} x {reason}" for (where, reason), count in self.faults.items() if where == topic]
+        return f" ({'; '.join(told[:3])})" if told else ""
 
     @property
     def observed(self) -> list[Stream]:
@@ -159,7 +160,7 @@ class _Reader:
         # own too early by what they take.
         stamped = [stream for stream in recording.states if stream.header_ns.any()]
         offset = ClockOffset([(s.bag_ns, s.header_ns) for s in stamped or recording.cameras.values()])
-        self._set_times(offset)
+        set_times(recording, robot, offset)
         self._set_commands(actions, offset)
         recording.prompts = self._texts(prompt, offset)
         recording.marks = self._texts(marks, offset)
@@ -296,94 +297,12 @@ class _Reader:
                 found = recording.problems if share > NAN_SHARE else recording.notes
                 found.append(f"{topic} joint {name!r}: {text.format(share)}")
 
-    def _set_times(self, offset: ClockOffset) -> None:
-        recording = self.recording
-        for stream in recording.observed:
-            what = stream.name if stream.name == stream.topic else f"{stream.name} ({stream.topic})"
-            if stream.topic and not len(stream.bag_ns):
-                recording.problems.append(f"{what}: no message can be used{self._reasons(stream.topic)}")
-            if self.robot.clock == "bag":
-                stream.time_ns = stream.bag_ns
-                continue
-            stamped = stream.header_ns != 0
-            delay = stream.bag_ns - stream.header_ns - offset.at(stream.bag_ns)
-            away = np.abs(delay)
-            if len(stamped) and not stamped.any():
-                self._leave_out(stream, f"{what}: every header stamp is 0")
-            elif len(stamped) and (away[stamped] > AWAY_NS).all():
-                apart = f"{away[stamped].min() / 1e9:.0f} s"
-                self._leave_out(stream, f"{what}: header stamps are {apart} away from those of the other streams")
-            else:
-                wrong = stamped & (away > AWAY_NS)
-                recording.faults[stream.topic, "header stamp 0"] += int((~stamped).sum())
-                recording.faults[stream.topic, "header stamp far from the time of recording"] += int(wrong.sum())
-                stream.keep(stamped & ~wrong)
-                self._check_apart(what, delay[stamped & ~wrong], self._max_age(stream))
-            stream.time_ns = stream.header_ns
-            back = stream.header_ns[:-1] - stream.header_ns[1:]
-            if len(back) and back.max() > CLOCK_RESET_NS:
-                recording.problems.append(
-                    f"{what}: header stamps jump back by {back.max() / 1e9:.1f} s (simulation reset?); split the "
-                    "recording there or set `clock: bag` in the robot file"
-                )
-        recording.faults = +recording.faults
-        self._note_clocks()
-
-    def _leave_out(self, stream: Stream, fault: str) -> None:
-        """A problem, unless other joint states tell of the same joints: they would always be newer on the robot."""
-        others = [other for other in self.recording.states if other is not stream]
-        if stream.joints and set(stream.joints) <= {joint for other in others for joint in other.joints}:
-            self.recording.states = others
-            self.recording.notes.append(f"{fault}; left out, the other joint states have its joints, too")
-        else:
-            self.recording.problems.append(f"{fault}; {WAY_OUT}")
-
-    def _max_age(self, stream: Stream) -> float:
-        return self.robot.state.max_age if stream.joints else self.robot.present_cameras[stream.name].max_age
-
-    def _check_apart(self, what: str, delay: np.ndarray, max_age: float) -> None:
-        """Stamps of another clock than the joint states'. The node takes none that are 1 s ahead, or old at once."""
-        ahead = -float(np.median(delay)) if len(delay) else 0.0
-        if -ahead > max_age * 1e9:
-            self.recording.warnings.append(
-                f"{what}: recorded {-ahead / 1e9:.2g} s after the stamps, later than joint states are, and the robot "
-                f"takes none older than its max_age of {max_age:g} s: they are long on their way, or of a clock that "
-                "is behind, and then show what came later (chrony and PTP let machines agree on the time)"
-            )
-        if ahead > APART_NS:
-            found = self.recording.problems if ahead > CLOCK_RESET_NS else self.recording.notes
-            found.append(
-                f"{what}: header stamps are {ahead / 1e9:.1f} s ahead of those of the joint states; let the machines "
-                "agree on the time (chrony, PTP), or set `clock: bag` in the robot file"
-            )
-
-    def _note_clocks(self) -> None:
-        spans = [s for s in self.recording.observed if len(s.bag_ns) > 1 and s.header_ns.all()]
-        for stream in spans:
-            delay = (stream.bag_ns - stream.header_ns) / 1e9
-            if delay.max() - delay.min() > 0.5:
-                self.recording.notes.append(
-                    f"{stream.topic}: header and bag clocks drift {delay.max() - delay.min():.2f} s apart; "
-                    f"aligned by {self.robot.clock} time"
-                )
-            if stream.header_ns.max() < YEAR_NS:
-                self.recording.notes.append(f"{stream.topic}: header stamps near 0: simulated or monotonic time")
-            duplicates = len(stream.header_ns) - len(np.unique(stream.header_ns))
-            if duplicates:
-                self.recording.notes.append(
-                    f"{stream.topic}: {duplicates} duplicate header stamps; of equals the last recorded counts"
-                )
-
-    def _reasons(self, topic: str) -> str:
-        reasons = [f"{count} x {reason}" for (where, reason), count in self.recording.faults.items() if where == topic]
-        return f" ({'; '.join(reasons[:3])})" if reasons else ""
-
     def _set_commands(self, topics: dict[str, str | None], offset: ClockOffset) -> None:
         recording = self.recording
         commanded = {name for name, _ in self.commands}
         for name, topic in topics.items():
             if topic and name not in commanded and not any(p.startswith("actions:") for p in recording.problems):
-                recording.problems.append(f"{name}: no command on {topic} can be used{self._reasons(topic)}")
+                recording.problems.append(f"{name}: no command on {topic} can be used{recording.reasons(topic)}")
         for (name, joints), rows in self.commands.items():
             source = self.sources[name]
             arrivals, stamps, _, _ = rows.columns()
@@ -391,31 +310,11 @@ class _Reader:
                 times = stamps = now = arrivals
             else:
                 now = arrivals - offset.at(arrivals)  # arrival by the header clock
-                times = stamps = self._command_times(name, topics[name], stamps, now)
+                times = stamps = command_times(recording, name, topics[name], stamps, now)
             latency = round(source.latency * 1e9)
             begins = np.minimum(stamps, now) if source.type == "JointTrajectory" else stamps
             recording.commands.append(rows.commands(joints, begins - latency, stamps - latency))
             recording.commands_ns[name] = np.append(recording.commands_ns.get(name, times[:0]), times)
-
-    def _command_times(self, name: str, topic: str, stamps: np.ndarray, now: np.ndarray) -> np.ndarray:
-        """Header stamps where there are any that can be true, elsewhere `now`, the time of recording."""
-        stamped, wrong = stamps != 0, (stamps != 0) & (np.abs(now - stamps) > AWAY_NS)
-        if stamped.any():
-            apart, what = float(np.median((now - stamps)[stamped])), f"{name} ({topic})"
-            if (wrong == stamped).all():
-                self.recording.problems.append(
-                    f"{what}: header stamps are {abs(apart) / 1e9:.0f} s away from those of the joint states; {WAY_OUT}"
-                )
-            elif abs(apart) > APART_NS:
-                self.recording.notes.append(
-                    f"{what}: header stamps are {abs(apart) / 1e9:.1f} s {'ahead of' if apart < 0 else 'behind'} the "
-                    "time of recording, and commands are taken to be meant for their stamps: right only if they are"
-                )
-        if wrong.any():
-            self.recording.faults[topic, "header stamp far from the time of recording, which counts instead"] += int(
-                wrong.sum()
-            )
-        return np.where(stamped & ~wrong, stamps, now)
 
     def _texts(self, topic: str | None, offset: ClockOffset) -> list[tuple[int, str]]:
         rows = self.texts.get(topic, []) if topic else []
