@@ -16,7 +16,16 @@ from test_statistics import OPENPI, lerobot
 from pi0_ros.model import layouts
 from pi0_ros.model.checkpoint import CheckpointError, from_state_dict, open_checkpoint
 from pi0_ros.policy.bundle import BundleSettings, load_bundle, save_bundle
-from pi0_ros.policy.convert import Options, check_actions, convert, foreign_settings, foreign_units, main, write_openpi
+from pi0_ros.policy.convert import (
+    Options,
+    check_actions,
+    convert,
+    foreign_notes,
+    foreign_settings,
+    foreign_units,
+    main,
+    write_openpi,
+)
 from pi0_ros.policy.statistics import NormStats
 from pi0_ros.policy.transforms import limit_statistics
 from pi0_ros.robot import load_robot
@@ -209,6 +218,33 @@ def settings_of(data, normalisation=None):
 def test_lerobot_settings_follow_its_config():
     settings = settings_of({"normalization_mapping": {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}})
     assert (settings.prompt_format, settings.normalisation, settings.loss_dims) == ("lerobot_pi05", "zscore", 7)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_prompts_of_later_lerobots_hold_the_robots_own_joints_only(relative):
+    assert settings_of({"use_relative_actions": relative}).prompt_format == "pi05"
+
+
+def test_what_lerobot_trained_for_real_time_chunking_can_do_it_here():
+    assert settings_of({"rtc_training_max_delay": 3}).rtc_max_delay == 3
+
+
+@pytest.mark.parametrize("memory", ["use_visual_memory", "use_proprioceptive_memory"])
+def test_a_lerobot_policy_with_a_memory_is_refused(memory):
+    assert settings_of({memory: False}).loss_dims == 7
+    with pytest.raises(CheckpointError, match=f"{memory}: policies with a memory cannot run here"):
+        settings_of({memory: True})
+
+
+def test_what_a_checkpoint_of_others_saw_otherwise_is_told():
+    def told(layout, config=TINY05, **data):
+        checkpoint = replace(from_state_dict(random_weights(config), config=config), layout=layout, data=data)
+        return " ".join(foreign_notes(checkpoint))
+
+    assert "--prompt-format pi05" in told("lerobot", type="pi05")
+    assert "--prompt-format" not in told("lerobot", type="pi05", use_relative_actions=False)
+    assert "cleans no prompts of pi0" in told("lerobot", TINY)
+    assert "bicubically" in told("transformers", TINY) and told("openpi", TINY) == ""
 
 
 def test_a_normalisation_that_is_not_known_here_is_refused_unless_one_is_named():

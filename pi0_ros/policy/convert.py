@@ -95,7 +95,7 @@ def convert(options: Options) -> str:
     print(checkpoint.describe())
     if options.horizon is not None:
         checkpoint = _with_horizon(checkpoint, options.horizon)
-    for note in (*checkpoint.notes, *lerobot_notes(checkpoint)):
+    for note in (*checkpoint.notes, *foreign_notes(checkpoint)):
         print(f"  {note}")
     robot = load_robot(options.robot) if options.robot else (own.robot if own else None)
     if robot is not None:
@@ -147,6 +147,9 @@ def foreign_settings(checkpoint: Checkpoint, where: str, normalisation: str | No
     """How the weights of another layout are to be used, from its config.json.
 
     lerobot tells its normalisation and trains the robot's own action dimensions only; the others follow openpi.
+
+    Raises:
+        CheckpointError: config.json makes no sense, or asks for what is not here.
     """
     config, data = checkpoint.config, checkpoint.data
     if config_kind(data) != "lerobot":
@@ -164,21 +167,43 @@ def foreign_settings(checkpoint: Checkpoint, where: str, normalisation: str | No
                 "known here; say --normalisation to use other statistics"
             )
         normalisation = _LEROBOT_NORMALISATION[said.pop()]
+    if memory := [key for key in ("use_visual_memory", "use_proprioceptive_memory") if data.get(key)]:
+        raise CheckpointError(f"{where}: config.json: {', '.join(memory)}: policies with a memory cannot run here")
     return BundleSettings(
         config,
-        prompt_format="lerobot_pi05" if config.pi05 else "pi0",
+        rtc_max_delay=data.get("rtc_training_max_delay") or 0,
+        prompt_format="lerobot_pi05" if _pads_state(checkpoint) else "pi05" if config.pi05 else "pi0",
         normalisation=normalisation or "",
         loss_dims=None if dims == config.action_dim else dims,
     )
 
 
-def lerobot_notes(checkpoint: Checkpoint) -> list[str]:
-    """What a lerobot checkpoint saw in training and will not see here."""
+def _pads_state(checkpoint: Checkpoint) -> bool:
+    """Whether lerobot wrote zeros behind the robot's own joints into pi0.5's prompt, as up to 0.4.4. A config.json of
+    0.5.0 looks the same, later ones say whether actions are relative."""
+    return checkpoint.config.pi05 and "use_relative_actions" not in checkpoint.data
+
+
+def foreign_notes(checkpoint: Checkpoint) -> list[str]:
+    """What a checkpoint of lerobot or transformers saw in training and will not see here."""
+    if checkpoint.layout == "transformers":
+        return [
+            "transformers' own processor resizes images bicubically, pads them with grey at bottom and right, and "
+            "cleans no prompts; here it is done as in openpi, which made the published weights"
+        ]
     if checkpoint.layout != "lerobot":
         return []
-    notes = ["bars beside images are at -3 in lerobot (up to 0.4.4), here at -1; square images have none"]
+    notes = [
+        "bars beside images are at -3 in lerobot (up to 0.4.4), here at -1; square images have none",
+        "lerobot shrinks images without antialiasing, here they come out smoother, as in openpi",
+    ]
     if not checkpoint.config.pi05:
         notes.append('lerobot cleans no prompts of pi0, here outer white space goes and "_" becomes a space')
+    elif _pads_state(checkpoint):
+        notes.append(
+            "zeros stand behind the state in prompts, as lerobot up to 0.4.4 wrote them; weights that lerobot 0.5.0 "
+            "trained, or openpi, want --prompt-format pi05 of `convert`"
+        )
     return notes
 
 

@@ -33,6 +33,7 @@ class PromptEncoder:
         pi0           cleaned prompt, then a newline as a token of its own; no state (pi05_libero uses it too)
         pi05          "Task: {prompt}, State: {bins};\\nAction: ", bins of the robot's own joints
         lerobot_pi05  as pi05, but the state padded with zeros to `action_dim` first: more bins, all of them 128
+                      (lerobot up to 0.4.4)
 
     What is too long loses its end, with a warning once for every prompt.
     """

@@ -15,7 +15,8 @@ SCHEDULES = ("exp", "linear", "ones", "zeros")
 
 @dataclass(frozen=True)
 class GuidanceSettings:
-    """How guided in-painting pulls. The published method by default; without `jacobian` it costs no backward pass."""
+    """How guided in-painting pulls. The published method by default, with lerobot's largest pull of 10 (the authors'
+    code has 5); without `jacobian` it costs no backward pass."""
 
     schedule: str = "exp"
     max_weight: float = 10.0

@@ -12,7 +12,7 @@ from pi0_ros.model.config import PRESETS
 from pi0_ros.model.flow import Cold, NoiseSource, Pink, White, noise_source_from_dict
 from pi0_ros.model.pi0 import Pi0
 from pi0_ros.policy.bundle import BundleSettings, is_bundle, load_bundle, misfit
-from pi0_ros.policy.convert import UnknownNormalisation, foreign_settings
+from pi0_ros.policy.convert import UnknownNormalisation, foreign_notes, foreign_settings
 from pi0_ros.policy.tokenizer import ByteTokenizer
 from pi0_ros.robot import Robot
 from pi0_ros.training.lora import add_lora
@@ -111,6 +111,7 @@ def _from_checkpoint(path: Path, robot: Robot, notes: list[str]) -> tuple[Bundle
         checkpoint, settings, tokenizer = bundle.weights(), bundle.settings, bundle.tokenizer
     else:
         checkpoint = open_checkpoint(path)
+        notes += foreign_notes(checkpoint)
         try:
             settings = foreign_settings(checkpoint, str(path))
         except UnknownNormalisation:  # only in what way: the statistics are new in any case
