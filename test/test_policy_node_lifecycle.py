@@ -239,12 +239,16 @@ def test_a_signal_ends_the_program_cleanly_and_tells_the_player(ros, tmp_path, n
         states.publish(joints)
         return set(names) <= set(listener.get_node_names()) and any(chunk.horizon for chunk in chunks)
 
-    ros.spin_until(send, 90.0, "the programs' nodes are there, and a chunk")
-    for program in programs.values():
-        program.send_signal(number)
-    for program in programs.values():
-        _, errors = program.communicate(timeout=60)
-        assert program.returncode == 0 and "Traceback" not in errors, errors
+    try:
+        ros.spin_until(send, 90.0, "the programs' nodes are there, and a chunk")
+        for program in programs.values():
+            program.send_signal(number)
+        for program in programs.values():
+            _, errors = program.communicate(timeout=60)
+            assert program.returncode == 0 and "Traceback" not in errors, errors
+    finally:
+        for program in programs.values():
+            program.kill()
     ros.spin_until(lambda: chunks[-1].horizon == 0, what="the void chunk")
 
 
