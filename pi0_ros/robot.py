@@ -33,7 +33,22 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
+LONGEST_AGE, LONGEST_LATENCY = 30.0, 5.0  # s; in milliseconds nearly all are longer
+ABSURD = 10  # times what is between its limits is outside them further than any joint gets
 TURNS, FASTEST = 30.0, 50.0  # rad and rad/s: no revolute joint goes further or faster, in degrees nearly all do
+
+
+def _at_most(longest: float) -> AfterValidator:
+    def check(seconds: float) -> float:
+        if seconds > longest:
+            raise ValueError(f"found {seconds:g} s, at most {longest:g} s are allowed; are these milliseconds?")
+        return seconds
+
+    return AfterValidator(check)
+
+
+Age = Annotated[Positive, _at_most(LONGEST_AGE)]
+Latency = Annotated[NonNegative, _at_most(LONGEST_LATENCY)]
 
 
 def _topic(name: str) -> str:
@@ -60,8 +75,8 @@ class Camera(_Section):
     transport: Literal["raw", "compressed"] = "raw"  # compressed subscribes to <topic>/compressed
     rotate: Literal[0, 90, 180, 270] = 0  # degrees clockwise, applied before flip
     flip: Literal["none", "horizontal", "vertical"] = "none"
-    max_age: Positive = 0.2  # an older frame makes the observation invalid
-    latency: NonNegative = 0.0  # how long before its stamp the light was seen; subtracted from the stamp
+    max_age: Age = 0.2  # an older frame makes the observation invalid
+    latency: Latency = 0.0  # how long before its stamp the light was seen; subtracted from the stamp
     reliability: Literal["best_effort", "reliable"] = "best_effort"
 
     @model_validator(mode="after")
@@ -114,6 +129,13 @@ class Joint(_Section):
         return self
 
     @property
+    def conceivable(self) -> tuple[float, float]:
+        """Least and largest number that can be a position at all, however wrong the limits: beyond, it is a glitch, or
+        has other units. One such number would spoil the joint's normalisation."""
+        low, high = self.position
+        return low - ABSURD * (high - low), high + ABSURD * (high - low)
+
+    @property
     def relative(self) -> bool:
         """Whether the model's action for this joint is relative to the state at the start of the chunk."""
         return (self.action or ("absolute" if self.kind == "gripper" else "relative")) == "relative"
@@ -123,8 +145,8 @@ class State(_Section):
     """Where proprioception comes from: one or more JointState topics, merged by joint name."""
 
     topics: tuple[Topic, ...] = ("joint_states",)
-    max_age: Positive = 0.1
-    latency: NonNegative = 0.0
+    max_age: Age = 0.1
+    latency: Latency = 0.0
 
     @field_validator("topics")
     @classmethod
@@ -171,7 +193,7 @@ class Robot(_Section):
     state: State = State()
     actions: tuple[RecordedActions, ...] = ()  # in a file one source or a list of them; needed for training only
     commands: tuple[Command, ...]
-    max_skew: Positive = 0.1  # largest time between the oldest and newest stream of one observation
+    max_skew: Age = 0.1  # largest time between the oldest and newest stream of one observation
     clock: Literal["header", "bag"] = "header"  # which stamp of a recorded message counts
     episode_topic: Topic | None = None  # std_msgs/String whose messages begin (text) and end ("") episodes in a bag
     prompt: Prompt = Prompt()
@@ -273,25 +295,24 @@ class Robot(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def contradictions(self, other: Robot) -> list[str]:
-        """What in `other` would make the model see or mean something else than under `self`.
+        """What in `other`, a robot file, would make the model see or mean something else than under `self`, a
+        checkpoint's.
 
         Topics, ages and limits may differ between a recording and a robot; what gives numbers their meaning
         (joints and their order, kinds, gripper ranges, relative or absolute, rate, cameras) may not.
         """
-        faults = []
-        if self.control_rate != other.control_rate:
-            faults.append(f"control_rate: {self.control_rate:g} Hz against {other.control_rate:g} Hz")
-        if list(self.present_cameras) != list(other.present_cameras):
-            faults.append(f"cameras: {list(self.present_cameras)} against {list(other.present_cameras)}")
-        if self.joint_names != other.joint_names:
-            faults.append(f"joints: {list(self.joint_names)} against {list(other.joint_names)}")
-        else:
-            for mine, theirs in zip(self.joints, other.joints, strict=True):
-                for field in ("kind", "relative", "open", "closed"):
-                    a, b = getattr(mine, field), getattr(theirs, field)
-                    if a != b:
-                        faults.append(f"joint {mine.name!r} {field}: {a} against {b}")
-        return faults
+        pairs = [
+            ("control_rate", f"{self.control_rate:g} Hz", f"{other.control_rate:g} Hz"),
+            ("cameras", list(self.present_cameras), list(other.present_cameras)),
+            ("joints", list(self.joint_names), list(other.joint_names)),
+        ]
+        if self.joint_names == other.joint_names:
+            pairs += [
+                (f"joint {mine.name!r} {field}", getattr(mine, field), getattr(theirs, field))
+                for mine, theirs in zip(self.joints, other.joints, strict=True)
+                for field in ("kind", "relative", "open", "closed")
+            ]
+        return [f"{what}: {a} in the checkpoint, {b} in the robot file" for what, a, b in pairs if a != b]
 
 
 def parse_robot(text: str, source: str = "robot file") -> Robot:

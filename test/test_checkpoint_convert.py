@@ -59,6 +59,23 @@ def test_what_openpis_layout_cannot_hold_is_warned_of(tmp_path, capsys):
     assert (kept.rtc_max_delay, kept.noise_source["source"]) == (2, "pink")
 
 
+def test_a_trained_checkpoint_takes_no_robot_file_that_contradicts_its_own(tmp_path):
+    robot = load_robot(ROBOT)
+    config = replace(TINY, action_dim=max(TINY.action_dim, len(robot.joints)), cameras=tuple(robot.present_cameras))
+    settings = BundleSettings(config)
+    stats = limit_statistics(robot, settings)
+    save_bundle(tmp_path / "ours", random_weights(config), settings, robot, stats)
+    grips = [
+        j.model_copy(update={"open": j.closed, "closed": j.open}) if j.kind == "gripper" else j for j in robot.joints
+    ]
+    (tmp_path / "other.yaml").write_text(robot.model_copy(update={"joints": tuple(grips)}).to_yaml())
+    with pytest.raises(
+        CheckpointError, match=r"trained for another robot than .*other.yaml: joint '.*' open: .* in the"
+    ):
+        convert(Options(tmp_path / "ours", tmp_path / "new", robot=tmp_path / "other.yaml"))
+    assert not (tmp_path / "new").exists()
+
+
 def test_openpis_layout_is_what_openpi_loads_strictly(tmp_path):
     """The keys and shapes that its own model saved, the tied embedding's name in the metadata included."""
     from safetensors import safe_open

@@ -439,6 +439,17 @@ def test_not_started_means_nothing_is_sent():
     assert bench.seen == (STOPPED, "not started") and bench.trail == [] and bench.plans == []
 
 
+def test_joint_states_in_degrees_are_told_with_their_value():
+    bench = Bench()
+    bench.arm = np.array([0.1, 68.8, 0.5])
+    bench.tick(2)
+    assert bench.seen == (
+        HOLDING,
+        "no joint state of b for more than 0.1 s; 'b' reads 68.8, which cannot be with limits of -0.5 to 2: other units "
+        "(degrees?)",
+    )
+
+
 @pytest.mark.parametrize("streamed", [NAMES, ()], ids=["positions", "trajectories"])
 def test_an_arm_far_outside_its_limits_is_left_there_and_the_joint_named(streamed):
     """Chunks are clamped to the limits, so even one that says "stay" would drive it back."""

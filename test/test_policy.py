@@ -421,7 +421,10 @@ def test_another_robot_is_refused_with_what_differs(folder):
     other = ROBOT.model_copy(update={"control_rate": 50, "joints": (*ROBOT.joints[:5], gripper)})
     with pytest.raises(PolicyError) as caught:
         Policy.load(folder, robot=other)
-    for fault in ("control_rate: 20 Hz against 50 Hz", "joint 'gripper' open: 1.745 against -0.174"):
+    for fault in (
+        "control_rate: 20 Hz in the checkpoint, 50 Hz in the robot file",
+        "joint 'gripper' open: 1.745 in the checkpoint, -0.174 in the robot file",
+    ):
         assert fault in str(caught.value)
     assert "\n" not in str(caught.value)
 

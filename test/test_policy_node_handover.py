@@ -110,6 +110,14 @@ def test_a_refused_chunk_counts_no_more_at_once_and_the_next_one_does():
     assert handover.committed(NOW + 300 * MS, 1, "go").executed[0, 0] == pytest.approx(1)
 
 
+def test_of_a_dry_run_nothing_is_kept():
+    """Nobody executes its chunks: one that began with them would begin ever further from where the arm stands."""
+    handover = Handover()
+    handover.published(published())
+    handover.heard(status(state=PlayerStatus.DRY_RUN, handover_delay=1.3), NOW)
+    assert handover.delay() == 2 and handover.committed(NOW, 1, "go") is None
+
+
 def test_the_delay_is_the_largest_of_the_last_ten_hand_overs_and_never_a_running_maximum():
     handover = Handover()
     handover.heard(status(sequence=1, handover_delay=20.2), NOW)

@@ -132,7 +132,7 @@ def test_a_robot_that_contradicts_the_checkpoints_fails_configure_and_the_checkp
     given = {"checkpoint": str(tmp_path / "checkpoint"), "device": "cpu", "num_steps": 1, "rate": 20.0}
     b = Bench(context, load=load_policy, robot_file=str(tmp_path / "other.yaml"), **given)
     assert b.node.trigger_configure().name == "FAILURE"
-    assert "control_rate: 20 Hz against 30 Hz" in b.node._failure
+    assert "control_rate: 20 Hz in the checkpoint, 30 Hz in the robot file" in b.node._failure
     b.until(lambda: "control_rate" in b.messages.get("policy_node: policy", ""))
     assert b.node.set_parameters([Parameter("robot_file", value="")])[0].successful
     b.start()

@@ -117,6 +117,9 @@ def test_camera_slots_come_out_in_model_order_whatever_the_file_says():
         ("cameras.base_0_rgb.rotate", 45, "rotate: found 45; input should be 0, 90, 180 or 270"),
         ("cameras.base_0_rgb.flip", "both", "flip: found 'both'; input should be 'none', 'horizontal' or 'vertical'"),
         ("cameras.base_0_rgb.max_age", 0, "cameras.base_0_rgb.max_age: found 0; input should be greater than 0"),
+        ("cameras.base_0_rgb.max_age", 300, "max_age: found 300 s, at most 30 s are allowed; are these milliseconds?"),
+        ("cameras.base_0_rgb.latency", 20, "latency: found 20 s, at most 5 s are allowed; are these milliseconds?"),
+        ("max_skew", 50, "max_skew: found 50 s, at most 30 s are allowed; are these milliseconds?"),
         ("cameras.base_0_rgb.latency", -0.1, "latency: found -0.1; input should be greater than or equal to 0"),
         ("cameras.base_0_rgb.topic", "/my cam", "cameras.base_0_rgb.topic: '/my cam' is not a topic name"),
         ("cameras.base_0_rgb.topic", "/cam/compressed", "give it without /compressed, and transport: compressed"),
@@ -297,17 +300,17 @@ def test_shipped_robots_are_the_ones_that_the_design_names():
 @pytest.mark.parametrize(
     ("path", "value", "line"),
     [
-        ("control_rate", 50, "control_rate: 20 Hz against 50 Hz"),
+        ("control_rate", 50, "control_rate: 20 Hz in the checkpoint, 50 Hz in the robot file"),
         (
             "cameras",
             {"base_0_rgb": {"topic": "/cam"}},
-            "cameras: ['base_0_rgb', 'left_wrist_0_rgb'] against ['base_0_rgb']",
+            "cameras: ['base_0_rgb', 'left_wrist_0_rgb'] in the checkpoint, ['base_0_rgb'] in the robot file",
         ),
-        ("joints.0.name", "b", "joints: ['a', 'g'] against ['b', 'g']"),
-        ("joints.0.kind", "prismatic", "joint 'a' kind: revolute against prismatic"),
-        ("joints.0.action", "absolute", "joint 'a' relative: True against False"),
-        ("joints.1.open", 0.7, "joint 'g' open: 0.8 against 0.7"),
-        ("joints.1.closed", 0.1, "joint 'g' closed: 0.0 against 0.1"),
+        ("joints.0.name", "b", "joints: ['a', 'g'] in the checkpoint, ['b', 'g'] in the robot file"),
+        ("joints.0.kind", "prismatic", "joint 'a' kind: revolute in the checkpoint, prismatic in the robot file"),
+        ("joints.0.action", "absolute", "joint 'a' relative: True in the checkpoint, False in the robot file"),
+        ("joints.1.open", 0.7, "joint 'g' open: 0.8 in the checkpoint, 0.7 in the robot file"),
+        ("joints.1.closed", 0.1, "joint 'g' closed: 0.0 in the checkpoint, 0.1 in the robot file"),
     ],
 )
 def test_what_changes_the_meaning_of_numbers_is_a_contradiction(path, value, line):

@@ -83,9 +83,9 @@ class Verdict:
 class _Watched(PolicyNode):
     stored = 0  # messages that reached a buffer
 
-    def _message_stored(self) -> None:
+    def _message_stored(self, now: int) -> None:
         self.stored += 1
-        super()._message_stored()
+        super()._message_stored(now)
 
     @property
     def ticked(self) -> bool:

@@ -98,6 +98,8 @@ def convert(options: Options) -> str:
     for note in (*checkpoint.notes, *foreign_notes(checkpoint)):
         print(f"  {note}")
     robot = load_robot(options.robot) if options.robot else (own.robot if own else None)
+    if own and own.robot and robot and (faults := own.robot.contradictions(robot)):
+        raise CheckpointError(f"{source}: trained for another robot than {options.robot}: {'; '.join(faults)}")
     if robot is not None:
         check_actions(checkpoint, robot, str(source))
     stats = _statistics(options, own)

@@ -20,7 +20,6 @@ GRACE = 0.5  # seconds in which a published chunk counts before the player has s
 SILENCE = 1.0  # seconds after which a player that said that it moves, and no more, counts as gone
 SETTLED = 0.1  # seconds after which a chunk that the player does not name as its own was lost or refused
 REMEMBERED = 32  # published chunks
-EXECUTING = (PlayerStatus.PLAYING, PlayerStatus.DRY_RUN)  # a dry run is asked for what a real one would be
 MOVING = (PlayerStatus.PLAYING, PlayerStatus.APPROACHING, PlayerStatus.DRY_RUN)
 
 
@@ -114,7 +113,7 @@ class Handover:
         delay = self.delay()
         with self._lock:
             status, heard, chunk = self._status, self._heard, self._played(epoch)
-        if delay < 1 or chunk is None or status.state not in EXECUTING or abs(at - heard) > SILENCE * SECOND:
+        if delay < 1 or chunk is None or status.state != PlayerStatus.PLAYING or abs(at - heard) > SILENCE * SECOND:
             return None
         rows = actions_from(chunk.actions, chunk.observed, chunk.dt, at, len(chunk.actions))
         # It hands over between two actions, on its way to the next: that one must stand, or there is a step.

@@ -44,7 +44,14 @@ class Proprioception:
         self.positions[mine[good]] = values[good]
         self.at[mine[good]] = min(stamp, now)  # a clock ahead of ours must not make them last longer
         late = (now - stamp) / SECOND
-        self._note = f"; they come, stamped {late:.2g} s before this node's clock" if late > self._max_age else ""
+        self._note = ""
+        if not good.all():
+            worst = int(np.argmin(good))
+            limits = f"limits of {low[worst]:g} to {high[worst]:g}"
+            value = f"{self._names[mine[worst]]!r} reads {values[worst]:.4g}"
+            self._note = f"; {value}, which cannot be with {limits}: other units (degrees?)"
+        elif late > self._max_age:
+            self._note = f"; they come, stamped {late:.2g} s before this node's clock"
         return True
 
     def forget(self, until: int | None = None) -> None:

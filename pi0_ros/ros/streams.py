@@ -142,8 +142,10 @@ class Streams:
         for i, joint in enumerate(self._robot.joint_names):
             message = aligned.samples[source[joint].name].payload
             state[i] = message.position[message.name.index(joint)]
-            if not np.isfinite(state[i]):
-                return Rejected(source[joint].name, f"joint {joint!r}: position is {state[i]}", "missing")
+            least, most = self._robot.joints[i].conceivable
+            if not least <= state[i] <= most:  # false for NaN
+                units = "; other units (degrees?)" if np.isfinite(state[i]) else ""
+                return Rejected(source[joint].name, f"joint {joint!r}: position is {state[i]:.4g}{units}", "missing")
         return Snapshot({slot: aligned.samples[slot] for slot in self._cameras}, state, aligned.skew_ns / SECOND)
 
     def reports(self, node: str, now: int, limits: dict[str, Any]) -> list[Report]:

@@ -54,7 +54,7 @@ def _joints(joints: list[dict[str, Any]]) -> str:
             if column:
                 remarks = "near-constant" if column["near_constant"] else ""
                 if what == "state" and "gripper" in joint:
-                    remarks += f" polarity {joint['gripper']['polarity']}"
+                    remarks += f" starts at {joint['gripper']['start']:.2f}: polarity {joint['gripper']['polarity']}"
                 values = [f"{column[name]:.4f}" for name in names]
                 rows.append([joint["name"], what, *values, f"{column['outside_limits']:.1%}", column["nan"], remarks])
     return "<h2>Joints</h2>" + table(["joint", "", *names, "outside limits", "NaN", ""], rows) if rows else ""

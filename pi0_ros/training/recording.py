@@ -30,7 +30,6 @@ ACTION_TYPES = {
     "Float64MultiArray": "std_msgs/msg/Float64MultiArray",
 }
 NAN_SHARE = 0.01  # a larger share of messages with NaN joints is a fault of the robot, not of a start-up
-ABSURD = 10  # further outside its limits than so many times what is between them, no number is a position
 
 
 @dataclass
@@ -118,8 +117,7 @@ class _Reader:
         self.texts: dict[str, list[tuple[int, str]]] = {}
         self.handlers: dict[str, list[Any]] = {}
         self.index = {name: i for i, name in enumerate(robot.joint_names)}
-        low, high = np.array([joint.position for joint in robot.joints]).T
-        self.least, self.most = low - ABSURD * (high - low), high + ABSURD * (high - low)
+        self.least, self.most = np.array([joint.conceivable for joint in robot.joints]).T
         self.columns: dict[tuple[Any, ...], tuple[tuple[int, ...], list[int]]] = {}  # by names in a message, and wanted
         self.seen_names: dict[tuple[str, str], set[str]] = {}
         self.nan: Counter[tuple[str, str, str]] = Counter()  # (state or actions, topic, joint) -> messages

@@ -255,11 +255,12 @@ def _column(values: np.ndarray, joint: Joint) -> dict[str, Any]:
 
 
 def _polarity(robot: Robot, i: int, good: list[BagReport]) -> dict[str, Any]:
-    """Where the gripper starts. Usually that is open: if it starts at `closed`, the ends may be swapped."""
+    """Where the gripper starts. Usually that is open: if it starts at `closed`, the ends may be swapped. In between it
+    says nothing."""
     joint = robot.joints[i]
     starts = np.array([r.episode["state"][0, i] for r in good if r.episode is not None])
     unit = float(np.median((starts - joint.open) / (joint.closed - joint.open)))  # 0 open, 1 closed
-    guess = "as the robot file says" if unit < 0.5 else "perhaps swapped" if unit > 0.85 else "unclear"
+    guess = "as the robot file says" if unit < 0.15 else "perhaps swapped" if unit > 0.85 else "unclear"
     return {
         "open": joint.open,
         "closed": joint.closed,
