@@ -384,6 +384,7 @@ def _line(source: str, fault: Any) -> str:
         return f"{source}: {field}: missing, this field is required"
     if kind == "value_error":
         return f"{source}: {field + ': ' if field else ''}{message.removeprefix('Value error, ')}"
+    message = message.replace("a valid tuple", "a list")
     return f"{source}: {field}: found {shown(found)}; {message[0].lower() + message[1:]}"
 
 

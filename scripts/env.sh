@@ -18,6 +18,7 @@ if [ -d "$_pi0_ros_root/.venv/share/ament_index" ]; then
         *) export AMENT_PREFIX_PATH="$_pi0_ros_root/.venv${AMENT_PREFIX_PATH:+:$AMENT_PREFIX_PATH}" ;;
     esac
     export ROS_AUTOMATIC_DISCOVERY_RANGE="${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST}"
+    command -v ros2 >/dev/null || export PATH="$_pi0_ros_root/scripts/wheels:$PATH" # the wheels bring none
 fi
 case $- in *u*) set +u && _pi0_ros_nounset=yes ;; *) _pi0_ros_nounset= ;; esac # colcon's file reads unset variables
 . "$_pi0_ros_root/install/setup.bash"

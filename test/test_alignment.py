@@ -97,7 +97,7 @@ def test_streams_align_with_their_skew():
             "skew",
             "0.071 s older than the newest stream, at most 0.050 s is allowed (max_skew)",
         ),
-        ([filled("a", [10]), filled("b", [10, 3000 * MS])], 10, 0, "b", "clock", "3.000 s ahead of the clock"),
+        ([filled("a", [10]), filled("b", [10, 3000 * MS])], 10, 0, "b", "clock", "3.000 s ahead of this node's clock"),
     ],
 )
 def test_a_rejection_names_the_stream_and_the_reason(buffers, tick, skew, stream, kind, reason):

@@ -315,3 +315,6 @@ def test_a_folder_that_is_no_checkpoint_says_so(tmp_path):
         load_bundle(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="not a checkpoint folder, it has no config.json"):
         load_bundle(tmp_path)
+    save_bundle(tmp_path / "checkpoint", random_weights(TINY), SETTINGS, None, None)
+    with pytest.raises(CheckpointError, match="did you mean .*/checkpoint\\?"):
+        load_bundle(tmp_path)

@@ -123,6 +123,27 @@ def test_swapped_gripper_ends_and_wrong_units_are_suspected(inspect, bags):
     assert re.search(r"state of shoulder: \d+% outside its limits \[-0.2, 0.2\]; other units", warnings)
 
 
+@pytest.mark.parametrize(
+    ("ends", "guess"), [((1, 0), "as the robot file says"), ((0.6, 0.4), "unclear"), ((0, 1), "perhaps swapped")]
+)
+def test_a_gripper_that_starts_between_its_ends_says_nothing_of_them(inspect, bags, ends, guess):
+    """Recordings begin with 1: in the middle of a longer way it would fit either polarity."""
+    open_, closed = ends if guess != "unclear" else (2.0, 0.5)
+    text = kit.ROBOT.replace("position: [0, 1]", "position: [0, 2]").replace(
+        "open: 1, closed: 0", f"open: {open_}, closed: {closed}"
+    )
+    _, _, _, data = inspect(bags, text)
+    (grip,) = [joint["gripper"] for joint in data["summary"]["joints"] if "gripper" in joint]
+    assert grip["polarity"] == guess
+
+
+def test_a_page_for_a_folder_that_is_not_there_is_refused_at_once(bags, tmp_path, capsys):
+    (tmp_path / "robot.yaml").write_text(kit.ROBOT)
+    assert main([str(bags), "--robot", str(tmp_path / "robot.yaml"), "--html", str(tmp_path / "no" / "x.html")]) == 1
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.strip().endswith(f"there is no folder {tmp_path / 'no'}")
+
+
 def test_actions_that_are_the_measured_state_are_warned_of(inspect, bags):
     text = kit.ROBOT.replace(
         "topic: /command, type: JointTrajectory}\ncommands", "topic: /joint_states, type: JointState}\ncommands"

@@ -445,8 +445,8 @@ def test_joint_states_in_degrees_are_told_with_their_value():
     bench.tick(2)
     assert bench.seen == (
         HOLDING,
-        "no joint state of b for more than 0.1 s; 'b' reads 68.8, which cannot be with limits of -0.5 to 2: other units "
-        "(degrees?)",
+        "no joint state of b for more than 0.1 s; 'b' reads 68.8, which cannot be with limits of -0.5 to 2: "
+        "other units (degrees?)",
     )
 
 

@@ -204,6 +204,13 @@ def test_the_program_ends_with_one_line_when_it_cannot_start(capsys, parameter, 
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and reason in printed.err
 
 
+def test_arguments_that_are_not_ros_s_are_refused(capsys):
+    assert main(["policy_node", "robot_file:=my_arm.yaml", "--ros-args"]) == 1
+    assert capsys.readouterr().err == (
+        "error: policy_node takes no 'robot_file:=my_arm.yaml': give parameters by --ros-args -p NAME:=VALUE\n"
+    )
+
+
 def test_help_lists_the_parameters(capsys):
     assert main(["policy_node", "--help"]) == 0
     assert "realtime_chunking ('auto'): keep" in capsys.readouterr().out

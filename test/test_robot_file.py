@@ -159,7 +159,7 @@ def test_camera_slots_come_out_in_model_order_whatever_the_file_says():
         ("actions.joints", ["a", "b"], "actions.joints: unknown joints ['b'], allowed: ['a', 'g']"),
         ("actions.joints", ["a", "a"], "actions.joints: every joint must be there exactly once, found ['a', 'a']"),
         ("actions", [{"topic": "/r", "type": "Twist"}], "actions.0.type: found 'Twist'; input should be"),
-        ("actions", "/recorded", "actions: found '/recorded'; input should be a valid tuple"),
+        ("actions", "/recorded", "actions: found '/recorded'; input should be a list"),
         (
             "actions",
             [{"topic": "/r", "type": "JointState"}, {"topic": "/r", "type": "JointState"}],

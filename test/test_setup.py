@@ -108,3 +108,17 @@ def test_the_environment_can_be_sourced_by_a_strict_shell_as_make_does():
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "u" in done.stdout.split()[1]  # still strict afterwards
+
+
+def test_with_ros_from_wheels_ros2_runs_the_programs_and_says_what_it_cannot():
+    if not (ROOT / "install/setup.bash").exists() or not (ROOT / ".venv/share/ament_index").exists():
+        pytest.skip("the package is not built here with ROS 2 from wheels")
+    wrapper = f"source {ROOT}/scripts/env.sh && {ROOT}/scripts/wheels/ros2"
+    done = subprocess.run(
+        ["bash", "-c", f"{wrapper} run pi0_ros convert --help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "Turn a checkpoint of any known layout" in done.stdout, done.stderr
+    done = subprocess.run(
+        ["bash", "-c", f"{wrapper} launch pi0_ros x.launch.py"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "come with a ROS 2 distribution" in done.stderr and "train, " in done.stderr

@@ -173,6 +173,25 @@ def test_what_an_export_was_killed_in_is_removed_once_a_checkpoint_stands(data, 
     assert not old.exists()
 
 
+def test_ctrl_c_says_what_the_same_command_will_do(data, tmp_path, capsys, monkeypatch):
+    words = kit.arguments(data, tmp_path / "out", steps=4, save_every=2)
+    usual = train_module.Run.train_step
+
+    def interrupted(at):
+        def step(run, pieces):
+            if run.step == at:
+                raise KeyboardInterrupt
+            return usual(run, pieces)
+
+        return step
+
+    for at, ends in ((1, "the same command begins anew, nothing was saved yet (--save-every)"),
+                     (3, "the same command goes on from step_00000002")):  # fmt: skip
+        monkeypatch.setattr(train_module.Run, "train_step", interrupted(at))
+        assert main(words) == 130
+        assert last_line(capsys).endswith(ends)
+
+
 def test_a_resumed_run_is_held_to_its_options(data, tmp_path, capsys):
     kit.make_run(data, tmp_path / "out", steps=2).run()
     changes = {"--batch": {"batch": 8}, "--steps": {"steps": 4}, "--seed": {"seed": 7}, "--lora": {"lora": ("vlm",)},

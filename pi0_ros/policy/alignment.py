@@ -131,7 +131,10 @@ def align(
     if clock_reset_ns is not None:
         for buffer, _, last in looks:
             if last is not None and last - tick_ns > clock_reset_ns:
-                return Rejected(buffer.name, f"stamped {_s(last - tick_ns)} ahead of the clock: clock reset", "clock")
+                ahead = f"stamped {_s(last - tick_ns)} ahead of this node's clock"
+                return Rejected(
+                    buffer.name, f"{ahead}: by a clock that is ahead (chrony, PTP), or this one was set back", "clock"
+                )
     samples = {}
     for buffer, sample, last in looks:
         if sample is None and last is not None:

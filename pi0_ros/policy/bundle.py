@@ -209,7 +209,8 @@ def load_bundle(folder: str | Path, *, verify_weights: bool = False) -> Bundle:
         hint = f"; {left[0]} beside it is the one from before an interrupted save" if left else ""
         raise CheckpointError(f"{folder}: no such folder{hint}")
     if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder}: not a checkpoint folder, it has no {CONFIG}")
+        hint = f"; did you mean {folder / 'checkpoint'}?" if is_bundle(folder / "checkpoint") else ""
+        raise CheckpointError(f"{folder}: not a checkpoint folder, it has no {CONFIG}{hint}")
     config = read_json(inside(folder, CONFIG))
     with _source(folder / CONFIG):
         settings = BundleSettings.from_dict(config)

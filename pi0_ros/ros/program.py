@@ -15,6 +15,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
+from rclpy.utilities import remove_ros_args
 
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
@@ -64,6 +65,8 @@ class ManagedNode(LifecycleNode):
             for transition in (self.trigger_configure, self.trigger_activate):
                 if transition() != TransitionCallbackReturn.SUCCESS:
                     raise RuntimeError(self._failure or "the node could not be activated")
+        else:
+            self.get_logger().info("waits to be configured and activated; by itself with -p autostart:=true")
 
     def _configure_failed(self, error: Exception) -> TransitionCallbackReturn:
         """What `on_configure` answers to whatever was raised in it: rclpy would swallow that."""
@@ -106,6 +109,8 @@ def run_node(
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, lambda *_: _ending.set())
     try:
+        if extra := remove_ros_args(args)[1:]:
+            raise RuntimeError(f"{name} takes no {extra[0]!r}: give parameters by --ros-args -p NAME:=VALUE")
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         node = make()
         executor = SingleThreadedExecutor()

@@ -62,6 +62,8 @@ class Streams:
         self._states: dict[tuple[str, frozenset[str]], StreamBuffer] = {}
         self._subscriptions: list[Subscription] = []
         self._topics: dict[str, str] = {}
+        self._kinds: dict[str, type] = {}
+        self._ahead: Rejected | None = None  # whose stamps were ahead of the clock, so that nothing of any was kept
         self.windows: dict[str, Window] = {}
         # Ticks look back by the largest latency.
         self._span = round((robot.latency + CLOCK_PERIOD) * SECOND)
@@ -80,7 +82,7 @@ class Streams:
         self, kind: type, topic: str, qos: QoSProfile, name: str, buffer_of: Callable[[Any], StreamBuffer | None]
     ) -> None:
         window, arrival = Window(), self._robot.clock == "bag"  # a recording's own time is that of arrival
-        self.windows[name], self._topics[name] = window, topic
+        self.windows[name], self._topics[name], self._kinds[name] = window, topic, kind
 
         def callback(message: Any) -> None:
             now = self._node.get_clock().now().nanoseconds
@@ -126,7 +128,10 @@ class Streams:
                 source[joint] = buffer
         used = {buffer.name: buffer for buffer in (*self._cameras.values(), *source.values())}
         aligned = align(used.values(), tick_ns, round(self._robot.max_skew * SECOND))
+        self._ahead = aligned if isinstance(aligned, Rejected) and aligned.kind == "clock" else None
         if isinstance(aligned, Rejected):
+            if aligned.reason == "no message yet" and aligned.stream in self._topics:
+                return Rejected(aligned.stream, f"no message yet on {self._topics[aligned.stream]}", "missing")
             sample = used[aligned.stream].newest_at(tick_ns)
             if aligned.kind == "stale" and sample is not None and sample.stamp_ns == 0:
                 reason = "its stamps are 0; `clock: bag` in the robot file goes by the time of arrival instead"
@@ -175,10 +180,21 @@ class Streams:
             elif lasts := [last for _, last in looks if last is not None]:
                 ahead = (max(lasts) - now) / SECOND
                 report.error(f"messages on {self._topics[name]} are stamped {ahead:.3g} s ahead of the clock")
-            else:
-                report.error(f"no message yet on {self._topics[name]}")
+            elif self._ahead is None:
+                report.error(f"no message yet on {self._topics[name]}{self._whereabouts(name)}")
+            elif self._ahead.stream.startswith(name):  # of joint states the joints may be told, too
+                report.error(self._ahead.reason)
             reports.append(report)
         return reports
+
+    def _whereabouts(self, name: str) -> str:
+        """What speaks for another topic than the one that is listened to."""
+        if count := self._node.count_publishers(self._topics[name]):
+            return f", though it has {count} publishers: are its type and quality of service right?"
+        kind = f"{self._kinds[name].__module__.split('.')[0]}/msg/{self._kinds[name].__name__}"
+        there = sorted(topic for topic, types in self._node.get_topic_names_and_types() if kind in types)
+        others = [topic for topic in there if self._node.count_publishers(topic)]
+        return f", nobody publishes it; {kind} is on {', '.join(others) or 'no topic'}"
 
     def _max_age(self, name: str) -> float:
         camera = self._robot.cameras.get(name)

@@ -56,6 +56,9 @@ class Options:
 
     def __post_init__(self) -> None:
         require_at_least(self, horizon=1, image_size=1, idle=0, jobs=1)
+        for name, path in (("json", self.json), ("html", self.html)):
+            if path and not path.parent.is_dir():
+                raise OptionsError(f"--{name} {path}: there is no folder {path.parent}")
 
 
 def inspect(options: Options) -> tuple[list[BagReport], dict[str, Any]]:

@@ -36,7 +36,7 @@ def save_state(folder: Path, step: int, content: dict[str, Any]) -> None:
             raise StateError(f"{folder}: the state cannot be written ({first_line(error)}); make room") from None
         stream.flush()
         os.fsync(stream.fileno())  # a name must not outlive a power cut that its content does not
-    for old in _saved(folder)[:-KEPT]:
+    for old in saved_states(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -46,7 +46,7 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
     Raises:
         StateError: the file is damaged.
     """
-    saved = _saved(folder)
+    saved = saved_states(folder)
     if not saved:
         return None
     path = saved[-1] / "state.pt"
@@ -95,7 +95,8 @@ def remove_leftovers(output: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _saved(folder: Path) -> list[Path]:
+def saved_states(folder: Path) -> list[Path]:
+    """The whole states, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d{8}", path.name) and path.is_dir())

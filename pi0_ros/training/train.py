@@ -46,7 +46,7 @@ from pi0_ros.training.options import RESOLVED, OptionsError, TrainOptions, parse
 from pi0_ros.training.parts import frozen_digest, trained
 from pi0_ros.training.sharding import assign, like, shard, whole
 from pi0_ros.training.start import start
-from pi0_ros.training.state import StateError, alone, newest_state, remove_leftovers, save_state
+from pi0_ros.training.state import StateError, alone, newest_state, remove_leftovers, save_state, saved_states
 from pi0_ros.training.streams import step_streams
 from pi0_ros.wording import first_line
 
@@ -424,12 +424,15 @@ FAULTS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; 1 and one line when something is wrong with options, data or checkpoint."""
+    options = None
     try:
         options = parse(arguments)
         with joined() as world, world.by_first(alone(options.output)):
             Run(options, world).run()
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last saved state", file=sys.stderr)
+        saved = saved_states(options.output / "state") if options else []
+        after = f"goes on from {saved[-1].name}" if saved else "begins anew, nothing was saved yet (--save-every)"
+        print(f"\nstopped; the same command {after}", file=sys.stderr)
         return 130
     except FAULTS as error:
         print(f"error: {error}", file=sys.stderr)
