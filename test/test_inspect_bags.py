@@ -124,14 +124,13 @@ def test_swapped_gripper_ends_and_wrong_units_are_suspected(inspect, bags):
 
 
 @pytest.mark.parametrize(
-    ("ends", "guess"), [((1, 0), "as the robot file says"), ((0.6, 0.4), "unclear"), ((0, 1), "perhaps swapped")]
+    ("open_", "closed", "guess"),
+    [(1.0, 0.0, "as the robot file says"), (2.0, 0.5, "unclear"), (0.0, 1.0, "perhaps swapped")],
 )
-def test_a_gripper_that_starts_between_its_ends_says_nothing_of_them(inspect, bags, ends, guess):
-    """Recordings begin with 1: in the middle of a longer way it would fit either polarity."""
-    open_, closed = ends if guess != "unclear" else (2.0, 0.5)
-    text = kit.ROBOT.replace("position: [0, 1]", "position: [0, 2]").replace(
-        "open: 1, closed: 0", f"open: {open_}, closed: {closed}"
-    )
+def test_a_gripper_that_starts_between_its_ends_says_nothing_of_them(inspect, bags, open_, closed, guess):
+    """The recordings begin with 1: in the middle of a longer way that would fit either polarity."""
+    text = kit.ROBOT.replace("position: [0, 1]", "position: [0, 2]")
+    text = text.replace("open: 1, closed: 0", f"open: {open_}, closed: {closed}")
     _, _, _, data = inspect(bags, text)
     (grip,) = [joint["gripper"] for joint in data["summary"]["joints"] if "gripper" in joint]
     assert grip["polarity"] == guess
