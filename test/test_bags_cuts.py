@@ -152,6 +152,19 @@ def test_a_joint_that_was_only_named_in_messages_without_use_is_a_problem(tmp_pa
     assert f"state: no message with joint {kit.JOINTS[2]} can be used" in problems
 
 
+def test_commands_for_other_joints_are_told_with_their_names(tmp_path):
+    items = [item for item in kit.episode(seconds=1.0) if item.topic != "/command"]
+    items += [kit.trajectory(at(k / 10), [(0.0, [0.1, 0.2])], names=("left_a", "left_b")) for k in range(10)]
+    sources = [
+        {"topic": "/command", "type": "JointTrajectory", "joints": ["shoulder", "elbow"]},
+        {"topic": "/hand", "type": "Float64MultiArray", "joints": ["grip"]},
+    ]
+    (files,) = find_bags(kit.write_bag(tmp_path / "bag", items))
+    with Bag(files) as bag:
+        problems = read_recording(bag, kit.robot(actions=sources)).problems
+    assert "actions[0]: no command on /command can be used (they are for left_a, left_b)" in problems
+
+
 def test_late_frames_and_positions_outside_the_limits_are_warned_of_before_training(tmp_path, capsys):
     items = kit.episode(seconds=4.0)
     for item in items:

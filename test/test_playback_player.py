@@ -439,6 +439,13 @@ def test_not_started_means_nothing_is_sent():
     assert bench.seen == (STOPPED, "not started") and bench.trail == [] and bench.plans == []
 
 
+def test_a_topic_of_joint_states_on_which_nothing_comes_is_named():
+    bench = Bench()
+    bench.sensing = False
+    bench.tick(2)
+    assert bench.seen == (HOLDING, "no joint state for more than 0.1 s; nothing came on joint_states yet")
+
+
 def test_joint_states_in_degrees_are_told_with_their_value():
     bench = Bench()
     bench.arm = np.array([0.1, 68.8, 0.5])

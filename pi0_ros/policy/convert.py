@@ -108,6 +108,7 @@ def convert(options: Options) -> str:
         for note in beyond_openpi(own.settings) if own else ():
             print(f"  warning: {note}")
         write_openpi(options.output, checkpoint, stats, options.asset_id or "pi0_ros", DTYPES[options.dtype], True)
+        print(f"{options.output}: openpi's layout")
         return ""
     if own:
         settings = own.settings.with_model(checkpoint.config)

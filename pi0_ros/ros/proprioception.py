@@ -27,11 +27,12 @@ class Proprioception:
         self._names, self._limits, self._max_age = robot.joint_names, limits, robot.state.max_age
         self.positions = np.full(len(self._names), np.nan)
         self.at = np.full(len(self._names), -1, dtype=np.int64)
-        self._note = ""
+        self._note, self._topics, self._came = "", robot.state.topics, False
 
     def take(self, names: Sequence[str], positions: Sequence[float], stamp: int, now: int) -> bool:
         """Take in a message; whether it says anything. Left out, lest they become what is held, are positions that
         cannot be: not finite, or further outside a joint's limits than these are apart."""
+        self._came = True
         if stamp - now > FUTURE_STATE * SECOND:
             self._note = f"; they are stamped {(stamp - now) / SECOND:.0f} s ahead of this node's clock"
             return False
@@ -70,4 +71,5 @@ class Proprioception:
             return ""
         missing = [name for name, late in zip(self._names, old, strict=True) if late]
         which = "" if len(missing) == len(old) else f" of {', '.join(missing)}"
-        return f"no joint state{which} for more than {self._max_age:g} s{self._note}"
+        note = self._note or ("" if self._came else f"; nothing came on {', '.join(self._topics)} yet")
+        return f"no joint state{which} for more than {self._max_age:g} s{note}"

@@ -119,6 +119,7 @@ class _Reader:
         self.index = {name: i for i, name in enumerate(robot.joint_names)}
         self.least, self.most = np.array([joint.conceivable for joint in robot.joints]).T
         self.columns: dict[tuple[Any, ...], tuple[tuple[int, ...], list[int]]] = {}  # by names in a message, and wanted
+        self.strangers: dict[str, tuple[str, ...]] = {}  # source -> joints of a command that are none of the robot's
         self.seen_names: dict[tuple[str, str], set[str]] = {}
         self.nan: Counter[tuple[str, str, str]] = Counter()  # (state or actions, topic, joint) -> messages
         self.absurd: Counter[tuple[str, str, str]] = Counter()
@@ -219,7 +220,9 @@ class _Reader:
             if len(message.data) != len(names):
                 raise BagError(f"{len(message.data)} numbers for {len(names)} joints")
         found = [self._joints("actions", topic, names, point, source.joints) for point in points]
-        if found[0]:
+        if not found[0]:
+            self.strangers.setdefault(name, tuple(names))
+        else:
             rows = self.commands.setdefault((name, found[0][0]), CommandRows())
             rows.add(stamp, header, ordinal, np.stack([row for _, row in found]), due)
 
@@ -300,7 +303,9 @@ class _Reader:
         commanded = {name for name, _ in self.commands}
         for name, topic in topics.items():
             if topic and name not in commanded and not any(p.startswith("actions:") for p in recording.problems):
-                recording.problems.append(f"{name}: no command on {topic} can be used{recording.reasons(topic)}")
+                other = f" (they are for {', '.join(self.strangers[name][:6])})" if name in self.strangers else ""
+                reason = recording.reasons(topic) or other
+                recording.problems.append(f"{name}: no command on {topic} can be used{reason}")
         for (name, joints), rows in self.commands.items():
             source = self.sources[name]
             arrivals, stamps, _, _ = rows.columns()
