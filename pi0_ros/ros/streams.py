@@ -50,11 +50,10 @@ class Streams:
 
     Args:
         node: gets the subscriptions.
-        on_message: called after each stored message, in the executor's thread.
+        on_message: called after each stored message with the node's clock (ns), in the executor's thread.
     """
 
     def __init__(self, node: Node, robot: Robot, on_message: Callable[[int], None]) -> None:
-        """`on_message`: called after each, with the node's clock, ns."""
         self._node, self._robot, self._on_message = node, robot, on_message
         self._lock = threading.Lock()
         self._cameras: dict[str, StreamBuffer] = {}
