@@ -244,6 +244,7 @@ def test_prompts_of_later_lerobots_hold_the_robots_own_joints_only(relative):
 
 def test_what_lerobot_trained_for_real_time_chunking_can_do_it_here():
     assert settings_of({"rtc_training_max_delay": 3}).rtc_max_delay == 3
+    assert settings_of({"rtc_training_max_delay": 300}).rtc_max_delay == TINY05.action_horizon - 1  # by --horizon
 
 
 @pytest.mark.parametrize("memory", ["use_visual_memory", "use_proprioceptive_memory"])

@@ -439,6 +439,36 @@ def test_not_started_means_nothing_is_sent():
     assert bench.seen == (STOPPED, "not started") and bench.trail == [] and bench.plans == []
 
 
+@pytest.mark.parametrize("streamed", [NAMES, ()], ids=["positions", "trajectories"])
+def test_an_arm_that_a_hand_brings_back_inside_waits_for_the_hand_to_rest(streamed):
+    bench = Bench(streamed)
+    for k in range(200):
+        bench.arm = np.array([max(1.6 - 0.005 * k, 0.9), 0.0, 0.5])
+        if k % 10 == 0:
+            bench.offer(np.tile(np.clip(bench.arm, -1, 1), (41, 1)))
+        told = bench.sends, len(bench.plans)
+        bench.tick()
+        if (bench.sends, len(bench.plans)) != told:
+            break
+    assert 140 + 20 <= k < 190  # the hand rests from 140 on
+    np.testing.assert_allclose(bench.player.commanded, [0.9, 0.0, 0.5], atol=0.05)
+
+
+def test_what_is_said_of_a_joint_stays_while_another_driver_speaks():
+    bench = Bench(start=False)
+    player, now = bench.player, bench.now
+    player.start()
+    for k in range(40):
+        now += PERIOD
+        player.observe(NAMES[:2], [0.1, 68.8], now, now)
+        player.observe(NAMES[2:], [0.5], now, now)
+        player.tick(now)
+        assert k < 2 or "'b' reads 68.8" in player.reason
+    player.observe(NAMES[:2], [0.1, 0.2], now, now)
+    player.tick(now + PERIOD)
+    assert player.reason == "no chunk yet"
+
+
 def test_a_topic_of_joint_states_on_which_nothing_comes_is_named():
     bench = Bench()
     bench.sensing = False
@@ -470,7 +500,7 @@ def test_an_arm_far_outside_its_limits_is_left_there_and_the_joint_named(streame
     assert bench.sends == 0 and bench.plans == []
     bench.arm = np.array([1.1, 0.0, 0.5])  # by hand; a little outside is a matter of calibration
     bench.offer(np.tile([0.9, 0.0, 0.5], (41, 1)))
-    bench.tick(20)
+    bench.tick(40)
     assert bench.seen == (PLAYING, "") and bench.player.commanded[0] < 1.1
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -27,7 +29,7 @@ from pi0_ros.training.batches import prefetch
 from pi0_ros.training.optimise import Average, learning_rate
 from pi0_ros.training.options import parse
 from pi0_ros.training.start import start
-from pi0_ros.training.state import alone, remove_leftovers
+from pi0_ros.training.state import StateError, alone, remove_leftovers
 from pi0_ros.training.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +162,28 @@ def test_a_second_trainer_in_a_folder_is_refused_while_the_first_is_at_work(data
     assert not (tmp_path / "out").exists()
     assert main(words) == 0
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_folder_is_held_by_one_even_if_the_lock_was_opened_before_its_holder_left(tmp_path, monkeypatch):
+    """The file that the second one waits at is removed; a third makes another."""
+    usual, third = fcntl.flock, contextlib.ExitStack()
+
+    def slow(stream, how):
+        monkeypatch.setattr(fcntl, "flock", usual)
+        first.close()
+        third.enter_context(alone(tmp_path / "out"))
+        usual(stream, how)
+
+    first = contextlib.ExitStack()
+    first.enter_context(alone(tmp_path / "out"))
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with pytest.raises(StateError, match="another trainer is at work"), alone(tmp_path / "out"):
+        pass
+    third.close()
+    (tmp_path / "mine").mkdir()
+    with alone(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").is_dir() and not (tmp_path / "out").exists()
 
 
 def test_what_an_export_was_killed_in_is_removed_once_a_checkpoint_stands(data, tmp_path):

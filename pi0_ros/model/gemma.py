@@ -151,7 +151,8 @@ def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """q [B, heads, N, D], k, v [B, kv heads, M, D], mask bool [B, 1 or N, M] (True: may look) -> [B, N, heads * D]."""
     batch, heads, rows, dim = q.shape
-    if k.shape[1] == 1 and q.device.type == "cpu" and mask.shape[1] == 1 and batch % _threads() == 0:
+    fit = k.shape[1] == 1 and q.device.type == "cpu" and mask.shape[1] == 1 and not torch.compiler.is_compiling()
+    if fit and batch % torch.get_num_threads() == 0:
         # Heads that share keys and values are just more rows, which takes up to a quarter less. Torch's backward gives
         # each thread whole heads, so only where all threads have as many; and a mask per row would have to be repeated.
         q = q.transpose(1, 2).reshape(batch, 1, rows * heads, dim)
@@ -160,8 +161,3 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     k, v = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))  # a view for one kv head
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
     return out.transpose(1, 2).flatten(2)
-
-
-@torch.compiler.assume_constant_result
-def _threads() -> int:
-    return torch.get_num_threads()

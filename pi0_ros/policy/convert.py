@@ -99,7 +99,10 @@ def convert(options: Options) -> str:
         print(f"  {note}")
     robot = load_robot(options.robot) if options.robot else (own.robot if own else None)
     if own and own.robot and robot and (faults := own.robot.contradictions(robot)):
-        raise CheckpointError(f"{source}: trained for another robot than {options.robot}: {'; '.join(faults)}")
+        raise CheckpointError(
+            f"{source}: trained for another robot than {options.robot}: {'; '.join(faults)}; for that one, convert "
+            "what it was made from"
+        )
     if robot is not None:
         check_actions(checkpoint, robot, str(source))
     stats = _statistics(options, own)
@@ -170,11 +173,12 @@ def foreign_settings(checkpoint: Checkpoint, where: str, normalisation: str | No
                 "known here; say --normalisation to use other statistics"
             )
         normalisation = _LEROBOT_NORMALISATION[said.pop()]
+    delay = data.get("rtc_training_max_delay") or 0
     if memory := [key for key in ("use_visual_memory", "use_proprioceptive_memory") if data.get(key)]:
         raise CheckpointError(f"{where}: config.json: {', '.join(memory)}: policies with a memory cannot run here")
     return BundleSettings(
         config,
-        rtc_max_delay=data.get("rtc_training_max_delay") or 0,
+        rtc_max_delay=min(delay, config.action_horizon - 1) if isinstance(delay, int) else delay,
         prompt_format="lerobot_pi05" if _pads_state(checkpoint) else "pi05" if config.pi05 else "pi0",
         normalisation=normalisation or "",
         loss_dims=None if dims == config.action_dim else dims,

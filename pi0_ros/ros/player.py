@@ -70,6 +70,7 @@ class Player:
         self._running = False  # between start and stop
         self._afresh = False  # not yet seen where the arm is, since it was started or not seen for a while
         self._anew = False  # started, and no chunk taken over since
+        self._strayed = False  # it was far outside its limits, and did not stand still inside since
         self._short = False  # it did not follow, and no chunk was taken over since
         far = min(settings.approach_threshold, settings.following_error or math.inf)
         self._rest = Rest(self._arm, far * self._unit, self._unit)
@@ -260,10 +261,13 @@ class Player:
             self._afresh = True
             self._halt(HOLDING, "the arm is not yet at rest where it was told")
             return
-        if not self._following and (outside := self._outside()):
-            self._afresh = True
-            self._halt(HOLDING, outside)
-            return
+        if not self._following:
+            outside = self._outside()
+            self._strayed = bool(outside) or (self._strayed and self._rest.on_its_way)  # by hand, until the hand rests
+            if self._strayed:
+                self._afresh = True
+                self._halt(HOLDING, outside or "the arm is not yet at rest where it was moved to")
+                return
         self._afresh = False
         if self._following and self.playback.chunk is not None and (lost := self._not_followed(now)):
             self.stop(lost)  # an emergency stop, a collision: who releases the arm says when it goes on

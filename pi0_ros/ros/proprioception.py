@@ -27,7 +27,9 @@ class Proprioception:
         self._names, self._limits, self._max_age = robot.joint_names, limits, robot.state.max_age
         self.positions = np.full(len(self._names), np.nan)
         self.at = np.full(len(self._names), -1, dtype=np.int64)
-        self._note, self._topics, self._came = "", robot.state.topics, False
+        self._topics, self._came = robot.state.topics, False
+        self._note = ""  # what may be the reason where they are missing
+        self._noted: set[int] = set()  # joints that it is about; those of other drivers say nothing of it
 
     def take(self, names: Sequence[str], positions: Sequence[float], stamp: int, now: int) -> bool:
         """Take in a message; whether it says anything. Left out, lest they become what is held, are positions that
@@ -45,13 +47,15 @@ class Proprioception:
         self.positions[mine[good]] = values[good]
         self.at[mine[good]] = min(stamp, now)  # a clock ahead of ours must not make them last longer
         late = (now - stamp) / SECOND
-        self._note = ""
+        if not self._noted or self._noted.intersection(mine.tolist()):
+            self._note, self._noted = "", set()
         if not good.all():
+            self._noted = set(mine[~good].tolist())
             worst = int(np.argmin(good))
             limits = f"limits of {low[worst]:g} to {high[worst]:g}"
             value = f"{self._names[mine[worst]]!r} reads {values[worst]:.4g}"
             self._note = f"; {value}, which cannot be with {limits}: other units (degrees?)"
-        elif late > self._max_age:
+        elif late > self._max_age and not self._noted:
             self._note = f"; they come, stamped {late:.2g} s before this node's clock"
         return True
 

@@ -27,7 +27,7 @@ class Rest:
 
     Attributes:
         moved: somebody moved the arm; so it stays until the arm is commanded anew.
-        on_its_way: the arm did not stand still yet since its command came to rest.
+        on_its_way: the arm did not stand still yet since its command came to rest; for SETTLING seconds at most.
         stayed: bool [J], the joints that are not known to have left the place where they settled.
     """
 

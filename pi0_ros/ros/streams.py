@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from pi0_ros.ros.conversions import SECOND, stamp_ns
 from pi0_ros.ros.diagnostics import Report, Window
 
 MOST_FRAMES = 64  # of a camera, should its stamps not advance
+TOLD = 2.0  # s for which diagnostics tell of stamps that were ahead of the clock
 CLOCK_PERIOD = 0.25  # s; under simulated time the clock may lag behind stamps by one period of /clock
 RELIABILITY = {"best_effort": ReliabilityPolicy.BEST_EFFORT, "reliable": ReliabilityPolicy.RELIABLE}
 
@@ -62,7 +64,9 @@ class Streams:
         self._subscriptions: list[Subscription] = []
         self._topics: dict[str, str] = {}
         self._kinds: dict[str, type] = {}
-        self._ahead: Rejected | None = None  # whose stamps were ahead of the clock, so that nothing of any was kept
+        self._ahead: tuple[Rejected, float] | None = (
+            None  # whose stamps were ahead, so that nothing was kept; monotonic
+        )
         self.windows: dict[str, Window] = {}
         # Ticks look back by the largest latency.
         self._span = round((robot.latency + CLOCK_PERIOD) * SECOND)
@@ -127,8 +131,9 @@ class Streams:
                 source[joint] = buffer
         used = {buffer.name: buffer for buffer in (*self._cameras.values(), *source.values())}
         aligned = align(used.values(), tick_ns, round(self._robot.max_skew * SECOND))
-        self._ahead = aligned if isinstance(aligned, Rejected) and aligned.kind == "clock" else None
         if isinstance(aligned, Rejected):
+            if aligned.kind == "clock":
+                self._ahead = aligned, time.monotonic()
             if aligned.reason == "no message yet" and aligned.stream in self._topics:
                 return Rejected(aligned.stream, f"no message yet on {self._topics[aligned.stream]}", "missing")
             sample = used[aligned.stream].newest_at(tick_ns)
@@ -160,7 +165,8 @@ class Streams:
             states = list(self._states.items())
         buffers = {slot: [buffer] for slot, buffer in self._cameras.items()}
         buffers |= {topic: [b for (known, _), b in states if known == topic] for topic in self._robot.state.topics}
-        reports = []
+        reports, ahead = [], self._ahead
+        apart = ahead[0] if ahead is not None and time.monotonic() - ahead[1] < TOLD else None
         for name, window in self.windows.items():
             report = Report(f"{node}: {name}")
             report.add("topic", self._topics[name])
@@ -177,19 +183,19 @@ class Streams:
                 share = age / self._max_age(name)
                 report.judge("age_share", share, limits["diagnostics.age_warn"], limits["diagnostics.age_error"])
             elif lasts := [last for _, last in looks if last is not None]:
-                ahead = (max(lasts) - now) / SECOND
-                report.error(f"messages on {self._topics[name]} are stamped {ahead:.3g} s ahead of the clock")
-            elif self._ahead is None:
+                early = (max(lasts) - now) / SECOND
+                report.error(f"messages on {self._topics[name]} are stamped {early:.3g} s ahead of the clock")
+            elif apart is None:
                 report.error(f"no message yet on {self._topics[name]}{self._whereabouts(name)}")
-            elif self._ahead.stream.startswith(name):  # of joint states the joints may be told, too
-                report.error(self._ahead.reason)
+            elif apart.stream.startswith(name):  # of joint states the joints may be told, too
+                report.error(apart.reason)
             reports.append(report)
         return reports
 
     def _whereabouts(self, name: str) -> str:
         """What speaks for another topic than the one that is listened to."""
-        if count := self._node.count_publishers(self._topics[name]):
-            return f", though it has {count} publishers: are its type and quality of service right?"
+        if self._node.count_publishers(self._topics[name]):
+            return ", though it is published: are its type and quality of service right?"
         kind = f"{self._kinds[name].__module__.split('.')[0]}/msg/{self._kinds[name].__name__}"
         there = sorted(topic for topic, types in self._node.get_topic_names_and_types() if kind in types)
         others = [topic for topic in there if self._node.count_publishers(topic)]

@@ -62,6 +62,8 @@ def load_units(
 def warnings(units: Sequence[Unit], robot: Robot) -> list[str]:
     """Why a policy trained on these recordings may not work on the robot."""
     found = counted([unit.index["warnings"] for unit in units])
+    if silent := sum("" in unit.prompts for unit in units):
+        found.append(f"{silent} recordings have no prompt, or none at first: give one with --prompt")
     seen = {"state": ["usable"], "actions": ["usable", "known"]}
     for what, needed in seen.items():
         values = np.concatenate(

@@ -287,7 +287,7 @@ def _prompts(
     """
     fixed = selection.prompt or recording.custom_data.get("prompt") or robot.prompt.default
     spoken = [(time, text) for time, text in recording.prompts if text]
-    if selection.prompt or not spoken:
+    if selection.prompt or not spoken or not len(ticks):
         return [fixed] * len(ticks)
     times = np.array([time for time, _ in spoken])
     at = np.searchsorted(times, ticks, side="right") - 1

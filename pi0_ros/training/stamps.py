@@ -42,7 +42,7 @@ def set_times(recording: Recording, robot: Robot, offset: ClockOffset) -> None:
             recording.faults[stream.topic, "header stamp 0"] += int((~stamped).sum())
             recording.faults[stream.topic, "header stamp far from the time of recording"] += int(wrong.sum())
             stream.keep(stamped & ~wrong)
-            _check_apart(recording, what, delay[stamped & ~wrong], _max_age(robot, stream))
+            _check_apart(recording, what, delay[stamped & ~wrong], *_ages(robot, stream))
         stream.time_ns = stream.header_ns
         back = stream.header_ns[:-1] - stream.header_ns[1:]
         if len(back) and back.max() > CLOCK_RESET_NS:
@@ -83,10 +83,10 @@ def _leave_out(recording: Recording, stream: Stream, fault: str) -> None:
         recording.problems.append(f"{fault}; {WAY_OUT}")
 
 
-def _check_apart(recording: Recording, what: str, delay: np.ndarray, max_age: float) -> None:
+def _check_apart(recording: Recording, what: str, delay: np.ndarray, max_age: float, slack: float) -> None:
     """Stamps of another clock than the joint states'. The node takes none that are 1 s ahead, or old at once."""
     ahead = -float(np.median(delay)) if len(delay) else 0.0
-    if -ahead > max_age * 1e9:
+    if -ahead > (max_age + slack) * 1e9:
         recording.warnings.append(
             f"{what}: recorded {-ahead / 1e9:.2g} s after the stamps, later than joint states are, and the robot "
             f"takes none older than its max_age of {max_age:g} s: they are long on their way, or of a clock that "
@@ -118,5 +118,8 @@ def _note_clocks(recording: Recording, robot: Robot) -> None:
             )
 
 
-def _max_age(robot: Robot, stream: Stream) -> float:
-    return robot.state.max_age if stream.joints else robot.present_cameras[stream.name].max_age
+def _ages(robot: Robot, stream: Stream) -> tuple[float, float]:
+    """How old a message may be, s, and by how much later than that it may come: the node looks back by the largest
+    latency of all streams."""
+    own = robot.state if stream.joints else robot.present_cameras[stream.name]
+    return own.max_age, robot.latency - own.latency

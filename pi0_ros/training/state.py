@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -61,29 +61,43 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def alone(output: Path) -> Iterator[None]:
-    """Hold a run's folder for the time of the block; a killed holder lets go of it. One that was not there and got
-    nothing is removed again.
+    """Hold a run's folder for the time of the block; a killed holder lets go of it. One that was made for it, and into
+    which nothing was written, is removed again.
 
     Raises:
         StateError: another trainer holds it.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    lock = output / ".lock"
-    with lock.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StateError(
-                f"{output}: another trainer is at work in this folder; wait for its end, or use another --output"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+    made, lock = not output.exists(), output / ".lock"
+    with _locked(output, lock):
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # not empty
-                output.rmdir()
+            if made:
+                with contextlib.suppress(OSError):  # not empty
+                    output.rmdir()
+
+
+def _locked(output: Path, lock: Path) -> IO[str]:
+    """The lock's file, open and held. A holder that goes removes it, so the one that was opened may be no more."""
+    while True:
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            stream = lock.open("w")
+        except FileNotFoundError:  # the folder is no more
+            continue
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists() and lock.stat().st_ino == os.fstat(stream.fileno()).st_ino:
+                return stream
+        except BlockingIOError:
+            stream.close()
+            raise StateError(
+                f"{output}: another trainer is at work in this folder; wait for its end, or use another --output"
+            ) from None
+        except OSError:
+            return stream  # a file system without locks
+        stream.close()
 
 
 def remove_leftovers(output: Path) -> None:
