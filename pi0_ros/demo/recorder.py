@@ -12,6 +12,8 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
+from pi0_ros.ros.conversions import type_name
+
 RECORDED_QOS = QoSProfile(depth=50, reliability=ReliabilityPolicy.BEST_EFFORT)
 LATCHED_QOS = QoSProfile(depth=10, durability=DurabilityPolicy.TRANSIENT_LOCAL, reliability=ReliabilityPolicy.RELIABLE)
 
@@ -34,10 +36,10 @@ class BagRecorder:
         self._subscriptions = [self._record(topic, kind, latched) for topic, (kind, latched) in topics.items()]
 
     def _record(self, topic: str, kind: type, latched: bool) -> Any:
-        package, name = kind.__module__.split(".")[0], kind.__name__
-        typename = f"{package}/msg/{name}"
+        typename = type_name(kind)
         if typename not in self._store.types:
-            definition = Path(get_package_share_directory(package), "msg", f"{name}.msg").read_text()
+            package, folder, name = typename.split("/")
+            definition = Path(get_package_share_directory(package), folder, f"{name}.msg").read_text()
             self._store.register(get_types_from_msg(definition, typename))
         connection = self._writer.add_connection(topic, typename, typestore=self._store)
 

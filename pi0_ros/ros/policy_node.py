@@ -30,13 +30,13 @@ from pi0_ros.ros.conversions import SECOND
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, title
 from pi0_ros.ros.health import THRESHOLDS, gpu_memory
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec
+from pi0_ros.ros.player import JUMP_BACK
 from pi0_ros.ros.program import ManagedNode, RosLog, ending, run_node
 from pi0_ros.ros.qos import LATCHED, NEWEST
 from pi0_ros.ros.streams import Streams
 from pi0_ros.ros.worker import Worker
 from pi0_ros.srv import SetPrompt
 
-SET_BACK = 0.1  # s; less is a clock being adjusted
 HEARTBEAT = 5.0  # Hz: free-running ticks follow messages; this many a second come without any, to say what is missing
 
 SPECS = (
@@ -103,7 +103,7 @@ class PolicyNode(ManagedNode):
         self._streams: Streams | None = None
         self._entities: list[tuple[Callable[[Any], Any], Any]] = []  # how to destroy what configure made
         self._timer = None
-        self._newest = 0  # ns, what the clock said last
+        self._newest = 0  # ns, the latest time that the clock has told
         self._stopped = False  # by ~/stop, until ~/start: activating again does not undo it
         # From the wall clock, so that a restarted node's epochs are newer than any that the player knows.
         self._epoch = int(time.time()) & 0x7FFFFFFF
@@ -238,7 +238,7 @@ class PolicyNode(ManagedNode):
             self._timer = None
 
     def _message_stored(self, now: int) -> None:
-        if now < self._newest - SET_BACK * SECOND:  # nobody tells of the system's clock, as of a simulated one
+        if now < self._newest - JUMP_BACK * SECOND:  # nobody tells of the system's clock, as of a simulated one
             self._set_back(now)
         self._newest = max(now, self._newest)
         if self._worker is not None and not self._settings["rate"]:

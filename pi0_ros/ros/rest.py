@@ -56,14 +56,14 @@ class Rest:
         """What was measured at `now` (ns) while the command rests: positions [J]."""
         if not 0 <= self._since <= now:
             self._since = now
-        gap = np.abs(measured - commanded)
+        gap, settled = np.abs(measured - commanded), now - self._since > SETTLING * SECOND
         if self._stands is None or (np.abs(measured - self._stands[0]) > self._creep)[self._arm].any():
             self._stands = measured.copy(), now
-        if now - self._stands[1] > STANDING * SECOND or now - self._since > SETTLING * SECOND:
+        if settled or now - self._stands[1] > STANDING * SECOND:
             self.on_its_way = False
         if self._place is None:
             away = gap > self._gap + self._give
-            if now - self._since > SETTLING * SECOND:
+            if settled:
                 self._place = measured.copy()
         else:
             self.stayed = np.abs(measured - self._place) <= self._give

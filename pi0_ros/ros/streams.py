@@ -24,7 +24,7 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from pi0_ros.policy.alignment import Rejected, Sample, StreamBuffer, align
 from pi0_ros.policy.images import ImageError, decode_image, orient
 from pi0_ros.robot import Camera, Robot
-from pi0_ros.ros.conversions import SECOND, stamp_ns
+from pi0_ros.ros.conversions import SECOND, stamp_ns, type_name
 from pi0_ros.ros.diagnostics import Report, Window
 
 MOST_FRAMES = 64  # of a camera, should its stamps not advance
@@ -64,9 +64,8 @@ class Streams:
         self._subscriptions: list[Subscription] = []
         self._topics: dict[str, str] = {}
         self._kinds: dict[str, type] = {}
-        self._ahead: tuple[Rejected, float] | None = (
-            None  # whose stamps were ahead, so that nothing was kept; monotonic
-        )
+        # Whose stamps were ahead of the clock, so that nothing of any stream was kept, and when that was (monotonic).
+        self._ahead: tuple[Rejected, float] | None = None
         self.windows: dict[str, Window] = {}
         # Ticks look back by the largest latency.
         self._span = round((robot.latency + CLOCK_PERIOD) * SECOND)
@@ -134,7 +133,7 @@ class Streams:
         if isinstance(aligned, Rejected):
             if aligned.kind == "clock":
                 self._ahead = aligned, time.monotonic()
-            if aligned.reason == "no message yet" and aligned.stream in self._topics:
+            if not len(used[aligned.stream]) and aligned.stream in self._topics:
                 return Rejected(aligned.stream, f"no message yet on {self._topics[aligned.stream]}", "missing")
             sample = used[aligned.stream].newest_at(tick_ns)
             if aligned.kind == "stale" and sample is not None and sample.stamp_ns == 0:
@@ -187,7 +186,7 @@ class Streams:
                 report.error(f"messages on {self._topics[name]} are stamped {early:.3g} s ahead of the clock")
             elif apart is None:
                 report.error(f"no message yet on {self._topics[name]}{self._whereabouts(name)}")
-            elif apart.stream.startswith(name):  # of joint states the joints may be told, too
+            elif apart.stream.partition(" (")[0] == name:  # of joint states the joints may be told, too
                 report.error(apart.reason)
             reports.append(report)
         return reports
@@ -196,7 +195,7 @@ class Streams:
         """What speaks for another topic than the one that is listened to."""
         if self._node.count_publishers(self._topics[name]):
             return ", though it is published: are its type and quality of service right?"
-        kind = f"{self._kinds[name].__module__.split('.')[0]}/msg/{self._kinds[name].__name__}"
+        kind = type_name(self._kinds[name])
         there = sorted(topic for topic, types in self._node.get_topic_names_and_types() if kind in types)
         others = [topic for topic in there if self._node.count_publishers(topic)]
         return f", nobody publishes it; {kind} is on {', '.join(others) or 'no topic'}"

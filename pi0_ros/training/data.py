@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pi0_ros.robot import Joint, Robot
+from pi0_ros.robot import Robot
 from pi0_ros.training.bags import BagError, find_bags
 from pi0_ros.training.build import build_cache
 from pi0_ros.training.cache import FOLDER, Unit
@@ -64,34 +64,34 @@ def warnings(units: Sequence[Unit], robot: Robot) -> list[str]:
     found = counted([unit.index["warnings"] for unit in units])
     if silent := sum("" in unit.prompts for unit in units):
         found.append(f"{silent} recordings have no prompt, or none at first: give one with --prompt")
-    seen = {"state": ["usable"], "actions": ["usable", "known"]}
-    for what, needed in seen.items():
-        values = np.concatenate(
-            [unit.arrays[what][np.all([unit.arrays[name] for name in needed], axis=0)] for unit in units]
-        )
-        for joint, column in zip(robot.joints, values.T, strict=True):
-            found += limits_warning(what, joint, outside_limits(column, joint))
+    arrays = [unit.arrays for unit in units]
+    for what, rows in (
+        ("state", [a["state"][a["usable"]] for a in arrays]),
+        ("actions", [a["actions"][a["usable"] & a["known"]] for a in arrays]),
+    ):
+        for joint, values in zip(robot.joints, np.concatenate(rows).T, strict=True):
+            found += limits_warning(what, joint.name, joint.position, outside_limits(values, joint.position))
     return found
 
 
-def counted(warnings: Sequence[Sequence[str]]) -> list[str]:
-    """Those of each recording, every one once, with the number of recordings."""
-    return [f"{text} ({count} recordings)" for text, count in Counter(w for each in warnings for w in each).items()]
+def counted(by_recording: Sequence[Sequence[str]]) -> list[str]:
+    """The lines said of any recording, every one once, with the number of recordings."""
+    counts = Counter(text for lines in by_recording for text in lines)
+    return [f"{text} ({count} recordings)" for text, count in counts.items()]
 
 
-def outside_limits(values: np.ndarray, joint: Joint) -> float:
-    """The share of float64 [T] positions outside the joint's limits, with some slack for what sensors say there."""
-    low, high = joint.position
+def outside_limits(values: np.ndarray, limits: Sequence[float]) -> float:
+    """The share of float64 [T] positions outside a joint's limits, with some slack for what sensors say there."""
+    low, high = limits
     slack = 1e-3 * (high - low)
     return float(((values < low - slack) | (values > high + slack)).mean()) if len(values) else 0.0
 
 
-def limits_warning(what: str, joint: Joint, share: float) -> list[str]:
+def limits_warning(what: str, joint: str, limits: Sequence[float], share: float) -> list[str]:
     """What is to be said of a `share` of positions outside a joint's limits: one line, or none."""
     if share <= OUTSIDE_WARNING:
         return []
-    limits = list(joint.position)
-    return [f"{what} of {joint.name}: {share:.0%} outside its limits {limits}; other units (degrees?) or wrong limits"]
+    return [f"{what} of {joint}: {share:.0%} outside its limits {list(limits)}; other units (degrees?) or wrong limits"]
 
 
 def _without(reason: str, bag: str) -> str:

@@ -96,32 +96,36 @@ class World:
     @contextlib.contextmanager
     def one_first(self) -> Iterator[None]:
         """On each machine one process goes through the block first, then the others. OthersFailed where one failed."""
-        if self.size > 1 and self.local_rank > 0:
+        if self.local_rank > 0:
             self._hear(fine=True)
-        fine = False
-        try:
             yield
-            fine = True
-        finally:
-            if self.size > 1 and self.local_rank == 0:
-                self._hear(fine)
+        else:
+            with self._telling():
+                yield
 
     @contextlib.contextmanager
     def by_first(self, context: contextlib.AbstractContextManager[None]) -> Iterator[None]:
         """`context` around the block in the first process. OthersFailed in the others where it cannot be entered."""
         with contextlib.ExitStack() as stack:
-            fine = False
-            try:
+            with self._telling():
                 if self.first:
                     stack.enter_context(context)
-                fine = True
-            finally:
-                if self.size > 1:
-                    self._hear(fine)
             yield
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Let the others know whether the block ended well."""
+        fine = False
+        try:
+            yield
+            fine = True
+        finally:
+            self._hear(fine)
 
     def _hear(self, fine: bool) -> None:
         """Every process says whether it is fine; one that is learns that another is not."""
+        if self.size == 1:
+            return
         failed = torch.tensor(float(not fine))
         dist.all_reduce(failed)
         if fine and failed:

@@ -117,8 +117,8 @@ class _Reader:
         self.texts: dict[str, list[tuple[int, str]]] = {}
         self.handlers: dict[str, list[Any]] = {}
         self.index = {name: i for i, name in enumerate(robot.joint_names)}
-        self.least, self.most = np.array([joint.conceivable for joint in robot.joints]).T
-        self.columns: dict[tuple[Any, ...], tuple[tuple[int, ...], list[int]]] = {}  # by names in a message, and wanted
+        # By names in a message, and wanted: model indices, their places in it, least and largest number each may have.
+        self.columns: dict[tuple[Any, ...], tuple[tuple[int, ...], list[int], np.ndarray, np.ndarray]] = {}
         self.strangers: dict[str, tuple[str, ...]] = {}  # source -> joints of a command that are none of the robot's
         self.seen_names: dict[tuple[str, str], set[str]] = {}
         self.nan: Counter[tuple[str, str, str]] = Counter()  # (state or actions, topic, joint) -> messages
@@ -237,17 +237,19 @@ class _Reader:
         if (key, only) not in self.columns:
             wanted = (i for i, name in enumerate(key) if name in index and name in (only or key))
             at = sorted(wanted, key=lambda i: index[key[i]])
-            self.columns[key, only] = tuple(index[key[i]] for i in at), at
+            mine = tuple(index[key[i]] for i in at)
+            bounds = np.array([self.robot.joints[joint].conceivable for joint in mine]).reshape(-1, 2).T
+            self.columns[key, only] = mine, at, *bounds
             if at != sorted(at):
                 self.recording.notes.append(f"{topic}: joints are not in the robot file's order; read by name")
         self.seen_names.setdefault((what, topic), set()).update(set(key) & set(only or key))
-        joints, at = self.columns[key, only]
+        joints, at, least, most = self.columns[key, only]
         if not joints:
             return None
         if len(positions) < len(key):
             raise BagError(f"{len(positions)} positions for {len(key)} joint names")
         row = np.asarray(positions, np.float64)[at]
-        sound = (row >= self.least[list(joints)]) & (row <= self.most[list(joints)])  # false for NaN
+        sound = (row >= least) & (row <= most)  # false for NaN
         if not sound.all():
             bad = [self.robot.joint_names[j] for j, good in zip(joints, sound, strict=True) if not good]
             if np.isfinite(row).all():

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pi0_ros.robot import Joint, Robot
+from pi0_ros.robot import Robot
 from pi0_ros.training.bags import Bag, BagError, BagFiles
 from pi0_ros.training.cache import image_messages, model_frame, require_usable
 from pi0_ros.training.data import change_gaps, counted, limits_warning, outside_limits, rate_fault
@@ -234,13 +234,13 @@ def _joint(robot: Robot, i: int, state: np.ndarray, actions: np.ndarray, good: l
     numbers: dict[str, Any] = {"name": joint.name, "kind": joint.kind, "limits": list(joint.position)}
     for name, rows in (("state", state), ("actions", actions)):
         nan = sum(r.numbers["nan"].get(f"{name} of {joint.name}", 0) for r in good)
-        numbers[name] = _column(rows[:, i], joint) | {"nan": nan} if len(rows) else None
+        numbers[name] = _column(rows[:, i], joint.position) | {"nan": nan} if len(rows) else None
     if joint.kind == "gripper":
         numbers["gripper"] = _polarity(robot, i, good)
     return numbers
 
 
-def _column(values: np.ndarray, joint: Joint) -> dict[str, Any]:
+def _column(values: np.ndarray, limits: tuple[float, float]) -> dict[str, Any]:
     q01, q99 = np.quantile(values, [0.01, 0.99])
     return {
         "mean": float(values.mean()),
@@ -249,8 +249,8 @@ def _column(values: np.ndarray, joint: Joint) -> dict[str, Any]:
         "q99": float(q99),
         "min": float(values.min()),
         "max": float(values.max()),
-        "outside_limits": outside_limits(values, joint),
-        "near_constant": bool(values.std() < NEAR_CONSTANT * (joint.position[1] - joint.position[0])),
+        "outside_limits": outside_limits(values, limits),
+        "near_constant": bool(values.std() < NEAR_CONSTANT * (limits[1] - limits[0])),
     }
 
 
@@ -277,13 +277,13 @@ def _warnings(
     episodes: list[dict[str, Any]],
 ) -> list[str]:
     found = counted([bag["warnings"] for bag in numbers])
-    for joint, limits in zip(joints, robot.joints, strict=False):  # without any usable tick there are no columns
+    for joint in joints:
         for what in ("state", "actions"):
             column = joint[what] or {}
             if column.get("near_constant"):
                 std = f"{column['std']:.2g}"
                 found.append(f"{what} of {joint['name']} hardly changes (std {std}): normalising would blow up noise")
-            found += limits_warning(what, limits, column.get("outside_limits", 0.0))
+            found += limits_warning(what, joint["name"], joint["limits"], column.get("outside_limits", 0.0))
         if joint.get("gripper", {}).get("polarity") == "perhaps swapped":
             found.append(f"gripper {joint['name']} starts closed; are open and closed swapped in the robot file?")
     if {source.topic for source in robot.actions} & set(robot.state.topics):
