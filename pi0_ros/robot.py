@@ -129,6 +129,11 @@ class Joint(_Section):
         return self
 
     @property
+    def unit(self) -> str:
+        """Of its positions, "rad" or "m"; "" for a gripper, whose driver has one of its own."""
+        return {"revolute": "rad", "prismatic": "m", "gripper": ""}[self.kind]
+
+    @property
     def conceivable(self) -> tuple[float, float]:
         """Least and largest number that can be a position at all, however wrong the limits: beyond, it is a glitch, or
         has other units. One such number would spoil the joint's normalisation."""

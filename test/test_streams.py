@@ -13,6 +13,7 @@ from pi0_ros.ros.streams import Frames, Snapshot, Streams
 
 MS = 1_000_000
 NOW = 1_000 * SECOND
+LIMITS = {f"diagnostics.{what}_{level}": 0.0 for what in ("age", "rate") for level in ("warn", "error")}
 ROBOT = """
 name: arm
 control_rate: 10
@@ -144,8 +145,7 @@ def test_a_stream_whose_clock_is_ahead_is_told_so(world):
     rejected = world.streams.observe(NOW + 50 * MS)
     assert rejected.stream == "gripper/joint_states"
     assert rejected.reason == "no message yet that is old enough: they are up to 0.790 s ahead"  # latency 10 ms
-    limits = {f"diagnostics.{what}_{level}": 0.0 for what in ("age", "rate") for level in ("warn", "error")}
-    reports = {report.name: report for report in world.streams.reports("node", NOW + 50 * MS, limits)}
+    reports = {report.name: report for report in world.streams.reports("node", NOW + 50 * MS, LIMITS)}
     ahead = "messages on gripper/joint_states are stamped 0.8 s ahead of the clock"
     assert reports["node: gripper/joint_states"].reasons == [ahead]
     world.joints("gripper/joint_states", NOW + 5 * SECOND, finger=0.5)
@@ -164,6 +164,9 @@ def test_drivers_that_do_not_stamp_are_found_out(world):
     world.all(0)
     rejected = world.streams.observe(NOW)
     assert rejected.stream == "base_0_rgb" and "its stamps are 0; `clock: bag`" in rejected.reason
+    reports = world.streams.reports("node", NOW, LIMITS)
+    assert all("are 0; `clock: bag`" in report.reasons[-1] for report in reports)
+    assert not any("age_share" in report.values for report in reports)
 
 
 def test_where_the_recordings_count_by_arrival_the_node_does_too(ros):

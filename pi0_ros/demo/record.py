@@ -279,7 +279,7 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    print(f"{options.episodes - len(failed)} episodes in {options.output}")
+    print(f"{sum(1 for _ in options.output.glob('episode_*'))} episodes in {options.output}")
     if failed:
         print(f"left out, because the teacher failed: episodes {', '.join(map(str, failed))}")
 

@@ -124,10 +124,8 @@ class ChunkPlayer(ManagedNode):
         self._robot: Robot | None = None
         self._subscriptions_made: list[Any] = []
         self._ticking: list[Any] = []
-        self._read = (
-            0,
-            time.monotonic_ns(),
-        )  # ns, what the node's clock said last, and the steady time at which it began to
+        # What the node's clock said last, and the steady time at which it began to, ns.
+        self._read = 0, time.monotonic_ns()
         self._logged: tuple[int, str] | None = None  # state and reason, without that of a refused chunk
         self._said: tuple[int, str] | None = None  # state and reason of the last status
         self._said_at = 0  # ns

@@ -141,7 +141,9 @@ class PolicyNode(ManagedNode):
         self._failure = ""
         self._settings.frozen = True
         if policy.digest == "random":
-            self.get_logger().warning("no checkpoint given: untrained random weights, the arm will move without aim")
+            self.get_logger().warning(
+                "no checkpoint given: untrained random weights, whose chunks chunk_player refuses unless play_untrained"
+            )
         self.get_logger().info(
             f"configured for robot '{policy.robot.name}', checkpoint {policy.digest}, prompt '{self._worker.prompt}'"
         )

@@ -73,7 +73,8 @@ class Proprioception:
         old = (self.at < 0) | (now - self.at > self._max_age * SECOND)
         if not old.any():
             return ""
+        if not self._came:
+            return f"no joint state yet on {', '.join(self._topics)}"
         missing = [name for name, late in zip(self._names, old, strict=True) if late]
         which = "" if len(missing) == len(old) else f" of {', '.join(missing)}"
-        note = self._note or ("" if self._came else f"; nothing came on {', '.join(self._topics)} yet")
-        return f"no joint state{which} for more than {self._max_age:g} s{note}"
+        return f"no joint state{which} for more than {self._max_age:g} s{self._note}"

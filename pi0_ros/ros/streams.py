@@ -28,6 +28,7 @@ from pi0_ros.ros.conversions import SECOND, stamp_ns, type_name
 from pi0_ros.ros.diagnostics import Report, Window
 
 MOST_FRAMES = 64  # of a camera, should its stamps not advance
+UNSTAMPED = "`clock: bag` in the robot file goes by the time of arrival instead"
 TOLD = 2.0  # s for which diagnostics tell of stamps that were ahead of the clock
 CLOCK_PERIOD = 0.25  # s; under simulated time the clock may lag behind stamps by one period of /clock
 RELIABILITY = {"best_effort": ReliabilityPolicy.BEST_EFFORT, "reliable": ReliabilityPolicy.RELIABLE}
@@ -137,8 +138,7 @@ class Streams:
                 return Rejected(aligned.stream, f"no message yet on {self._topics[aligned.stream]}", "missing")
             sample = used[aligned.stream].newest_at(tick_ns)
             if aligned.kind == "stale" and sample is not None and sample.stamp_ns == 0:
-                reason = "its stamps are 0; `clock: bag` in the robot file goes by the time of arrival instead"
-                return Rejected(aligned.stream, reason, "stale")
+                return Rejected(aligned.stream, f"its stamps are 0; {UNSTAMPED}", "stale")
             return aligned
         if missing := [joint for joint in self._robot.joint_names if joint not in source]:
             topics, joints = ", ".join(self._robot.state.topics), ", ".join(missing)
@@ -176,7 +176,10 @@ class Streams:
                     tell(f"rate_hz is {rate:.4g} Hz, below {least:g} Hz")
                     break
             looks = [buffer.look(tick) for buffer in buffers[name]]
-            if samples := [sample for sample, _ in looks if sample is not None]:
+            samples = [sample for sample, _ in looks if sample is not None]
+            if samples and not any(sample.stamp_ns for sample in samples):
+                report.error(f"stamps on {self._topics[name]} are 0; {UNSTAMPED}")
+            elif samples:
                 age = (tick - max(sample.time_ns for sample in samples)) / SECOND
                 report.add("age_s", age)
                 share = age / self._max_age(name)

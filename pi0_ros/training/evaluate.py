@@ -162,6 +162,7 @@ def numbers(comparison: Comparison, robot: Robot) -> dict[str, Any]:
     spread = (predicted.std(axis=1) * known[..., None]).sum(axis=(0, 1)) / known.sum()
     return {
         "joints": list(robot.joint_names),
+        "units": [joint.unit for joint in robot.joints],
         "error": found,
         "spread_over_seeds": spread.tolist(),
         "jerk": {"policy": jerk(predicted, robot.dt, seeds_known), "recorded": jerk(recorded, robot.dt, known)},
@@ -244,16 +245,17 @@ def table(result: dict[str, Any]) -> str:
     error, jerks = result["error"], result["jerk"]
     head = f"{result['chunks']} chunks of {result['horizon']} actions from {result['episodes']} {result['which']}"
     width = max(map(len, result["joints"]))
-    lines = [head, "mean absolute error, robot units (rad or m):"]
-    lines.append(
-        f"  {'joint':{width}}{'policy':>10}{'hold':>10}{'repeat':>10}{'spread':>10}{'jerk':>10}{'recorded jerk':>15}"
-    )
-    for i, name in enumerate(result["joints"]):
+    lines = [head, "mean absolute error in each joint's unit, jerk in unit/s³:"]
+    columns = f"{'policy':>10}{'hold':>10}{'repeat':>10}{'spread':>10}{'jerk':>10}{'recorded jerk':>15}"
+    lines.append(f"  {'joint':{width}}{'unit':>5}{columns}")
+    for i, (name, unit) in enumerate(zip(result["joints"], result["units"], strict=True)):
         values = [error[kind]["per_joint"][i] for kind in ("policy", *BASELINES)] + [result["spread_over_seeds"][i]]
         row = "".join(f"{value:10.4f}" for value in values)
-        lines.append(f"  {name:{width}}{row}{_shown(jerks['policy'][i]):>10}{_shown(jerks['recorded'][i]):>15}")
+        lines.append(
+            f"  {name:{width}}{unit:>5}{row}{_shown(jerks['policy'][i]):>10}{_shown(jerks['recorded'][i]):>15}"
+        )
     share = "".join(f"{error[kind]['share_of_range']:10.3%}" for kind in ("policy", *BASELINES))
-    lines.append(f"  {'of range':{width}}{share}")
+    lines.append(f"  {'of range':{width}}{'':5}{share}")
     return "\n".join(lines)
 
 

@@ -42,8 +42,9 @@ def _joint(i: int, name: str, comparison: Comparison, dataset: Dataset, result: 
                 motion.plot(times[tick : tick + length], chunk, color="#1f4e9c", alpha=0.45, linewidth=0.8, label=label)
                 first = False
         begin = times[-1] + 5 * dt if len(times) else begin
+    unit = result["units"][i]
     motion.set_title(name, parse_math=False)
-    motion.set_xlabel("s")
+    motion.set(xlabel="s", ylabel=unit)
     handles, labels = motion.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     motion.legend(unique.values(), unique.keys(), fontsize=7)
@@ -51,7 +52,7 @@ def _joint(i: int, name: str, comparison: Comparison, dataset: Dataset, result: 
         steps = [np.nan if row is None else row[i] for row in result["error"][kind]["per_step"]]
         style = "--" if kind == "repeat" else "-"  # it often lies upon hold
         error.plot(np.arange(len(steps)), steps, style, color=colour, label=kind)
-    error.set(xlabel="step of the chunk", title="mean absolute error")
+    error.set(xlabel="step of the chunk", ylabel=unit, title="mean absolute error")
     error.set_ylim(bottom=0)
     error.legend(fontsize=7)
     return drawn(figure)
@@ -62,7 +63,7 @@ def page(result: dict[str, Any], plots: dict[str, bytes]) -> str:
     head = (
         f"{result['chunks']} chunks of {result['horizon']} actions, {result['seeds']} seeds, {result['num_steps']} "
         f"denoising steps, from {result['episodes']} {result['which']}. "
-        "Mean absolute error in robot units (rad or m), jerk in units / s³."
+        "Mean absolute error in each joint's unit, jerk in unit/s³."
     )
     rows = []
     for i, name in enumerate(result["joints"]):
@@ -71,9 +72,9 @@ def page(result: dict[str, Any], plots: dict[str, bytes]) -> str:
         cells += [
             "-" if (jerk := result["jerk"][kind][i]) is None else f"{jerk:.1f}" for kind in ("policy", "recorded")
         ]
-        rows.append([name, *cells])
+        rows.append([name, result["units"][i], *cells])
     shares = [f"{result['error'][kind]['share_of_range']:.3%}" for kind in COLOURS]
-    rows.append(["share of the joints' ranges", *shares, "", "", ""])
-    columns = ["joint", "policy", "hold", "repeat last", "spread over seeds", "jerk", "recorded jerk"]
+    rows.append(["share of the joints' ranges", "", *shares, "", "", ""])
+    columns = ["joint", "unit", "policy", "hold", "repeat last", "spread over seeds", "jerk", "recorded jerk"]
     parts = [f"<p>{escape(head)}</p>", table(columns, rows), *(picture(png, name) for name, png in plots.items())]
     return document(f"Evaluation of {result['digest']}", parts)

@@ -101,7 +101,7 @@ def _bag(report: BagReport, summary: dict[str, Any]) -> str:
             parts.append(table(["ticks", ""], [["kept", n["kept"]], *dropped]))
     parts += [_frame(slot, seconds, frame) for slot, seconds, frame in report.samples]
     if report.samples and report.episode is not None:
-        parts.append(_curves(report.episode, [joint["name"] for joint in summary["joints"]]))
+        parts.append(_curves(report.episode, summary["joints"]))
     return "".join(parts)
 
 
@@ -110,16 +110,17 @@ def _frame(slot: str, seconds: float, frame: np.ndarray) -> str:
     return picture(data.tobytes(), slot, f"{slot}, {seconds:.1f} s")
 
 
-def _curves(episode: dict[str, np.ndarray], names: list[str]) -> str:
-    rows = (len(names) + 2) // 3
+def _curves(episode: dict[str, np.ndarray], joints: list[dict[str, Any]]) -> str:
+    rows = (len(joints) + 2) // 3
     figure = Figure(figsize=(10, 1.9 * rows), layout="constrained")
-    for i, name in enumerate(names):
+    for i, joint in enumerate(joints):
         axis = figure.add_subplot(rows, 3, i + 1)
         axis.plot(episode["seconds"], episode["state"][:, i], label="state")
         axis.plot(episode["seconds"], episode["actions"][:, i], label="action")
         low, high = axis.get_ylim()
         axis.fill_between(episode["seconds"], low, high, where=~episode["usable"], color="0.85", label="not used")
-        axis.set_title(name, fontsize=9)
+        axis.set_title(joint["name"], fontsize=9, parse_math=False)
+        axis.set_ylabel(joint["unit"], fontsize=8)
         if i == 0:
             axis.legend(fontsize=7)
-    return picture(drawn(figure), "states and actions", "first episode; grey: not used")
+    return picture(drawn(figure), "states and actions", "first episode, over seconds; grey: not used")

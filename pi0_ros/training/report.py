@@ -231,7 +231,12 @@ def summarise(reports: list[BagReport], robot: Robot, horizon: int, selection: S
 
 def _joint(robot: Robot, i: int, state: np.ndarray, actions: np.ndarray, good: list[BagReport]) -> dict[str, Any]:
     joint = robot.joints[i]
-    numbers: dict[str, Any] = {"name": joint.name, "kind": joint.kind, "limits": list(joint.position)}
+    numbers: dict[str, Any] = {
+        "name": joint.name,
+        "kind": joint.kind,
+        "unit": joint.unit,
+        "limits": list(joint.position),
+    }
     for name, rows in (("state", state), ("actions", actions)):
         nan = sum(r.numbers["nan"].get(f"{name} of {joint.name}", 0) for r in good)
         numbers[name] = _column(rows[:, i], joint.position) | {"nan": nan} if len(rows) else None
