@@ -342,13 +342,19 @@ def parse_robot(text: str, source: str = "robot file") -> Robot:
         raise RobotFileError("\n".join(_line(source, fault) for fault in error.errors())) from None
 
 
+def robot_path(path: str | Path) -> Path:
+    """The robot file that is meant: `path`, ~ resolved, or robot.yaml of the checkpoint folder there."""
+    path = Path(path).expanduser()
+    return path / "robot.yaml" if path.is_dir() else path
+
+
 def load_robot(path: str | Path) -> Robot:
-    """The robot described by the file at `path`.
+    """The robot described by the file at `path`, or by the one in a checkpoint folder.
 
     Raises:
         RobotFileError: the file cannot be read, is not YAML, or breaks a rule of the schema.
     """
-    path = Path(path)
+    path = robot_path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

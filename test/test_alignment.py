@@ -101,7 +101,7 @@ def test_streams_align_with_their_skew():
     ],
 )
 def test_a_rejection_names_the_stream_and_the_reason(buffers, tick, skew, stream, kind, reason):
-    rejected = align(buffers, tick, skew)
+    rejected = align(buffers, tick, skew, tick)
     assert isinstance(rejected, Rejected)
     assert (rejected.stream, rejected.kind) == (stream, kind)
     assert reason in rejected.reason
@@ -110,13 +110,13 @@ def test_a_rejection_names_the_stream_and_the_reason(buffers, tick, skew, stream
 def test_the_limits_themselves_are_allowed():
     buffers = [filled("a", [0], max_age=100), filled("b", [40], max_age=100)]
     assert isinstance(align(buffers, 100, max_skew_ns=40), Aligned)
-    assert isinstance(align([filled("a", [0, 1000 * MS], max_age=1)], 0, 0), Aligned)  # exactly one second ahead
+    assert isinstance(align([filled("a", [0, 1000 * MS], max_age=1)], 0, 0, 0), Aligned)  # exactly one second ahead
 
 
 def test_a_tick_in_the_past_can_be_asked_without_suspecting_the_clock():
     buffers = [filled("a", [10, 5000 * MS])]
-    assert align(buffers, 10, 0).kind == "clock"
-    assert align(buffers, 10, 0, clock_reset_ns=None).samples["a"].payload == 0
+    assert align(buffers, 10, 0, 10).kind == "clock"
+    assert align(buffers, 10, 0).samples["a"].payload == 0
 
 
 streams = st.lists(
@@ -137,7 +137,7 @@ def test_the_recorded_form_and_the_live_form_agree(streams, ticks, skew):
         for buffer in buffers:
             newest = buffer.newest_at(tick)
             assert result.indices[buffer.name][t] == (-1 if newest is None else newest.payload)
-        live = align(buffers, tick, skew, clock_reset_ns=None)
+        live = align(buffers, tick, skew)
         if isinstance(live, Rejected):
             lost[live.stream, live.kind] = lost.get((live.stream, live.kind), 0) + 1
             assert (str(result.culprit[t]), KINDS[result.fault[t]]) == (live.stream, live.kind)

@@ -542,7 +542,7 @@ def test_ticks_of_a_bag_see_what_the_live_buffers_would_have_given(tmp_path_fact
         for i, ns in enumerate(stamps):
             buffer.push(int(ns), i)
     for k, tick in enumerate(episode.ticks_ns):
-        found = align(live, int(tick), 120 * MS, clock_reset_ns=None)
+        found = align(live, int(tick), 120 * MS)
         assert episode.usable[k] == isinstance(found, Aligned)
         if episode.usable[k]:
             assert episode.frames["base_0_rgb"][k] == found.samples["frame"].payload
@@ -599,7 +599,7 @@ def test_ticks_of_a_bag_see_what_the_node_would_have_of_joint_states_of_every_ki
             item = items.pop(0)
             if item.topic in node.callbacks:
                 node.callbacks[item.topic](item.message)
-        found = streams.observe(int(tick))
+        found = streams.observe(int(tick), int(tick))
         assert isinstance(found, Snapshot) == episode.usable[k]
         if isinstance(found, Snapshot):
             np.testing.assert_array_equal(episode.state[k], found.state)

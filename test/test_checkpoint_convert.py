@@ -222,6 +222,9 @@ def test_statistics_in_other_units_than_the_robots_are_pointed_out(tmp_path, cap
     save_bundle(tmp_path / "source", random_weights(TINY), settings, None, odd)
     convert(Options(tmp_path / "source", tmp_path / "out", robot=ROBOT))
     assert f"warning: {warning}" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="aloha adapter is for two arms of six joints and a gripper; .* has 7"):
+        convert(Options(tmp_path / "source", tmp_path / "aloha", robot=ROBOT, adapter="aloha"))
+    assert not (tmp_path / "aloha").exists()
 
 
 LEROBOT = {"type": "pi05", "output_features": {"action": {"shape": [7]}}}

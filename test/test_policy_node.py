@@ -200,6 +200,7 @@ def test_start_stop_pause_work_beside_the_lifecycle(bench):
     assert b.chunks[-1].epoch == epoch + 1
     b.node.trigger_deactivate()
     b.node.trigger_activate()  # does not undo a stop
+    assert "stopped by ~/stop" in b.call(SetBool, "pause", SetBool.Request(data=False)).message  # nor does this
     published, begin = health.chunks, b.now()
     b.until(lambda: b.now() - begin > 0.2 * SECOND, doing=b.send)
     assert health.chunks == published
@@ -361,17 +362,30 @@ def test_before_the_first_clock_message_the_clock_is_blamed(bench):
     assert not b.chunks
 
 
+def plays(b, delay):
+    """Sensors, and a player that plays the last chunk and took it over `delay` actions late."""
+    last = real(b.chunks)[-1]
+    message = PlayerStatus(
+        state=PlayerStatus.PLAYING, handover_delay=delay, sequence=last.sequence, epoch=last.epoch, seconds_left=0.4
+    )
+    message.header.stamp = to_stamp(b.now())
+    b.status.publish(message)
+    b.send()
+
+
+def test_no_more_actions_are_kept_than_the_checkpoint_was_trained_to_continue(bench):
+    b = bench(rate=20.0)
+    b.start()
+    b.policy.settings.rtc_max_delay = 2
+    b.until(lambda: b.chunks[-1].frozen == 2, doing=lambda: plays(b, 2.4))
+    assert {chunk.frozen for chunk in real(b.chunks)} <= {0, 2}
+
+
 def test_real_time_chunking_hands_over_what_will_have_been_executed(bench):
     b = bench(rate=20.0, realtime_chunking="guided")
 
     def status():
-        last = real(b.chunks)[-1]
-        message = PlayerStatus(
-            state=PlayerStatus.PLAYING, handover_delay=2.4, sequence=last.sequence, epoch=last.epoch, seconds_left=0.4
-        )
-        message.header.stamp = to_stamp(b.now())
-        b.status.publish(message)
-        b.send()
+        plays(b, 2.4)
 
     b.start()
     b.until(lambda: b.chunks[-1].frozen == 4, doing=status)  # 2.4 actions: on the way to the fourth

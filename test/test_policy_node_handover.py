@@ -35,7 +35,7 @@ def test_committed_is_what_the_last_chunk_commands_for_the_measured_delay_and_wh
     handover = Handover()
     handover.published(published())
     handover.heard(status(handover_delay=1.3), NOW)
-    committed = handover.committed(NOW + 250 * MS, 1, "go")
+    committed = handover.committed(NOW + 250 * MS, NOW + 250 * MS, 1, "go")
     # Taken over at 1.3 actions, between the second and the third: three rows stand.
     np.testing.assert_allclose(committed.executed, [[2.5, -2.5], [3.5, -3.5], [4.5, -4.5]], atol=1e-6)
     np.testing.assert_allclose(committed.following[:, 0], [5.5, 6.5, 7.5, 8.5], atol=1e-6)
@@ -45,7 +45,7 @@ def test_another_prompt_leaves_the_committed_actions_and_nothing_after_them():
     handover = Handover()
     handover.published(published())
     handover.heard(status(handover_delay=1.3), NOW)
-    committed = handover.committed(NOW + 200 * MS, 1, "stop")
+    committed = handover.committed(NOW + 200 * MS, NOW + 200 * MS, 1, "stop")
     np.testing.assert_allclose(committed.executed[:, 0], [2, 3, 4], atol=1e-6)
     assert committed.following.shape == (0, 2)
 
@@ -67,20 +67,20 @@ def test_nothing_is_known_across_epochs_holds_and_silence(change, epoch, later):
     handover = Handover()
     handover.published(published())
     handover.heard(status(handover_delay=1.3), NOW)
-    assert handover.committed(NOW + 200 * MS, 1, "go") is not None
+    assert handover.committed(NOW + 200 * MS, NOW + 200 * MS, 1, "go") is not None
     handover.heard(status(handover_delay=1.3, **change), NOW)
-    assert handover.committed(NOW + later * MS, epoch, "go") is None
+    assert handover.committed(NOW + later * MS, NOW + later * MS, epoch, "go") is None
 
 
 def test_the_first_chunk_and_the_time_after_a_reset_are_free():
     handover = Handover()
-    assert handover.committed(NOW, 1, "go") is None
+    assert handover.committed(NOW, NOW, 1, "go") is None
     handover.published(published())
-    assert handover.committed(NOW, 1, "go") is None  # the player has not spoken
+    assert handover.committed(NOW, NOW, 1, "go") is None  # the player has not spoken
     handover.heard(status(handover_delay=1.3), NOW)
     handover.forget_all()
     handover.published(published())
-    assert handover.committed(NOW, 1, "go") is None
+    assert handover.committed(NOW, NOW, 1, "go") is None
 
 
 def test_a_chunk_that_the_player_does_not_name_was_lost_and_the_one_before_counts():
@@ -89,7 +89,7 @@ def test_a_chunk_that_the_player_does_not_name_was_lost_and_the_one_before_count
     handover.heard(status(handover_delay=1.3), NOW)
     newer = published(NOW + 100 * MS, sequence=8)
     handover.published(newer)
-    begin = lambda at: handover.committed(NOW + at * MS, 1, "go").executed[0, 0]  # noqa: E731
+    begin = lambda at: handover.committed(NOW + at * MS, NOW + at * MS, 1, "go").executed[0, 0]  # noqa: E731
     assert begin(200) == pytest.approx(1)  # row 1 of the newer one: it is on its way
     handover.heard(status(NOW + 150 * MS, handover_delay=1.3), NOW + 150 * MS)
     assert begin(200) == pytest.approx(1)
@@ -104,10 +104,32 @@ def test_a_refused_chunk_counts_no_more_at_once_and_the_next_one_does():
     handover.published(published())
     handover.heard(status(handover_delay=1.3), NOW)
     handover.published(published(NOW + 100 * MS, sequence=8))
-    handover.heard(status(NOW + 110 * MS, handover_delay=1.3, chunks_refused=1), NOW + 110 * MS)
-    assert handover.committed(NOW + 200 * MS, 1, "go").executed[0, 0] == pytest.approx(2)
+    refusal = {"chunks_refused": 1, "newest_refused": True, "refused_sequence": 8}
+    handover.heard(status(NOW + 110 * MS, handover_delay=1.3, **refusal), NOW + 110 * MS)
+    assert handover.committed(NOW + 200 * MS, NOW + 200 * MS, 1, "go").executed[0, 0] == pytest.approx(2)
     handover.published(published(NOW + 200 * MS, sequence=9))
-    assert handover.committed(NOW + 300 * MS, 1, "go").executed[0, 0] == pytest.approx(1)
+    assert handover.committed(NOW + 300 * MS, NOW + 300 * MS, 1, "go").executed[0, 0] == pytest.approx(1)
+
+
+def test_a_refusal_is_of_the_chunk_it_names_alone():
+    handover = Handover()
+    handover.published(published())
+    handover.heard(status(handover_delay=1.3), NOW)
+    handover.published(published(NOW + 100 * MS, sequence=8))
+    handover.published(published(NOW + 200 * MS, sequence=9))  # before the player's word on 8 came
+    refusal = {"chunks_refused": 1, "newest_refused": True, "refused_sequence": 8}
+    handover.heard(status(NOW + 210 * MS, handover_delay=1.3, **refusal), NOW + 210 * MS)
+    now = NOW + 300 * MS
+    assert handover.committed(now, now, 1, "go").executed[0, 0] == pytest.approx(1)  # row 1 of 9
+
+
+def test_what_is_played_is_told_of_the_past_that_a_late_camera_shows():
+    handover = Handover()
+    handover.published(published())
+    now = NOW + 1800 * MS
+    handover.heard(status(now, handover_delay=1.3), now)
+    committed = handover.committed(NOW + 250 * MS, now, 1, "go")
+    np.testing.assert_allclose(committed.executed[:, 0], [2.5, 3.5, 4.5], atol=1e-6)
 
 
 def test_of_a_dry_run_nothing_is_kept():
@@ -115,7 +137,7 @@ def test_of_a_dry_run_nothing_is_kept():
     handover = Handover()
     handover.published(published())
     handover.heard(status(state=PlayerStatus.DRY_RUN, handover_delay=1.3), NOW)
-    assert handover.delay() == 2 and handover.committed(NOW, 1, "go") is None
+    assert handover.delay() == 2 and handover.committed(NOW, NOW, 1, "go") is None
 
 
 def test_the_delay_is_the_largest_of_the_last_ten_hand_overs_and_never_a_running_maximum():

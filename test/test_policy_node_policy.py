@@ -134,10 +134,12 @@ def test_a_robot_that_contradicts_the_checkpoints_fails_configure_and_the_checkp
     assert b.node.trigger_configure().name == "FAILURE"
     assert "control_rate: 20 Hz in the checkpoint, 30 Hz in the robot file" in b.node._failure
     b.until(lambda: "control_rate" in b.messages.get("policy_node: policy", ""))
-    assert b.node.set_parameters([Parameter("robot_file", value="")])[0].successful
-    b.start()
-    assert b.chunks[0].checkpoint == digest != "random"
-    b.node.trigger_deactivate(), b.node.trigger_cleanup()
+    for own in ("", str(tmp_path / "checkpoint")):  # a folder, as chunk_player and visualiser take it too
+        assert b.node.set_parameters([Parameter("robot_file", value=own)])[0].successful
+        b.chunks.clear()
+        b.start()
+        assert b.chunks[0].checkpoint == digest != "random"
+        b.node.trigger_deactivate(), b.node.trigger_cleanup()
     b.node.set_parameters([Parameter("checkpoint", value=str(tmp_path / "nowhere"))])
     assert b.node.trigger_configure().name == "FAILURE"
     assert "nowhere" in b.node._failure

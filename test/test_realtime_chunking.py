@@ -52,6 +52,8 @@ class Rehearsal:
                 epoch=player.epoch,
                 handover_delay=player.handover_delay,
                 chunks_refused=player.refused,
+                newest_refused=player.refused_sequence is not None,
+                refused_sequence=player.refused_sequence or 0,
             )
             status.header.stamp = to_stamp(bench.now)
             self.handover.heard(status, bench.now)
@@ -59,7 +61,7 @@ class Rehearsal:
     def infer(self, took: int, fate: str) -> tuple[int, np.ndarray, int]:
         """(time of action 0, actions [H, 3], how many are kept) of a chunk that arrives `took` periods later."""
         bench, begin = self.bench, self.bench.now
-        committed = self.handover.committed(begin, 0, "go")
+        committed = self.handover.committed(begin, begin, 0, "go")
         kept = committed.executed if committed else np.empty((0, 3))
         origin = kept[-1] if len(kept) else (bench.arm if bench.player.commanded is None else bench.player.commanded)
         way = self.random.uniform(-0.0025, 0.0025, 3) + self.random.uniform(-2e-4, 2e-4, (HORIZON - len(kept), 3))

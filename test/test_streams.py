@@ -30,9 +30,11 @@ max_skew: 0.1
 class World:
     """Publishes into a Streams and waits for what it sent."""
 
-    def __init__(self, ros, transport: str = "raw", clock: str = "header") -> None:
+    def __init__(self, ros, transport: str = "raw", clock: str = "header", latency: float = 0.03) -> None:
         self.ros, self.transport = ros, transport
-        self.robot = parse_robot(ROBOT.replace("TRANSPORT", transport) + f"clock: {clock}\n")
+        self.robot = parse_robot(
+            ROBOT.replace("TRANSPORT", transport).replace("latency: 0.03", f"latency: {latency}") + f"clock: {clock}\n"
+        )
         self.stored = 0
         self.streams = Streams(ros.node("reader"), self.robot, self._count)
         node = ros.node("sender")
@@ -65,6 +67,9 @@ class World:
     def joints(self, where: str, stamp: int, **positions: float) -> None:
         self.send(where, JointState(name=list(positions), position=list(positions.values())), stamp)
 
+    def observe(self, tick: int, now: int | None = None):
+        return self.streams.observe(tick, tick if now is None else now)
+
     def all(self, stamp: int) -> None:
         self.frame(stamp)
         self.joints("arm/joint_states", stamp, wheel=9.0, shoulder=1.0)
@@ -78,7 +83,7 @@ def world(ros):
 
 def test_joint_states_of_several_topics_are_merged_by_name_whatever_their_order(world):
     world.all(NOW)
-    snapshot = world.streams.observe(NOW + 50 * MS)
+    snapshot = world.observe(NOW + 50 * MS)
     assert isinstance(snapshot, Snapshot)
     assert snapshot.state.tolist() == [1.0, 0.5]
 
@@ -88,27 +93,27 @@ def test_two_drivers_on_one_topic_are_merged_too_and_the_newer_value_counts(worl
     world.joints("arm/joint_states", NOW, shoulder=1.0)
     world.joints("arm/joint_states", NOW, finger=0.5)
     world.joints("gripper/joint_states", NOW + 20 * MS, finger=0.7)
-    assert world.streams.observe(NOW + 50 * MS).state.tolist() == [1.0, 0.7]
+    assert world.observe(NOW + 50 * MS).state.tolist() == [1.0, 0.7]
 
 
 def test_a_joint_that_nobody_names_is_blamed_by_name(world):
     world.frame(NOW)
     world.joints("arm/joint_states", NOW, shoulder=1.0, fingr=0.5)
-    rejected = world.streams.observe(NOW + 50 * MS)
+    rejected = world.observe(NOW + 50 * MS)
     assert rejected.stream == "arm/joint_states, gripper/joint_states"
     assert rejected.reason == "no message has joints finger; found fingr, shoulder"
 
 
 def test_without_any_joint_state_both_joints_are_missing(world):
     world.frame(NOW)
-    rejected = world.streams.observe(NOW + 50 * MS)
+    rejected = world.observe(NOW + 50 * MS)
     assert rejected.reason == "no message yet with joints shoulder, finger"
 
 
 def test_a_position_that_is_not_a_number_is_blamed(world):
     world.all(NOW)
     world.joints("gripper/joint_states", NOW + 1 * MS, finger=float("nan"))
-    rejected = world.streams.observe(NOW + 50 * MS)
+    rejected = world.observe(NOW + 50 * MS)
     assert (rejected.stream, rejected.reason) == ("gripper/joint_states", "joint 'finger': position is nan")
 
 
@@ -118,51 +123,62 @@ def test_messages_with_velocities_only_are_passed_over(world):
     velocities.header.stamp = to_stamp(NOW + 5 * MS)
     world.publishers["arm/joint_states"].publish(velocities)
     world.joints("arm/joint_states", NOW + 1 * MS, shoulder=1.0)  # comes after it on the same topic
-    assert world.streams.observe(NOW + 50 * MS).state.tolist() == [1.0, 0.5]
+    assert world.observe(NOW + 50 * MS).state.tolist() == [1.0, 0.5]
 
 
 def test_age_and_skew_of_the_robot_file_hold(world):
     world.all(NOW)
-    assert isinstance(world.streams.observe(NOW + 90 * MS), Snapshot)
-    assert world.streams.observe(NOW + 91 * MS).stream == "arm/joint_states"  # latency 10 ms + 91 ms > 100 ms
+    assert isinstance(world.observe(NOW + 90 * MS), Snapshot)
+    assert world.observe(NOW + 91 * MS).stream == "arm/joint_states"  # latency 10 ms + 91 ms > 100 ms
     world.joints("arm/joint_states", NOW + 81 * MS, shoulder=1.0)
     world.joints("gripper/joint_states", NOW + 81 * MS, finger=1.0)
-    rejected = world.streams.observe(NOW + 95 * MS)
+    rejected = world.observe(NOW + 95 * MS)
     assert (rejected.stream, rejected.kind) == ("base_0_rgb", "skew")  # 81 - 10 - (0 - 30) = 101 ms
 
 
 def test_what_lies_ahead_of_the_tick_does_not_count_yet(world):
     world.all(NOW)
     world.joints("gripper/joint_states", NOW + 61 * MS, finger=3.0)
-    assert world.streams.observe(NOW + 50 * MS).state.tolist() == [1.0, 0.5]
-    assert world.streams.observe(NOW + 51 * MS).state.tolist() == [1.0, 3.0]  # its latency is 10 ms
+    assert world.observe(NOW + 50 * MS).state.tolist() == [1.0, 0.5]
+    assert world.observe(NOW + 51 * MS).state.tolist() == [1.0, 3.0]  # its latency is 10 ms
 
 
 def test_a_stream_whose_clock_is_ahead_is_told_so(world):
     world.frame(NOW)
     world.joints("arm/joint_states", NOW, shoulder=1.0)
     world.joints("gripper/joint_states", NOW + 850 * MS, finger=0.5)
-    rejected = world.streams.observe(NOW + 50 * MS)
+    rejected = world.observe(NOW + 50 * MS)
     assert rejected.stream == "gripper/joint_states"
     assert rejected.reason == "no message yet that is old enough: they are up to 0.790 s ahead"  # latency 10 ms
     reports = {report.name: report for report in world.streams.reports("node", NOW + 50 * MS, LIMITS)}
     ahead = "messages on gripper/joint_states are stamped 0.8 s ahead of the clock"
     assert reports["node: gripper/joint_states"].reasons == [ahead]
     world.joints("gripper/joint_states", NOW + 5 * SECOND, finger=0.5)
-    assert world.streams.observe(NOW + 50 * MS).kind == "clock"
+    assert world.observe(NOW + 50 * MS).kind == "clock"
 
 
 def test_fast_joint_states_reach_back_to_the_slowest_camera(world):
     world.frame(NOW)
     for k in range(600):  # 2 kHz
         world.joints("arm/joint_states", NOW + k * MS // 2, shoulder=k / 100, finger=0.0)
-    snapshot = world.streams.observe(NOW + 50 * MS)  # of 300 ms
+    snapshot = world.observe(NOW + 50 * MS)  # of 300 ms
     assert snapshot.state[0] == 1.2  # at 60 ms: its latency is 10 ms
+
+
+def test_a_camera_that_shows_what_was_long_ago_is_seen_with_the_state_of_then(ros):
+    world = World(ros, latency=1.5)
+    for k in range(32):
+        world.frame(NOW + k * 50 * MS, k)
+        world.joints("arm/joint_states", NOW + k * 50 * MS, shoulder=k / 100, finger=0.0)
+    now = NOW + 1550 * MS
+    snapshot = world.observe(now - 1500 * MS, now)
+    assert snapshot.frames["base_0_rgb"].stamp_ns == now and snapshot.state[0] == 0.01
+    assert world.observe(NOW - 1500 * MS, NOW).kind == "clock"  # ahead of the clock itself
 
 
 def test_drivers_that_do_not_stamp_are_found_out(world):
     world.all(0)
-    rejected = world.streams.observe(NOW)
+    rejected = world.observe(NOW)
     assert rejected.stream == "base_0_rgb" and "its stamps are 0; `clock: bag`" in rejected.reason
     reports = world.streams.reports("node", NOW, LIMITS)
     assert all("are 0; `clock: bag`" in report.reasons[-1] for report in reports)
@@ -173,13 +189,13 @@ def test_where_the_recordings_count_by_arrival_the_node_does_too(ros):
     world = World(ros, clock="bag")
     world.all(0)  # drivers that do not stamp
     now = world.streams._node.get_clock().now().nanoseconds
-    assert isinstance(world.streams.observe(now + 30 * MS), Snapshot)
+    assert isinstance(world.observe(now + 30 * MS), Snapshot)
 
 
 def test_after_clear_nothing_is_left(world):
     world.all(NOW)
     world.streams.clear()
-    assert isinstance(world.streams.observe(NOW + 50 * MS), Rejected)
+    assert isinstance(world.observe(NOW + 50 * MS), Rejected)
 
 
 @pytest.mark.parametrize("transport", ["raw", "compressed"])
@@ -187,20 +203,20 @@ def test_frames_come_decoded_and_turned_and_each_is_decoded_once(ros, transport)
     world = World(ros, transport)
     world.all(NOW)
     frames = Frames(world.robot)
-    snapshot = world.streams.observe(NOW + 50 * MS)
+    snapshot = world.observe(NOW + 50 * MS)
     image = frames.decode(snapshot.frames)["base_0_rgb"]
     assert image.shape == (4, 6, 3) and (image[:, 3:] == 1).all() and (image[:, :3] == 0).all()
     assert snapshot.frames["base_0_rgb"].stamp_ns == NOW
-    assert frames.decode(world.streams.observe(NOW + 60 * MS).frames)["base_0_rgb"] is image
+    assert frames.decode(world.observe(NOW + 60 * MS).frames)["base_0_rgb"] is image
     world.frame(NOW + 10 * MS, value=2)
-    assert (frames.decode(world.streams.observe(NOW + 60 * MS).frames)["base_0_rgb"][:, 3:] == 2).all()
+    assert (frames.decode(world.observe(NOW + 60 * MS).frames)["base_0_rgb"][:, 3:] == 2).all()
 
 
 def test_a_broken_frame_is_its_cameras_fault(ros):
     world = World(ros, "compressed")
     world.all(NOW)
     world.send("camera", CompressedImage(format="jpeg", data=b"no picture"), NOW + 1 * MS)
-    rejected = Frames(world.robot).decode(world.streams.observe(NOW + 50 * MS).frames)
+    rejected = Frames(world.robot).decode(world.observe(NOW + 50 * MS).frames)
     assert rejected.stream == "base_0_rgb" and "cannot be decoded" in rejected.reason
 
 

@@ -15,7 +15,7 @@ from pi0_ros.training.data import load_units
 from pi0_ros.training.evaluate import Options as EvaluateOptions
 from pi0_ros.training.evaluate import evaluate
 from pi0_ros.training.optimise import make_optimizer
-from pi0_ros.training.options import YOUNGER, OptionsError, parse, require_same
+from pi0_ros.training.options import OptionsError, parse, require_same
 from pi0_ros.training.train import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,14 +62,6 @@ def test_training_and_evaluation_take_idle_as_inspect_bags_does(data, rested, tm
     asked = EvaluateOptions(rested, tmp_path / "run" / "checkpoint", tmp_path / "out", idle=0.3, all=True, chunks=0,
                             seeds=1, num_steps=1, device="cpu", jobs=1)  # fmt: skip
     assert evaluate(asked)["chunks"] == 5
-
-
-def test_a_run_that_is_older_than_an_option_did_what_its_default_does():
-    now = parse(["--bags", "a", "--robot", "b", "--output", "c"]).to_dict()
-    saved = {name: value for name, value in now.items() if name not in YOUNGER}
-    require_same(saved, now)
-    with pytest.raises(OptionsError, match=r"--draws \(was 1, now 2\)"):
-        require_same(saved, {**now, "draws": 2})
 
 
 def test_a_path_may_be_written_otherwise_when_a_run_goes_on(tmp_path, monkeypatch):

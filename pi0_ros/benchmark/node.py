@@ -116,7 +116,7 @@ def _listen(policy: InstantPolicy, transport: str, seconds: float) -> dict[str, 
         ) from None
     context = rclpy.Context()
     with Domain() as domain, tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "heard.json")
+        output, complaints = Path(folder, "heard.json"), Path(folder, "stderr")
         rclpy.init(context=context, domain_id=domain.id)
         given = [Parameter("rate", value=0.0), Parameter("autostart", value=True)]
         node = PolicyNode(lambda _: policy, context=context, parameter_overrides=given)
@@ -126,10 +126,9 @@ def _listen(policy: InstantPolicy, transport: str, seconds: float) -> dict[str, 
         environment = {**_room_for_images(), **os.environ, **domain.environment(), "OMP_NUM_THREADS": "1"}
         try:
             node.autostart()
-            with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            with complaints.open("w") as stderr, subprocess.Popen(command, env=environment, stderr=stderr) as process:
                 try:
                     _spin(executor, process, f"node {transport}", seconds)
-                    complaint = process.stderr.read().strip()
                 finally:
                     process.kill()  # does nothing once it has ended
         finally:
@@ -137,7 +136,8 @@ def _listen(policy: InstantPolicy, transport: str, seconds: float) -> dict[str, 
             node.destroy_node()
             context.try_shutdown()
         if not output.exists():
-            reason = complaint.splitlines()[-1] if complaint else f"exit code {process.returncode}"
+            said = complaints.read_text(encoding="utf-8", errors="replace").split("\n")
+            reason = next((line for line in reversed(said) if line.strip()), "") or f"exit code {process.returncode}"
             raise BenchmarkError(f"node: the process that plays the robot failed: {reason}")
         return json.loads(output.read_text(encoding="utf-8"))
 

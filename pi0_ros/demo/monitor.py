@@ -72,6 +72,8 @@ class Monitor(Node):
         self._player = {verb: self.create_client(Trigger, f"chunk_player/{verb}") for verb in ("start", "stop")}
 
     def _chunk(self, chunk: ActionChunk) -> None:
+        if not chunk.horizon:  # says only that older ones are void
+            return
         begin, end = (stamp.sec + stamp.nanosec * 1e-9 for stamp in (chunk.inference_begin, chunk.inference_end))
         self.seen.chunks += 1
         self.seen.prefix_reused += chunk.prefix_reused

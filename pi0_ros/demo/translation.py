@@ -113,7 +113,8 @@ def live(
     try:
         executor.add_node(node)
         executor.add_node(player)
-        player.create_subscription(ActionChunk, "action_chunk", chunks.append, NEWEST)
+        keep = lambda chunk: chunk.horizon and chunks.append(chunk)  # noqa: E731 - one without says what is void
+        player.create_subscription(ActionChunk, "action_chunk", keep, NEWEST)
         replay, wait = Replay(player, bag, recording, robot), _Waiting(executor)
         try:
             node.autostart()
@@ -249,7 +250,7 @@ def run(options: Options) -> bool:
     if robot is None:
         if not options.checkpoint:
             raise CheckFailed("give --robot, --checkpoint, or both")
-        robot = load_robot(Path(options.checkpoint) / "robot.yaml")
+        robot = load_robot(options.checkpoint)
     with Domain() as domain:  # a robot that runs beside it hears nothing of this
         os.environ.update(domain.environment())
         verdict = compare(options.bag, robot, load, rate=options.rate, seconds=options.seconds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pi0_ros.model.files import DTYPES, CheckpointError
@@ -46,7 +47,7 @@ def read_params(folder: Path) -> dict[str, torch.Tensor]:
             array = store.read().result()
         except (ValueError, OverflowError, MemoryError) as error:
             raise CheckpointError(f"{folder}: {name} cannot be read: {first_line(error)}") from None
-        raw = torch.frombuffer(bytearray(array.tobytes()), dtype=torch.uint8)
+        raw = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         params[name.replace(".", "/")] = raw.view(DTYPES[kind]).reshape(array.shape)
     return params
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 FAR_NS = 2**62  # further than any stamp
-CLOCK_RESET_NS = 1_000_000_000  # a stamp this far ahead of the tick is not early: the clock was set back
+CLOCK_RESET_NS = 1_000_000_000  # a stamp this far ahead of the clock is not early: the clock was set back
 Kind = Literal["missing", "stale", "skew", "clock"]
 KINDS: tuple[Kind, ...] = ("missing", "stale", "skew", "clock")
 
@@ -124,14 +124,14 @@ class Rejected:
 
 
 def align(
-    buffers: Iterable[StreamBuffer], tick_ns: int, max_skew_ns: int, clock_reset_ns: int | None = CLOCK_RESET_NS
+    buffers: Iterable[StreamBuffer], tick_ns: int, max_skew_ns: int, now_ns: int | None = None
 ) -> Aligned | Rejected:
-    """The observation at `tick_ns`. For ticks in the past, where later samples are no surprise: clock_reset_ns=None."""
+    """The observation at `tick_ns`. `now_ns` is what the clock says, for which no stamp may be far ahead of it."""
     looks = [(buffer, *buffer.look(tick_ns)) for buffer in buffers]
-    if clock_reset_ns is not None:
+    if now_ns is not None:
         for buffer, _, last in looks:
-            if last is not None and last - tick_ns > clock_reset_ns:
-                ahead = f"stamped {_s(last - tick_ns)} ahead of this node's clock"
+            if last is not None and last - now_ns > CLOCK_RESET_NS:
+                ahead = f"stamped {_s(last - now_ns)} ahead of this node's clock"
                 return Rejected(
                     buffer.name, f"{ahead}: by a clock that is ahead (chrony, PTP), or this one was set back", "clock"
                 )

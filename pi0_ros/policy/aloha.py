@@ -7,25 +7,17 @@ maps, and the state's is never inverted (openpi: policies/aloha_policy.py, adapt
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 Data = dict[str, np.ndarray]
 
+JOINTS = 14
 _FLIPS = np.array([1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0] * 2)
 _GRIPPERS = [6, 13]
 _FINGER_OPEN, _FINGER_CLOSED = 0.05800, 0.01844  # metres
 _ARM, _HORN = 0.036, 0.022  # metres, the links between motor and finger
 _PI_OPEN, _PI_CLOSED = 1.6296, 0.5476  # radians, the range that pi was trained on
 _ALOHA_OPEN, _ALOHA_CLOSED = 1.4910, -0.6213  # radians, that of ALOHA's own gripper
-
-
-def pair(joints: int) -> tuple[Callable[[Data], Data], Callable[[Data], Data]]:
-    """The transforms into pi's space and out of it. ValueError unless the robot has ALOHA's 14 joints."""
-    if joints != 14:
-        raise ValueError(f"the aloha adapter is for 14 joints (two arms of six and a gripper), the robot has {joints}")
-    return to_pi, from_pi
 
 
 def to_pi(data: Data) -> Data:

@@ -43,6 +43,7 @@ from pi0_ros.model.files import (
 )
 from pi0_ros.model.infer import FORMAT
 from pi0_ros.model.pi0 import Pi0
+from pi0_ros.policy import aloha
 from pi0_ros.policy.prompt import PROMPT_FORMATS
 from pi0_ros.policy.statistics import FILE_NAME, NormStats
 from pi0_ros.robot import Robot, RobotFileError, parse_robot
@@ -263,18 +264,20 @@ def _check_meaning(settings: BundleSettings, robot: Robot | None, stats: NormSta
     with _source(where):
         if stats is not None:
             stats.require(settings.normalisation, len(robot.joints) if robot else None)
-        if robot is not None and (fault := misfit(settings.model, robot)):
+        if robot is not None and (fault := misfit(settings, robot)):
             raise CheckpointError(fault)
 
 
-def misfit(model: Pi0Config, robot: Robot) -> str:
-    """Why a robot has no place in a model of these sizes, or ""."""
-    joints, dims = len(robot.joints), model.action_dim
+def misfit(settings: BundleSettings, robot: Robot) -> str:
+    """Why a robot has no place in a model of these settings, or ""."""
+    joints, dims, model = len(robot.joints), settings.model.action_dim, settings.model
     if joints > dims:
         return f"robot {robot.name!r} has {joints} joints, the model {dims} action dimensions"
     if extra := [slot for slot in robot.present_cameras if slot not in model.cameras]:
         has = ", ".join(model.cameras)
         return f"camera {', '.join(extra)} of robot {robot.name!r} has no slot in the model, which has {has}"
+    if settings.adapter == "aloha" and joints != aloha.JOINTS:
+        return f"the aloha adapter is for two arms of six joints and a gripper; {robot.name!r} has {joints} joints"
     return ""
 
 

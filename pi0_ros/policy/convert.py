@@ -25,6 +25,7 @@ from pi0_ros.policy.bundle import (
     folder_of,
     is_bundle,
     load_bundle,
+    misfit,
     save_bundle,
     whole_folder,
 )
@@ -121,6 +122,8 @@ def convert(options: Options) -> str:
         settings = foreign_settings(checkpoint, str(source), options.normalisation)
     wanted = {name: getattr(options, name) for name in ("normalisation", "prompt_format", "adapter")}
     settings = dataclasses.replace(settings, **{name: value for name, value in wanted.items() if value is not None})
+    if robot is not None and (fault := misfit(settings, robot)):
+        raise CheckpointError(fault)
     for note in foreign_units(robot, stats, settings) if robot and stats else ():
         print(f"  warning: {note}")
     tokenizer = options.tokenizer or (own.tokenizer if own else None)

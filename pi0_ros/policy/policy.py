@@ -85,7 +85,7 @@ class Policy:
         force_noise: bool = False,
         seed: int = 0,
     ) -> None:
-        if fault := misfit(settings.model, robot):
+        if fault := misfit(settings, robot):
             raise PolicyError(fault)
         self.robot, self.config, self.settings, self.digest = robot, settings.model, settings, digest
         self.num_steps = num_steps
@@ -281,9 +281,13 @@ class Policy:
     def reset(self) -> None:
         """Forget frames, prefix and the last chunk, as after a clock reset or at a new episode."""
         self._prepared: dict[str, tuple[int, np.ndarray]] = {}
-        self._last: tuple[int, str, np.ndarray] | None = None  # stamp, prompt, actions in robot units
+        self.forget_chunk()
         if self._sampler is not None:
             self._sampler.reset()
+
+    def forget_chunk(self) -> None:
+        """Forget the last chunk alone: a cold start begins from the state, nothing follows what is executed."""
+        self._last: tuple[int, str, np.ndarray] | None = None  # stamp, prompt, actions in robot units
 
     def close(self) -> None:
         """Give the weights' memory back; `infer` is an error from then on."""

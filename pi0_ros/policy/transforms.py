@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pi0_ros.policy import aloha
-from pi0_ros.policy.bundle import BundleSettings, misfit
+from pi0_ros.policy.bundle import BundleSettings
 from pi0_ros.policy.statistics import NormStats, Stats
 from pi0_ros.robot import Robot
 
@@ -60,19 +60,17 @@ def build_transforms(robot: Robot, stats: NormStats | None, settings: BundleSett
     statistics are computed.
 
     Raises:
-        ValueError: statistics or a model that do not fit the robot (StatisticsError is one).
+        StatisticsError: statistics that do not fit the robot. Whether the model does is `misfit`'s question.
     """
     joints, group = len(robot.joints), Group()
     if settings.adapter == "aloha":
-        group = group.push(aloha.pair(joints))
+        group = group.push((aloha.to_pi, aloha.from_pi))
     elif grippers := tuple((i, j.open, j.closed) for i, j in enumerate(robot.joints) if j.kind == "gripper"):
         group = group.push((GripperToUnit(grippers), GripperFromUnit(grippers)))
     relative = tuple(joint.relative for joint in robot.joints)
     group = group.push((RelativeActions(relative), AbsoluteActions(relative)))
     if stats is None:
         return group
-    if fault := misfit(settings.model, robot):
-        raise ValueError(fault)
     stats.require(settings.normalisation, joints)
     quantile = settings.normalisation == "quantile"
     return group.push(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,8 +109,7 @@ def load_robot_file(robot_file: str, checkpoint: str) -> Robot:
     """The robot of the two parameters."""
     if not (value := robot_file or checkpoint):
         raise ParameterError("parameter 'robot_file': found '', give a robot file or a checkpoint folder")
-    path = Path(value).expanduser()
-    return load_robot(path / "robot.yaml" if path.is_dir() else path)
+    return load_robot(value)
 
 
 class ChunkPlayer(ManagedNode):

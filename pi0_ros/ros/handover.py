@@ -66,7 +66,7 @@ class Handover:
         with self._lock:
             before, self._status, self._heard = self._status, status, now
             if before is not None and status.chunks_refused > before.chunks_refused:
-                self._doubted = self._last.sequence if self._last else -1  # which it was is not said
+                self._doubted = status.refused_sequence if status.newest_refused else self._doubted
             known = self._delays and self._delays[-1][0] == key
             # A chunk so late that the arm must approach it was taken over too: left out, it would happen again.
             if status.state in MOVING and not known and math.isfinite(status.handover_delay):
@@ -104,8 +104,8 @@ class Handover:
         with self._lock:
             return math.ceil(max((delay for _, delay in self._delays), default=0.0) - 1e-6)
 
-    def committed(self, at: int, epoch: int, prompt: str) -> Committed | None:
-        """What the player will execute from `at` (ns, now) until the chunk observed then takes over.
+    def committed(self, at: int, now: int, epoch: int, prompt: str) -> Committed | None:
+        """What the player will execute from `at` (ns) until the chunk observed then takes over; it is `now`.
 
         None when that is not known: no hand-over was seen yet, no chunk of this epoch went out, the player is silent,
         or does anything but play one of them.
@@ -113,7 +113,7 @@ class Handover:
         delay = self.delay()
         with self._lock:
             status, heard, chunk = self._status, self._heard, self._played(epoch)
-        if delay < 1 or chunk is None or status.state != PlayerStatus.PLAYING or abs(at - heard) > SILENCE * SECOND:
+        if delay < 1 or chunk is None or status.state != PlayerStatus.PLAYING or abs(now - heard) > SILENCE * SECOND:
             return None
         rows = actions_from(chunk.actions, chunk.observed, chunk.dt, at, len(chunk.actions))
         # It hands over between two actions, on its way to the next: that one must stand, or there is a step.

@@ -40,7 +40,12 @@ from pi0_ros.srv import SetPrompt
 HEARTBEAT = 5.0  # Hz: free-running ticks follow messages; this many a second come without any, to say what is missing
 
 SPECS = (
-    Spec("robot_file", "", "path of the robot file; empty: the one in the checkpoint folder", configured=True),
+    Spec(
+        "robot_file",
+        "",
+        "path of the robot file, or of a checkpoint folder with one; '' takes that of `checkpoint`",
+        configured=True,
+    ),
     Spec("checkpoint", "", "checkpoint folder; empty: untrained random weights", configured=True),
     Spec("preset", "nano", "size of the model with random weights", choices=tuple(PRESETS), configured=True),
     Spec("device", "auto", "torch device: auto, cpu, cuda, cuda:0, ...", configured=True),
@@ -77,7 +82,7 @@ SPECS = (
 
 def load_policy(parameters: Parameters) -> Policy:
     """The policy that the parameters ask for: a checkpoint, or random weights."""
-    robot = load_robot(Path(parameters["robot_file"]).expanduser()) if parameters["robot_file"] else None
+    robot = load_robot(parameters["robot_file"]) if parameters["robot_file"] else None
     common = {key: parameters[key] for key in ("device", "dtype", "num_steps")}
     common["guidance"] = GuidanceSettings(
         **{key: parameters[f"guidance.{key}"] for key in ("schedule", "max_weight", "jacobian")}
@@ -104,7 +109,8 @@ class PolicyNode(ManagedNode):
         self._entities: list[tuple[Callable[[Any], Any], Any]] = []  # how to destroy what configure made
         self._timer = None
         self._newest = 0  # ns, the latest time that the clock has told
-        self._stopped = False  # by ~/stop, until ~/start: activating again does not undo it
+        self._stopped = False  # by ~/stop, until ~/start: neither ~/pause nor activating again undoes it
+        self._paused = False  # by ~/pause, until that or ~/start ends it
         # From the wall clock, so that a restarted node's epochs are newer than any that the player knows.
         self._epoch = int(time.time()) & 0x7FFFFFFF
         try:
@@ -151,7 +157,7 @@ class PolicyNode(ManagedNode):
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Begin to tick."""
-        self._worker.activate(running=not self._stopped)
+        self._worker.activate(running=not (self._stopped or self._paused))
         self._set_timer()
         return super().on_activate(state)
 
@@ -314,7 +320,7 @@ class PolicyNode(ManagedNode):
 
     def _start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         def start(worker: Worker) -> None:
-            self._stopped = False
+            self._stopped = self._paused = False
             worker.run(True)
 
         return self._answer(response, start, "ticking")
@@ -329,10 +335,12 @@ class PolicyNode(ManagedNode):
 
     def _pause(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         done = "paused, the player goes on to the end of its chunk or its policy_timeout" if request.data else "ticking"
+        if self._stopped:
+            done = "stopped by ~/stop: call ~/start to go on"
 
         def pause(worker: Worker) -> None:
-            self._stopped = self._stopped and request.data
-            worker.run(not request.data)
+            self._paused = request.data
+            worker.run(not (self._stopped or self._paused))
 
         return self._answer(response, pause, done)
 

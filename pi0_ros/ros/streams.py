@@ -27,7 +27,7 @@ from pi0_ros.robot import Camera, Robot
 from pi0_ros.ros.conversions import SECOND, stamp_ns, type_name
 from pi0_ros.ros.diagnostics import Report, Window
 
-MOST_FRAMES = 64  # of a camera, should its stamps not advance
+FASTEST_CAMERA, FASTEST_STATE = 120.0, 2000.0  # Hz; no more is kept, should stamps not advance as time does
 UNSTAMPED = "`clock: bag` in the robot file goes by the time of arrival instead"
 TOLD = 2.0  # s for which diagnostics tell of stamps that were ahead of the clock
 CLOCK_PERIOD = 0.25  # s; under simulated time the clock may lag behind stamps by one period of /clock
@@ -70,9 +70,12 @@ class Streams:
         self.windows: dict[str, Window] = {}
         # Ticks look back by the largest latency.
         self._span = round((robot.latency + CLOCK_PERIOD) * SECOND)
+        frames, self._most_states = (
+            math.ceil(rate * self._span / SECOND) + 1 for rate in (FASTEST_CAMERA, FASTEST_STATE)
+        )
         for slot, camera in robot.present_cameras.items():
             self._cameras[slot] = StreamBuffer(
-                slot, round(camera.max_age * SECOND), round(camera.latency * SECOND), self._span, MOST_FRAMES
+                slot, round(camera.max_age * SECOND), round(camera.latency * SECOND), self._span, frames
             )
             kind = CompressedImage if camera.transport == "compressed" else Image
             qos = QoSProfile(depth=1, reliability=RELIABILITY[camera.reliability])
@@ -113,13 +116,13 @@ class Streams:
                     alone = all(known != topic for known, _ in self._states)
                     name = topic if alone else f"{topic} ({', '.join(sorted(names))})"
                     ages = round(state.max_age * SECOND), round(state.latency * SECOND)
-                    self._states[topic, names] = StreamBuffer(name, *ages, self._span)
+                    self._states[topic, names] = StreamBuffer(name, *ages, self._span, self._most_states)
                 return self._states[topic, names]
 
         return buffer_of
 
-    def observe(self, tick_ns: int) -> Snapshot | Rejected:
-        """The newest messages at the tick, or the stream to blame."""
+    def observe(self, tick_ns: int, now_ns: int) -> Snapshot | Rejected:
+        """The newest messages at the tick, or the stream to blame; `now_ns` is what the clock says."""
         with self._lock:
             states = [(names, buffer) for (_, names), buffer in self._states.items()]
         held = [(buffer.newest_at(tick_ns), names, buffer) for names, buffer in states]
@@ -130,7 +133,7 @@ class Streams:
             if buffer is not None:
                 source[joint] = buffer
         used = {buffer.name: buffer for buffer in (*self._cameras.values(), *source.values())}
-        aligned = align(used.values(), tick_ns, round(self._robot.max_skew * SECOND))
+        aligned = align(used.values(), tick_ns, round(self._robot.max_skew * SECOND), now_ns)
         if isinstance(aligned, Rejected):
             if aligned.kind == "clock":
                 self._ahead = aligned, time.monotonic()

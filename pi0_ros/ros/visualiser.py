@@ -32,7 +32,7 @@ from std_msgs.msg import ColorRGBA
 from visualization_msgs.msg import Marker, MarkerArray
 
 from pi0_ros.msg import ActionChunk, PlayerStatus
-from pi0_ros.robot import Robot, RobotFileError, load_robot
+from pi0_ros.robot import Robot, RobotFileError, load_robot, robot_path
 from pi0_ros.ros.conversions import chunk_actions, stamp_ns, to_stamp
 from pi0_ros.ros.kinematics import Kinematics, KinematicsError, find_urdf
 from pi0_ros.ros.markers import Player, Shape, View
@@ -64,8 +64,7 @@ def load_kinematics(robot_file: str, urdf: str = "", tip_link: str = "") -> tupl
     """
     if not robot_file:
         raise ParameterError("parameter 'robot_file': found '', give a robot file or a checkpoint folder")
-    path = Path(robot_file).expanduser()
-    path = path / "robot.yaml" if path.is_dir() else path
+    path = robot_path(robot_file)
     robot = load_robot(path)
     found = find_urdf(urdf, Path.cwd()) if urdf else find_urdf(robot.urdf or "", path.parent)
     grippers = [joint.name for joint in robot.joints if joint.kind == "gripper"]

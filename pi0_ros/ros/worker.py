@@ -276,7 +276,7 @@ class Worker:
         # What all streams have reached by now: a camera that shows the past would otherwise be paired with a state that
         # it was never recorded with. The chunk is meant for that instant, and the player skips what is past of it.
         observed = begin - round(policy.robot.latency * SECOND)
-        snapshot = self._streams.observe(observed) if begin else NO_CLOCK
+        snapshot = self._streams.observe(observed, begin) if begin else NO_CLOCK
         images = snapshot if isinstance(snapshot, Rejected) else self._frames.decode(snapshot.frames)
         if isinstance(images, Rejected):
             return self._reject(begin, images)
@@ -285,13 +285,14 @@ class Worker:
         observation = RobotObservation(observed, images, frames, snapshot.state, prompt)
         guided = self.realtime_chunking == "guided"
         keep = guided or (self.realtime_chunking == "auto" and policy.settings.rtc_max_delay > 0)
-        committed = self.handover.committed(observed, epoch, prompt) if keep else None
+        committed = self.handover.committed(observed, begin, epoch, prompt) if keep else None
+        executed = committed and committed.executed[: None if guided else policy.settings.rtc_max_delay]
         generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
         try:
             chunk = policy.infer(
                 observation,
                 generator=generator,
-                executed=committed and committed.executed,
+                executed=executed,
                 following=committed and committed.following,
                 guided=guided,
             )

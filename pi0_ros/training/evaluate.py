@@ -19,7 +19,8 @@ import tyro
 from tqdm import tqdm
 
 from pi0_ros.model.files import CheckpointError, write_bytes, write_json, write_text
-from pi0_ros.policy.policy import Policy, PolicyError, RobotObservation
+from pi0_ros.model.flow import NoiseSourceError
+from pi0_ros.policy.policy import ObservationError, Policy, PolicyError, RobotObservation
 from pi0_ros.policy.tokenizer import TokenizerError
 from pi0_ros.robot import Robot, RobotFileError, load_robot
 from pi0_ros.training.bags import BagError
@@ -85,6 +86,7 @@ class Comparison:
 
 def compare(policy: Policy, dataset: Dataset, *, chunks: int = 200, seeds: int = 3) -> Comparison:
     """The policy's chunks at `chunks` observations (0: all) of the data set, each with `seeds` starts of the flow."""
+    policy.reset()
     count = min(chunks, len(dataset)) if chunks else len(dataset)
     picked = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(np.int64))
     columns: dict[str, list[Any]] = {name: [] for name in ("predicted", "recorded", "known", "state", "last", "where")}
@@ -109,7 +111,7 @@ def observe(robot: Robot, dataset: Dataset, index: int, sample: dict[str, Any]) 
 
 
 def _draw(policy: Policy, observation: RobotObservation, index: int, seed: int) -> np.ndarray:
-    policy.reset()  # every draw stands for itself: a cold start must not begin from the one before
+    policy.forget_chunk()  # every draw stands for itself: a cold start must not begin from the one before
     generator = torch.Generator().manual_seed(1_000_003 * seed + index)
     return policy.infer(observation, generator=generator).actions
 
@@ -272,8 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (
-        EvaluationError, OptionsError, CheckpointError, PolicyError, TokenizerError, RobotFileError, BagError,
-        CacheError, ValueError, OSError,
+        EvaluationError, OptionsError, CheckpointError, PolicyError, TokenizerError, NoiseSourceError, RobotFileError,
+        BagError, CacheError, ObservationError, OSError,
     ) as error:  # fmt: skip
         print(f"error: {error}", file=sys.stderr)
         return 1

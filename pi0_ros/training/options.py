@@ -184,14 +184,11 @@ class TrainOptions:
 FREE = {"bags", "robot", "output", "cache", "jobs", "save_every", "evaluate_every", "minutes", "device"}
 FREE |= {"accumulate", "shard", "compile"}
 
-YOUNGER = {"draws": 1, "first_seconds": 0.0, "idle": 0.005}  # what a run did that was begun before there was the option
-
 RESOLVED = "resolved"  # beside the options in options.yaml: for people to read; a run that goes on resolves anew
 
 
 def require_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """OptionsError naming every option whose change would give a resumed run other numbers."""
-    saved = {**YOUNGER, **saved}
     changed = [name for name in now if name not in FREE and not _same(name, saved.get(name), now[name])]
     if changed:
         told = ", ".join(f"--{n.replace('_', '-')} (was {saved.get(n)}, now {now[n]})" for n in changed)

@@ -251,12 +251,11 @@ class _Reader:
         row = np.asarray(positions, np.float64)[at]
         sound = (row >= least) & (row <= most)  # false for NaN
         if not sound.all():
-            bad = [self.robot.joint_names[j] for j, good in zip(joints, sound, strict=True) if not good]
-            if np.isfinite(row).all():
-                self.absurd.update((what, topic, name) for name in bad)
-                raise BagError("position absurdly far outside the joint's limits")
-            self.nan.update((what, topic, name) for name in bad)
-            raise BagError("NaN or infinite position")
+            finite, names = np.isfinite(row), [self.robot.joint_names[joint] for joint in joints]
+            for counts, bad in ((self.nan, ~finite), (self.absurd, finite & ~sound)):
+                counts.update((what, topic, names[i]) for i in np.flatnonzero(bad))
+            far = "position absurdly far outside the joint's limits"
+            raise BagError(far if finite.all() else "NaN or infinite position")
         return joints, row
 
     # -- from rows to streams -------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def _from_checkpoint(path: Path, robot: Robot, notes: list[str]) -> tuple[Bundle
 
 
 def _require_fit(options: TrainOptions, settings: BundleSettings, robot: Robot) -> None:
-    if fault := misfit(settings.model, robot):
+    if fault := misfit(settings, robot):
         raise OptionsError(fault)
     delay, horizon = options.rtc_max_delay, settings.model.action_horizon
     if delay >= horizon:

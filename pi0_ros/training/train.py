@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from pi0_ros.model.config import ConfigError
 from pi0_ros.model.files import CheckpointError, write_json, write_text
-from pi0_ros.model.flow import noise_source_from_dict
+from pi0_ros.model.flow import NoiseSourceError, noise_source_from_dict
 from pi0_ros.policy.bundle import save_bundle
+from pi0_ros.policy.processor import PolicyError
 from pi0_ros.policy.prompt import PromptEncoder
-from pi0_ros.policy.tokenizer import load_tokenizer
+from pi0_ros.policy.tokenizer import TokenizerError, load_tokenizer
 from pi0_ros.policy.transforms import build_transforms
 from pi0_ros.robot import RobotFileError, load_robot
 from pi0_ros.training import data
@@ -251,7 +252,7 @@ class Run:
         if saved is None:
             return
         for name, now in self._identity().items():
-            if saved.get(name, now) != now:  # states from before there was "frozen" have none
+            if saved.get(name) != now:
                 raise OptionsError(f"{self.options.output}: {CHANGED[name]}; use another --output for another run")
         parameters = trained(self.model)
         for name, parameter in parameters.items():
@@ -418,7 +419,7 @@ CHANGED = {
 }
 FAULTS = (
     OptionsError, RobotFileError, BagError, CacheError, CheckpointError, ConfigError, StateError, TrainingError,
-    OthersFailed, ValueError, OSError,
+    OthersFailed, PolicyError, TokenizerError, NoiseSourceError, OSError,
 )  # fmt: skip
 
 
