@@ -405,7 +405,7 @@ def test_an_exception_in_inference_stops_the_node_visibly_and_leaves_it_controll
     b = bench(rate=50.0)
     b.start()
     b.policy.error = ValueError("the network is upset\nvery")
-    b.until(lambda: b.node._state_machine.current_state[1] == "inactive", doing=b.send)
+    b.until(lambda: b.node.lifecycle == "inactive", doing=b.send)
     b.until(lambda: b.levels.get(POLICY) == 2, doing=b.send)
     assert b.messages[POLICY].startswith("inference failed: ValueError: the network is upset")
     b.until(lambda: b.chunks[-1].horizon == 0)  # what the player has is void: it holds now, not when its chunk ends

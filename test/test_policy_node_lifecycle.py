@@ -52,11 +52,11 @@ def test_a_hundred_rounds_in_any_order_leak_neither_threads_nor_memory(context):
     for round_ in range(100):
         for verb in draw.choices(["configure", "activate", "deactivate", "cleanup"], weights=[4, 3, 2, 1], k=5):
             getattr(node, f"trigger_{verb}")()
-        if node._state_machine.current_state[1] == "active":
+        if node.lifecycle == "active":
             node.trigger_deactivate()
-        if node._state_machine.current_state[1] == "inactive":
+        if node.lifecycle == "inactive":
             node.trigger_cleanup()
-        assert node._state_machine.current_state[1] == "unconfigured"
+        assert node.lifecycle == "unconfigured"
         assert threading.active_count() == threads
         warm += [policy.warm for policy in policies]
         assert all(policy.closed == 1 for policy in policies)
@@ -102,7 +102,7 @@ def test_configure_fails_with_the_reason_in_diagnostics_and_can_be_tried_again(c
     b = Bench(context, load=load)
     threads = threading.active_count()
     assert b.node.trigger_configure().name == "FAILURE"
-    assert b.node._state_machine.current_state[1] == "unconfigured" and threading.active_count() == threads
+    assert b.node.lifecycle == "unconfigured" and threading.active_count() == threads
     b.until(lambda: b.levels.get(POLICY) == 2)
     assert b.messages[POLICY] == "configure failed: checkpoint folder 'nowhere': no model.safetensors in it"
     good.append(True)
@@ -267,7 +267,7 @@ def test_a_fault_is_told_even_where_nothing_can_be_published(context):
         raise RuntimeError("publisher's context is invalid")
 
     b.node._worker._publish = silent
-    b.until(lambda: b.node._state_machine.current_state[1] == "inactive", doing=b.send)
+    b.until(lambda: b.node.lifecycle == "inactive", doing=b.send)
     b.until(lambda: b.levels.get(POLICY) == 2)
     assert b.messages[POLICY].startswith("inference failed: RuntimeError: publisher's context is invalid")
     b.close()

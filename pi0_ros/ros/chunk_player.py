@@ -30,7 +30,7 @@ from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window, title
 from pi0_ros.ros.judging import Offer, Settings
 from pi0_ros.ros.outputs import Outputs, streamed_joints
-from pi0_ros.ros.parameters import ParameterError, Parameters, Spec
+from pi0_ros.ros.parameters import ParameterError, Spec
 from pi0_ros.ros.player import STATES, Player
 from pi0_ros.ros.program import ManagedNode, run_node
 from pi0_ros.ros.qos import LATCHED, NEWEST, SENSOR
@@ -116,7 +116,7 @@ class ChunkPlayer(ManagedNode):
     """The node."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__("chunk_player", **options)
+        super().__init__("chunk_player", SPECS, **options)
         self._player: Player | None = None
         self._outputs: Outputs | None = None
         self._robot: Robot | None = None
@@ -129,11 +129,6 @@ class ChunkPlayer(ManagedNode):
         self._said_at = 0  # ns
         self._active = False
         self._stopped = ""  # why, until ~/start: activating again does not undo it
-        try:
-            self._settings = Parameters(self, SPECS)
-        except ParameterError:
-            super().destroy_node()
-            raise
         self._cost, self._interval, self._ticked = Window(), Window(), 0.0
         self._status = self.create_publisher(PlayerStatus, "~/status", LATCHED)
         self._diagnostics = DiagnosticsPublisher(self, self._reports, self.get_name())
@@ -189,27 +184,7 @@ class ChunkPlayer(ManagedNode):
         self._come_to_rest("deactivated")
         return super().on_deactivate(state)
 
-    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Disconnect."""
-        self._teardown()
-        return super().on_cleanup(state)
-
-    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Come to rest, disconnect."""
-        self._teardown()
-        return super().on_shutdown(state)
-
-    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Come to rest, back to unconfigured."""
-        self._teardown()
-        return super().on_error(state)
-
-    def destroy_node(self) -> None:
-        """Come to rest, then destroy the node."""
-        self._teardown()
-        super().destroy_node()
-
-    def _teardown(self) -> None:
+    def _teardown(self) -> bool:
         self._come_to_rest("shut down")
         self._settings.frozen = False
         for subscription in self._subscriptions_made:
@@ -218,6 +193,7 @@ class ChunkPlayer(ManagedNode):
         if self._outputs is not None:
             self._outputs.close(self)
         self._player = self._outputs = self._robot = None
+        return True
 
     def _come_to_rest(self, why: str) -> None:
         """Brake, if active. Blocks for as long as braking takes."""
@@ -344,12 +320,9 @@ class ChunkPlayer(ManagedNode):
         self._said, self._said_at = (player.state, player.reason), self._time()
         self._status.publish(message)
 
-    def _now(self) -> int:
-        return self.get_clock().now().nanoseconds
-
     def _reports(self) -> list[Report]:
         report, player = Report(f"{title(self)}: player"), self._player
-        report.add("lifecycle", self._state_machine.current_state[1])
+        report.add("lifecycle", self.lifecycle)
         if player is None:
             if self._failure:
                 report.error(self._failure)

@@ -102,7 +102,7 @@ class PolicyNode(ManagedNode):
     """The node. `load` makes the policy from the parameters; tests give another."""
 
     def __init__(self, load: Callable[[Parameters], Policy] = load_policy, **options: Any) -> None:
-        super().__init__("policy_node", **options)
+        super().__init__("policy_node", SPECS, self._changed, **options)
         self._load = load
         self._worker: Worker | None = None
         self._streams: Streams | None = None
@@ -113,11 +113,6 @@ class PolicyNode(ManagedNode):
         self._paused = False  # by ~/pause, until that or ~/start ends it
         # From the wall clock, so that a restarted node's epochs are newer than any that the player knows.
         self._epoch = int(time.time()) & 0x7FFFFFFF
-        try:
-            self._settings = Parameters(self, SPECS, self._changed)
-        except ParameterError:
-            super().destroy_node()
-            raise
         self._diagnostics = DiagnosticsPublisher(self, self._reports, self.get_name())
         self._log = RosLog(self)
         self._faulted = self.create_guard_condition(self._stop_after_fault)
@@ -167,23 +162,8 @@ class PolicyNode(ManagedNode):
         self._drop_timer()
         return super().on_deactivate(state)
 
-    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Free the policy."""
-        return super().on_cleanup(state) if self._teardown() else TransitionCallbackReturn.ERROR
-
-    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Free the policy, for good."""
-        self._teardown()
-        return super().on_shutdown(state)
-
-    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Back to unconfigured."""
-        self._teardown()
-        return super().on_error(state)
-
     def destroy_node(self) -> None:
         """Free the policy, then the node."""
-        self._teardown()
         self._jumps.unregister()
         self._log.close()
         super().destroy_node()
@@ -266,21 +246,15 @@ class PolicyNode(ManagedNode):
 
     def _stop_after_fault(self) -> None:
         self._diagnostics.publish()
-        if self._active():
+        if self.lifecycle == "active":
             self.trigger_deactivate()
-
-    def _active(self) -> bool:
-        return self._state_machine.current_state[1] == "active"
-
-    def _now(self) -> int:
-        return self.get_clock().now().nanoseconds
 
     # Parameters, prompt, services
 
     def _changed(self, values: dict[str, Any]) -> None:
         if self._worker is not None:
             self._apply(values)
-            if "rate" in values and self._active():
+            if "rate" in values and self.lifecycle == "active":
                 self._set_timer()
 
     def _apply(self, values: dict[str, Any]) -> None:
@@ -312,7 +286,7 @@ class PolicyNode(ManagedNode):
         return response
 
     def _answer(self, response: Any, act: Callable[[Worker], None], done: str) -> Any:
-        response.success = self._active()
+        response.success = self.lifecycle == "active"
         response.message = done if response.success else "the node is not active: configure and activate it first"
         if response.success:
             act(self._worker)
@@ -353,13 +327,13 @@ class PolicyNode(ManagedNode):
         name, now, worker = title(self), self._now(), self._worker
         if worker is None or self._streams is None:
             report = Report(f"{name}: policy")
-            report.add("state", "loading" if worker is not None else self._state_machine.current_state[1])
+            report.add("state", "loading" if worker is not None else self.lifecycle)
             if self._failure:
                 report.error(self._failure)
             return [report]
         limits, robot = self._settings.values(), worker.policy.robot
         report = worker.health.report(f"{name}: policy", now, limits, robot.max_skew)
-        report.add("state", self._state_machine.current_state[1])
+        report.add("state", self.lifecycle)
         report.add("running", worker.ticking)
         report.add("prompt", worker.prompt)
         report.add("checkpoint", worker.policy.digest)

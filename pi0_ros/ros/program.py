@@ -8,11 +8,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import rclpy
 from rclpy.executors import SingleThreadedExecutor
-from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
@@ -52,12 +52,63 @@ class RosLog(logging.Handler):
 class ManagedNode(LifecycleNode):
     """A lifecycle node that starts by itself where its `autostart` parameter says so, and says why it cannot.
 
-    A subclass sets `_settings` and `_diagnostics`, and has a `_teardown` that undoes half a configure.
+    A subclass sets `_diagnostics`, and has a `_teardown` that undoes half a configure too.
+
+    Args:
+        specs: its parameters.
+        changed: see `Parameters`.
+
+    Raises:
+        ParameterError: a value given at start is refused.
     """
 
-    _settings: Parameters
     _diagnostics: DiagnosticsPublisher
     _failure = ""  # why configure failed last
+
+    def __init__(
+        self,
+        name: str,
+        specs: Sequence[Spec],
+        changed: Callable[[dict[str, Any]], None] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(name, **options)
+        try:
+            self._settings = Parameters(self, specs, changed)
+        except ParameterError:
+            super().destroy_node()
+            raise
+
+    def _teardown(self) -> bool:
+        """Give back all that configure took; whether that worked."""
+        raise NotImplementedError
+
+    @property
+    def lifecycle(self) -> str:
+        """The state: unconfigured, inactive, active or finalized."""
+        return self._state_machine.current_state[1]
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Give back what configure took."""
+        return super().on_cleanup(state) if self._teardown() else TransitionCallbackReturn.ERROR
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Give it back, for good."""
+        self._teardown()
+        return super().on_shutdown(state)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Back to unconfigured."""
+        self._teardown()
+        return super().on_error(state)
+
+    def destroy_node(self) -> None:
+        """Give back what configure took, then the node itself."""
+        self._teardown()
+        super().destroy_node()
+
+    def _now(self) -> int:
+        return self.get_clock().now().nanoseconds
 
     def autostart(self) -> None:
         """Configure and activate where the parameter says so. RuntimeError with the reason when that fails."""
