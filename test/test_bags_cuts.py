@@ -170,12 +170,12 @@ def test_late_frames_and_positions_outside_the_limits_are_warned_of_before_train
     for item in items:
         if item.topic == "/cam/image_raw/compressed":
             item.message.header = kit.header(item.time - round(0.5 * kit.SECOND))
-    joints = [joint | {"position": [-1.9, -1.4]} if joint["name"] == "shoulder" else joint for joint in JOINTS]
+    joints = [joint | {"position": [-0.2, 0.7]} if joint["name"] == "shoulder" else joint for joint in JOINTS]
     robot = kit.robot(joints=joints)
     load_units(kit.write_bag(tmp_path / "bag", items), robot, 28, cache=tmp_path / "cache", idle=0, jobs=1)
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("warning: base_0_rgb (/cam/image_raw/compressed): recorded 0.5 s after the stamps, later")
     assert told[0].endswith("(1 recordings)")
-    assert re.match(r"warning: state of shoulder: \d+% outside its limits \[-1.9, -1.4\]; other units", told[1])
+    assert re.match(r"warning: state of shoulder: \d+% outside its limits \[-0.2, 0.7\]; other units", told[1])
     load_units(kit.write_bag(tmp_path / "same", items), robot, 28, cache=tmp_path / "cache", jobs=1, quiet=True)
     assert capsys.readouterr().out == ""

@@ -363,9 +363,9 @@ def test_many_nan_positions_are_a_problem_and_few_are_dropped(cut):
 
     recording, (episode,) = with_nan(1)
     assert recording.problems == [] and np.isfinite(episode.state).all()
-    assert "/joint_states joint 'elbow': NaN or infinite in 0.5% of messages" in recording.notes
+    assert "/joint_states: joint 'elbow' is NaN or infinite in 0.5% of the messages" in recording.notes
     recording, _ = with_nan(10)
-    assert recording.problems == ["/joint_states joint 'elbow': NaN or infinite in 5.0% of messages"]
+    assert recording.problems == ["/joint_states: joint 'elbow' is NaN or infinite in 5.0% of the messages"]
 
 
 @pytest.mark.parametrize("value", [1e300, 4.2e6, -43.0])
@@ -383,8 +383,8 @@ def test_a_position_that_cannot_be_is_left_out_and_many_of_them_are_a_problem(cu
     assert recording.faults["/joint_states", "position absurdly far outside the joint's limits"] == 1
     recording, _ = glitches(10)
     assert recording.problems == [
-        "/joint_states joint 'elbow': absurdly far outside its limits in 5.0% of messages "
-        "(a glitch, other units, wrong limits?)"
+        f"/joint_states: joint 'elbow' reads {value:.4g}, where its limits are -2 to 2 (a glitch, other units, wrong "
+        "limits?), in 5.0% of the messages"
     ]
 
 
@@ -586,7 +586,7 @@ def test_ticks_of_a_bag_see_what_the_node_would_have_of_joint_states_of_every_ki
     stamps = np.split(rng.permutation(2000)[: sum(counts)] * MS + kit.START, np.cumsum(counts)[:-1])
     items = [kit.compressed(kit.START + k * 50 * MS, kit.picture(k)) for k in range(40)]
     for (topic, names), times in zip(kinds, stamps, strict=True):
-        items += [kit.joint_state(int(ns), rng.normal(size=len(names)), names, topic) for ns in times]
+        items += [kit.joint_state(int(ns), rng.normal(size=len(names)) / 100, names, topic) for ns in times]
     items = sorted(items, key=lambda item: item.time)
     bag = [*items, kit.trajectory(kit.START, [(0.1, [1, 0, 0])])]
     (files,) = find_bags(kit.write_bag(tmp_path_factory.mktemp("node") / "bag", bag))

@@ -279,3 +279,15 @@ def test_custom_data_of_the_metadata_is_known(tmp_path, written):
     text["rosbag2_bagfile_information"]["custom_data"] = None
     (bag / "metadata.yaml").write_text(yaml.safe_dump(text))
     assert find_bags(bag)[0].custom_data == {}
+
+
+def test_numbered_files_with_a_pause_between_them_are_recordings_of_their_own(tmp_path):
+    for k in range(3):
+        bag = kit.write_bag(tmp_path / f"bag{k}", kit.episode(begin=kit.START + k * 100 * kit.SECOND))
+        next(bag.glob("*.mcap")).rename(tmp_path / f"episode_{k}.mcap")
+        shutil.rmtree(bag)
+    found = find_bags(tmp_path)
+    assert [bag.path.name for bag in found] == ["episode_0.mcap", "episode_1.mcap", "episode_2.mcap"]
+    (tmp_path / "episode_1.mcap").unlink()  # a hole, as far as anyone can tell
+    (whole,) = find_bags(tmp_path)
+    assert [file.name for file in whole.files] == ["episode_0.mcap", "episode_2.mcap"]

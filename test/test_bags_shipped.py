@@ -72,7 +72,7 @@ def test_of_a_source_with_joints_only_those_count(tmp_path):
     items = [i for i in kit.episode(seconds=1.0) if i.topic != "/command"]
     for k in range(10):
         ns = kit.START + k * kit.SECOND // 10
-        items += [kit.joint_state(ns, [k, k, 0.9], topic="/leader"), kit.floats(ns, [k / 10], "/hand")]
+        items += [kit.joint_state(ns, [k / 10, k / 10, 0.9], topic="/leader"), kit.floats(ns, [k / 10], "/hand")]
     sources = [
         {"topic": "/leader", "type": "JointState", "joints": ["shoulder", "elbow"]},
         {"topic": "/hand", "type": "Float64MultiArray", "joints": ["grip"], "latency": -0.1},
@@ -80,7 +80,7 @@ def test_of_a_source_with_joints_only_those_count(tmp_path):
     robot = parse_robot(yaml.safe_dump(SECTIONS | {"actions": sources}))
     bag = kit.write_bag(tmp_path / "bag", items)
     (unit,) = load_units(bag, robot, 28, cache=tmp_path / "cache", idle=0, jobs=1)
-    np.testing.assert_allclose(unit.arrays["actions"], [[k, k, max(k - 1, 0) / 10] for k in range(10)])
+    np.testing.assert_allclose(unit.arrays["actions"], [[k / 10, k / 10, max(k - 1, 0) / 10] for k in range(10)])
     assert unit.arrays["known"].tolist() == [False] + [True] * 9
 
 

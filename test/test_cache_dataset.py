@@ -153,7 +153,8 @@ def test_statistics_are_of_model_space_and_leave_padding_out(units):
     dataset = Dataset(units, horizon=4, episodes=[(0, 0)])
     stats = statistics(dataset, kit.robot(), BundleSettings(model=PRESETS["nano"]))
     np.testing.assert_allclose(stats.state.mean, [0.45, 0.5, 0.5], atol=1e-12)  # the gripper: 5 ticks open, 5 closed
-    np.testing.assert_allclose(stats.state.std[:2], [np.std(np.arange(10) / 10), 0], atol=1e-12)
+    np.testing.assert_allclose(stats.state.std[:2], [np.std(np.arange(10) / 10), 0.004], atol=1e-12)  # a resting joint
+    np.testing.assert_allclose([stats.state.q01[1], stats.state.q99[1]], [0.5 - 0.0093, 0.5 + 0.0093], atol=1e-4)
     relative = []
     action = [0.1, *(k / 10 for k in range(1, 10))]
     for tick in range(10):

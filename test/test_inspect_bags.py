@@ -240,7 +240,10 @@ def no_picture(ns, form="jpeg"):
 
 
 UNREADABLE = {
-    "depth": (lambda ns: kit.raw(ns, kit.picture(0), encoding="16UC1"), "10 x image encoding '16UC1' is no colour"),
+    "depth": (
+        lambda ns: kit.raw(ns, kit.picture(0), encoding="16UC1"),
+        "10 x image encoding '16UC1' cannot be read",
+    ),
     "compressed depth": (lambda ns: no_picture(ns, "16UC1; compressedDepth png"), "10 x depth, not colour"),
     "video": (no_picture, "no frame of base_0_rgb can be decoded: compressed image of 15 bytes"),
     "short rows": (lambda ns: kit.raw(ns, kit.picture(0), step=16, encoding="rgb8"), "no frame of base_0_rgb can be"),
@@ -295,7 +298,7 @@ def test_nan_joints_are_refused_by_name(inspect, tmp_path):
         if item.topic == "/joint_states":
             item.message.position[2] = np.nan
     code, _, err, _ = inspect(kit.write_bag(tmp_path / "bag", items))
-    assert code == 1 and "/joint_states joint 'grip': NaN or infinite in 100.0% of messages" in err
+    assert code == 1 and "/joint_states: joint 'grip' is NaN or infinite in 100.0% of the messages" in err
 
 
 def test_few_nan_positions_are_counted_for_their_joint_and_stream(inspect, tmp_path):

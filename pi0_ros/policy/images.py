@@ -130,8 +130,13 @@ def _unpack(message: Any) -> np.ndarray:
         raise ImageError(f"{width}x{height} image in {encoding} does not convert to rgb8: {reason}") from None
 
 
+def is_depth(format: str) -> bool:
+    """Whether a CompressedImage of this format holds distances, which would look like a black picture."""
+    return "compressedDepth" in format or format.startswith(("16UC1", "32FC1"))
+
+
 def _decompress(message: Any) -> np.ndarray:
-    if "compressedDepth" in message.format:
+    if is_depth(message.format):
         raise ImageError(f"compressed image format {message.format!r} holds depth, not colour")
     data = np.frombuffer(message.data, np.uint8)
     try:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ STORAGE = (".mcap", ".db3")
 COMPRESSED = tuple(f"{suffix}.zstd" for suffix in STORAGE)
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 CDR = "cdr"
+SPLIT_PAUSE_NS = 2_000_000_000  # between two files without metadata.yaml: more, and they are two recordings
 DIGEST_BLOCK, DIGEST_BLOCKS = 1 << 16, 64
 
 _TYPES = get_typestore(Stores.ROS2_KILTED)  # the few types used here are the same in every distribution
@@ -99,7 +101,7 @@ def find_bags(root: str | Path) -> list[BagFiles]:
     """Every recording at or below `root`, ordered by path. Hidden folders are not entered.
 
     A folder with storage files is one recording when it has a metadata.yaml or its files are numbered splits of one
-    name; loose files are recordings of their own.
+    name, each of which begins where the one before ends; loose files are recordings of their own.
 
     Raises:
         BagError: `root` does not exist or holds no recording.
@@ -138,9 +140,32 @@ def _bags_in(folder: Path) -> list[BagFiles]:
     by_name: dict[str, list[Path]] = {}
     for path in found:
         by_name.setdefault(_split_key(path)[0], []).append(path)
-    whole = len(by_name) == 1
     notes = ("metadata.yaml is missing, the files themselves were read",)
-    return [BagFiles(folder if whole else files[0], tuple(files), {}, notes) for files in by_name.values()] + ros1
+    groups = [group for files in by_name.values() for group in _following(files)]
+    whole = len(groups) == 1
+    return [BagFiles(folder if whole else files[0], tuple(files), {}, notes) for files in groups] + ros1
+
+
+def _following(files: list[Path]) -> list[list[Path]]:
+    """Numbered files, in order, as recordings: a split goes on where the one before ends, another recording later."""
+    groups = [files[:1]]
+    for (before, ends), (after, begins) in pairwise((file, _span(file)) for file in files):
+        apart = ends is not None and begins is not None and begins[0] - ends[1] > SPLIT_PAUSE_NS
+        if apart and _split_key(after)[1] == _split_key(before)[1] + 1:  # else the files between them are missing
+            groups.append([])
+        groups[-1].append(after)
+    return groups
+
+
+def _span(file: Path) -> tuple[int, int] | None:
+    """First and last time of recording, ns; None where that cannot be had without reading it all."""
+    if file.suffix == ".zstd":
+        return None
+    try:
+        with Reader(file) as reader:
+            return (reader.start_time, reader.end_time) if reader.message_count else None
+    except Exception:  # noqa: BLE001 - a damaged file can make its parser raise anything; `Bag` tells of it
+        return None
 
 
 def _split_key(path: Path) -> tuple[str, int]:
@@ -315,7 +340,8 @@ class _named:  # noqa: N801
             reason = _one_line(error)
             if "Profile is not ros2" in reason:
                 raise BagError(f"{self.file}: an mcap file, but not of ROS 2") from None
-            hint = "; `mcap recover` or `ros2 bag reindex` may mend it" if self.file.suffix == ".mcap" else ""
+            hints = {".mcap": "`mcap recover` or `ros2 bag reindex`", ".db3": "`sqlite3 FILE .recover`"}
+            hint = f"; {hints[self.file.suffix]} may mend it" if self.file.suffix in hints else ""
             raise BagError(f"{self.file}: truncated or damaged ({reason}){hint}") from None
 
 

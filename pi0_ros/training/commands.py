@@ -4,8 +4,9 @@ One rule for every kind of message. A command takes hold when it arrives; from w
 that moment it goes in straight lines through its points, each at its own time, and then holds its last point until the
 next command. A JointState or Float64MultiArray is a command of one point, due at once, so it simply holds. A
 JointTrajectory has its points at stamp + time_from_start (stamp 0: at arrival + time_from_start), which is how
-joint_trajectory_controller reads positions. The action of a tick is therefore the position that was commanded *for*
-that instant, and action k of a chunk the one for k control periods later, which is how the player plays it.
+joint_trajectory_controller reads positions; one without points cancels the one before, and its joints hold where that
+stands. The action of a tick is therefore the position that was commanded *for* that instant, and action k of a chunk
+the one for k control periods later, which is how the player plays it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+HOLD = np.nan  # the position of a command to stay where the one before has led
+
 
 @dataclass(frozen=True)
 class Commands:
     """M commands of one set of joints (model indices, n of them), all their points in one array: hours of them fit.
 
     Command i takes hold at begin_ns[i], int64 [M], and is points first[i] to first[i + 1], int64 [M + 1]: float64
-    positions [P, n], due at int64 due_ns [P]. `order` int64 [M]: of those that take hold at once the largest wins.
+    positions [P, n], HOLD where it says to stay, due at int64 due_ns [P]. `order` int64 [M]: of those that take hold at
+    once the largest wins.
     """
 
     joints: tuple[int, ...]
@@ -89,7 +93,9 @@ def commanded(lanes: Sequence[Commands], ticks_ns: np.ndarray, joints: int) -> t
     if sum(len(group) for group in sets) > len(set().union(*sets)):  # overlapping sets: one joint at a time
         sets = {(joint,) for group in sets for joint in group}
     for group in sorted(sets):
-        lane = _joined([lane.of(group) for lane in lanes if set(group) <= set(lane.joints)])
+        lane = _from_first(_joined([lane.of(group) for lane in lanes if set(group) <= set(lane.joints)]))
+        if not len(lane.begin_ns):
+            continue
         columns = list(group)
         values[:, columns], begin = _lane(lane, ticks_ns)
         known[begin:, columns] = True
@@ -107,12 +113,25 @@ def _joined(lanes: list[Commands]) -> Commands:
     return joined.take(np.lexsort((joined.order, joined.begin_ns)))
 
 
+def _from_first(lane: Commands) -> Commands:
+    """From the first command that leads somewhere on: before it there is nowhere to hold."""
+    leads = np.flatnonzero(~_holding(lane))
+    first = leads[0] if len(leads) else len(lane.begin_ns)
+    return lane.take(np.arange(first, len(lane.begin_ns))) if first else lane
+
+
+def _holding(lane: Commands) -> np.ndarray:
+    """bool [M], True for commands to stay."""
+    return np.isnan(lane.positions[lane.first[:-1], 0])
+
+
 def _lane(lane: Commands, ticks: np.ndarray) -> tuple[np.ndarray, int]:
     edges = np.searchsorted(ticks, lane.begin_ns, side="left")
     stops = np.append(edges[1:], len(ticks))
     out = np.empty((len(ticks), len(lane.joints)))
     out[: edges[0]] = lane.positions[0]
-    if len(lane.due_ns) == len(lane.begin_ns) and (lane.due_ns <= lane.begin_ns).all():
+    held = _holding(lane)
+    if len(lane.due_ns) == len(lane.begin_ns) and (lane.due_ns <= lane.begin_ns).all() and not held.any():
         at = np.searchsorted(lane.begin_ns, ticks[edges[0] :], side="right") - 1
         out[edges[0] :] = lane.positions[at]
         return out, int(edges[0])
@@ -120,6 +139,8 @@ def _lane(lane: Commands, ticks: np.ndarray) -> tuple[np.ndarray, int]:
     for i, begin in enumerate(lane.begin_ns):
         points = slice(lane.first[i], lane.first[i + 1])
         knots, places = _knots(lane.due_ns[points] - begin, lane.positions[points], current)
+        if held[i]:
+            knots, places = np.zeros(1), current[None]
         out[edges[i] : stops[i]] = _straight(ticks[edges[i] : stops[i]] - begin, knots, places)
         if i + 1 < len(edges):
             current = _straight(lane.begin_ns[i + 1 : i + 2] - begin, knots, places)[0]

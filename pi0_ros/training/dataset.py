@@ -14,8 +14,10 @@ from pi0_ros.policy.statistics import NormStats, Stats
 from pi0_ros.policy.transforms import build_transforms
 from pi0_ros.robot import CAMERA_SLOTS, Robot
 from pi0_ros.training.cache import Unit
+from pi0_ros.training.plausibility import least_spread
 
 CHUNK_ROWS = 4096  # samples of the statistics that are worked on at once
+NORMAL_98 = 2.33  # standard deviations of a normal distribution within which 98 % lie
 MOST_ROWS = 4_000_000  # actions that quantiles are taken of; of a larger set, every so many-th sample
 
 
@@ -173,7 +175,8 @@ def statistics(dataset: Dataset, robot: Robot, settings: BundleSettings) -> Norm
     """Mean, std and exact 1 % and 99 % quantiles of states and of actions, in the space that is normalised.
 
     Over every sample, and of its actions over every step of the chunk that is not padding (openpi:
-    scripts/compute_norm_stats.py, which counts the padding and bins the quantiles).
+    scripts/compute_norm_stats.py, which counts the padding and bins the quantiles). A joint that rested counts as
+    spread by `least_spread`.
     """
     if not len(dataset):
         raise ValueError("there are no samples to take statistics of")
@@ -183,9 +186,11 @@ def statistics(dataset: Dataset, robot: Robot, settings: BundleSettings) -> Norm
         data = group.encode(state, chunk)
         states.append(data["state"])
         actions.append(data["actions"][mask])
-    return NormStats(_stats(np.concatenate(states)), _stats(np.concatenate(actions)))
+    least = np.array([least_spread(joint) for joint in robot.joints])
+    return NormStats(_stats(np.concatenate(states), least), _stats(np.concatenate(actions), least))
 
 
-def _stats(rows: np.ndarray) -> Stats:
+def _stats(rows: np.ndarray, least: np.ndarray) -> Stats:
     q01, q99 = np.quantile(rows, [0.01, 0.99], axis=0)
-    return Stats(rows.mean(axis=0), rows.std(axis=0), q01, q99)
+    wider = np.maximum(0.0, NORMAL_98 * least - (q99 - q01) / 2)
+    return Stats(rows.mean(axis=0), np.maximum(rows.std(axis=0), least), q01 - wider, q99 + wider)

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from pi0_ros.policy.images import ENCODINGS
+from pi0_ros.policy.images import ENCODINGS, is_depth
 from pi0_ros.robot import Robot
 from pi0_ros.training.bags import Bag, BagError, decode, header_stamp
 from pi0_ros.training.clocks import ClockOffset
-from pi0_ros.training.commands import CommandRows, Commands
+from pi0_ros.training.commands import HOLD, CommandRows, Commands
+from pi0_ros.training.plausibility import check_states
 from pi0_ros.training.stamps import command_times, set_times
 from pi0_ros.training.topics import absence, find_topic, image_names
 
@@ -120,9 +121,11 @@ class _Reader:
         # By names in a message, and wanted: model indices, their places in it, least and largest number each may have.
         self.columns: dict[tuple[Any, ...], tuple[tuple[int, ...], list[int], np.ndarray, np.ndarray]] = {}
         self.strangers: dict[str, tuple[str, ...]] = {}  # source -> joints of a command that are none of the robot's
-        self.seen_names: dict[tuple[str, str], set[str]] = {}
+        self.seen_names: dict[tuple[str, str], set[str]] = {}  # of joints, in messages that may speak of them
+        self.all_names: dict[tuple[str, str], set[str]] = {}
         self.nan: Counter[tuple[str, str, str]] = Counter()  # (state or actions, topic, joint) -> messages
         self.absurd: Counter[tuple[str, str, str]] = Counter()
+        self.example: dict[tuple[str, str, str], float] = {}  # the first of the absurd ones
 
     def read(self) -> Recording:
         robot, recording = self.robot, self.recording
@@ -130,6 +133,12 @@ class _Reader:
             slot: self._find(f"camera {slot}", image_names(camera.topic, camera.transport), (IMAGE, COMPRESSED))
             for slot, camera in robot.present_cameras.items()
         }
+        for slot, topic in cameras.items():
+            if topic and self.bag.topics[topic].type == COMPRESSED and not topic.endswith("/compressed"):
+                recording.warnings.append(
+                    f"camera {slot}: {topic} holds CompressedImage, which policy_node hears on {topic}/compressed "
+                    "alone: remap the driver's topic to that name"
+                )
         states = [self._find("state", [topic], (JOINT_STATE,)) for topic in robot.state.topics]
         actions = {
             name: self._find(name, [source.topic], (ACTION_TYPES[source.type],))
@@ -139,6 +148,13 @@ class _Reader:
             recording.problems.append("actions: the robot file does not say where recorded actions come from")
         prompt = self._find("prompt", [robot.prompt.topic], (STRING,), needed=False) if robot.prompt.topic else None
         marks = self._find("episodes", [robot.episode_topic], (STRING,), needed=False) if robot.episode_topic else None
+        if robot.episode_topic and not marks:
+            reason, _ = absence(self.bag.topics, [robot.episode_topic], (STRING,))
+            recording.warnings.append(f"episodes: {reason}; the whole recording is taken for one episode")
+        if robot.prompt.topic and not prompt and "prompt" not in recording.custom_data:
+            reason, there = absence(self.bag.topics, [robot.prompt.topic], (STRING,))
+            if not there and any(topic.type == STRING and topic.count for topic in self.bag.topics.values()):
+                recording.notes.append(f"prompt: {reason}")
         for topic, handler in [
             *((topic, self._on_image) for topic in cameras.values()),
             *((topic, self._on_state) for topic in states),
@@ -160,6 +176,7 @@ class _Reader:
         stamped = [stream for stream in recording.states if stream.header_ns.any()]
         offset = ClockOffset([(s.bag_ns, s.header_ns) for s in stamped or recording.cameras.values()])
         set_times(recording, robot, offset)
+        check_states(recording, robot)
         self._set_commands(actions, offset)
         recording.prompts = self._texts(prompt, offset)
         recording.marks = self._texts(marks, offset)
@@ -209,10 +226,10 @@ class _Reader:
         message, source = decode(raw, self.bag.topics[topic].type), self.sources[name]
         header, due = 0, [0]
         if source.type == "JointTrajectory":
+            header, names = _stamp(message), message.joint_names
             if not message.points:
-                return  # an empty trajectory stops the arm where it is; there is no target to learn
-            header, due, points = _stamp(message), _due(message), [point.positions for point in message.points]
-            names = message.joint_names
+                return self._hold(name, stamp, header, ordinal, names or source.joints or self.robot.joint_names)
+            due, points = _due(message), [point.positions for point in message.points]
         elif source.type == "JointState":
             header, points, names = _stamp(message), [message.position], message.name
         else:
@@ -226,6 +243,14 @@ class _Reader:
             rows = self.commands.setdefault((name, found[0][0]), CommandRows())
             rows.add(stamp, header, ordinal, np.stack([row for _, row in found]), due)
 
+    def _hold(self, name: str, stamp: int, header: int, ordinal: int, names: Sequence[str]) -> None:
+        """An empty trajectory: its joints stop where they are commanded to be by then."""
+        only = self.sources[name].joints or names
+        joints = tuple(sorted(self.index[joint] for joint in names if joint in self.index and joint in only))
+        if joints:
+            rows = self.commands.setdefault((name, joints), CommandRows())
+            rows.add(stamp, header, ordinal, np.full((1, len(joints)), HOLD))
+
     def _on_text(self, topic: str, stamp: int, ordinal: int, raw: bytes) -> None:
         self.texts.setdefault(topic, []).append((stamp, decode(raw, STRING).data.strip()))
 
@@ -235,13 +260,16 @@ class _Reader:
         """(model indices, positions) of the robot's joints in a message, None when it has none of them (of `only`)."""
         key, index = tuple(names), self.index
         if (key, only) not in self.columns:
-            wanted = (i for i, name in enumerate(key) if name in index and name in (only or key))
+            wanted = (
+                i for i, name in enumerate(key) if name in index and name in (only or key) and key.index(name) == i
+            )
             at = sorted(wanted, key=lambda i: index[key[i]])
             mine = tuple(index[key[i]] for i in at)
             bounds = np.array([self.robot.joints[joint].conceivable for joint in mine]).reshape(-1, 2).T
             self.columns[key, only] = mine, at, *bounds
             if at != sorted(at):
                 self.recording.notes.append(f"{topic}: joints are not in the robot file's order; read by name")
+        self.all_names.setdefault((what, topic), set()).update(key)
         self.seen_names.setdefault((what, topic), set()).update(set(key) & set(only or key))
         joints, at, least, most = self.columns[key, only]
         if not joints:
@@ -254,6 +282,8 @@ class _Reader:
             finite, names = np.isfinite(row), [self.robot.joint_names[joint] for joint in joints]
             for counts, bad in ((self.nan, ~finite), (self.absurd, finite & ~sound)):
                 counts.update((what, topic, names[i]) for i in np.flatnonzero(bad))
+            for i in np.flatnonzero(finite & ~sound):
+                self.example.setdefault((what, topic, names[i]), float(row[i]))
             far = "position absurdly far outside the joint's limits"
             raise BagError(far if finite.all() else "NaN or infinite position")
         return joints, row
@@ -279,7 +309,8 @@ class _Reader:
         for what, topics in (("state", states), ("actions", actions)):
             seen = set().union(*(self.seen_names.get((what, topic), set()) for topic in topics))
             if topics and all(topics) and (missing := [name for name in names if name not in seen]):
-                found = ", ".join(sorted(seen)[:12]) or "none"
+                there = set().union(*(self.all_names.get((what, topic), set()) for topic in topics))
+                found = ", ".join(sorted(there)[:12]) or "none" + "".join(map(recording.reasons, topics))
                 recording.problems.append(f"{what}: no message names joint {', '.join(missing)}; names found: {found}")
             elif what == "state" and topics and all(topics):
                 usable = {names[joint] for stream in recording.states for joint in stream.joints}
@@ -288,16 +319,14 @@ class _Reader:
         for (what, _, name), count in self.nan.items():
             recording.nan[what, name] += count
         for counts, text in (
-            (self.nan, "NaN or infinite in {:.1%} of messages"),
-            (
-                self.absurd,
-                "absurdly far outside its limits in {:.1%} of messages (a glitch, other units, wrong limits?)",
-            ),
+            (self.nan, "is NaN or infinite"),
+            (self.absurd, "reads {:.4g}, where its limits are {:g} to {:g} (a glitch, other units, wrong limits?),"),
         ):
-            for (_, topic, name), count in counts.items():
+            for (what, topic, name), count in counts.items():
                 share = count / max(self.bag.topics[topic].count, 1)
                 found = recording.problems if share > NAN_SHARE else recording.notes
-                found.append(f"{topic} joint {name!r}: {text.format(share)}")
+                numbers = self.example.get((what, topic, name)), *self.robot.joints[self.index[name]].position
+                found.append(f"{topic}: joint {name!r} {text.format(*numbers)} in {share:.1%} of the messages")
 
     def _set_commands(self, topics: dict[str, str | None], offset: ClockOffset) -> None:
         recording = self.recording
@@ -332,7 +361,7 @@ def image_fault(message: Any) -> str | None:
     """What makes an image message useless, seen without decoding it."""
     data = message.data
     if hasattr(message, "format"):
-        if "compressedDepth" in message.format:
+        if is_depth(message.format):
             return "depth, not colour"
         head = bytes(data[:4])
         if head[:2] == b"\xff\xd8" and bytes(data[-65536:]).rfind(b"\xff\xd9") < 0:
@@ -345,7 +374,8 @@ def image_fault(message: Any) -> str | None:
     if len(data) < message.height * message.step:
         return "image data shorter than height x step"
     if message.encoding not in ENCODINGS:
-        return f"image encoding {message.encoding!r} is no colour or grey image that can be decoded"
+        encodings = "rgb8, bgr8, mono8, yuv422 and the like, or JPEG on .../compressed"
+        return f"image encoding {message.encoding!r} cannot be read; the driver must publish {encodings}"
     return None
 
 

@@ -11,11 +11,22 @@ import numpy as np
 from pi0_ros.robot import Robot
 from pi0_ros.training.bags import Bag, BagError, BagFiles
 from pi0_ros.training.cache import image_messages, model_frame, require_usable
-from pi0_ros.training.data import change_gaps, counted, limits_warning, outside_limits, rate_fault
 from pi0_ros.training.episodes import Episode, Selection, cut_episodes
+from pi0_ros.training.plausibility import (
+    NEAR_CONSTANT,
+    Motion,
+    change_gaps,
+    commands_apart,
+    counted,
+    limits_fault,
+    limits_warning,
+    measured_state,
+    outside_limits,
+    rate_fault,
+    rests,
+)
 from pi0_ros.training.recording import Recording, Stream, read_recording
 
-NEAR_CONSTANT = 1e-3  # standard deviation as a share of the joint's position range
 GAP_FACTOR = 3.0  # a gap is a silence longer than this many usual periods
 
 
@@ -26,7 +37,7 @@ class BagReport:
     numbers: dict[str, Any]
     state: np.ndarray  # float64 [T, J] at usable ticks
     actions: np.ndarray
-    gaps: list[np.ndarray] = field(default_factory=list)  # of each episode, ticks between changes of its actions
+    motions: list[Motion] = field(default_factory=list)  # of each episode
     episode: dict[str, np.ndarray] | None = None  # seconds, state, actions, usable of the first episode
     skew_ms: np.ndarray = field(default_factory=lambda: np.empty(0))
     samples: list[tuple[str, float, np.ndarray]] = field(default_factory=list)  # slot, seconds, uint8 [S, S, 3]
@@ -48,7 +59,7 @@ def inspect_bag(files: BagFiles, robot: Robot, selection: Selection, image_size:
             _require_pictures(bag, recording, episodes, robot, image_size)
             report.state = np.concatenate([e.state[e.usable] for e in episodes])
             report.actions = np.concatenate([e.actions[e.usable & e.known] for e in episodes])
-            report.gaps = [change_gaps(e.actions[e.known]) for e in episodes]
+            report.motions = [(e.state, e.actions, e.known) for e in episodes]
             report.skew_ms = np.concatenate([e.skew_ns[e.usable] for e in episodes]) / 1e6
             report.episode = _curve(next(e for e in episodes if e.usable.any()))
             if samples:
@@ -200,7 +211,7 @@ def summarise(reports: list[BagReport], robot: Robot, horizon: int, selection: S
     skew = np.concatenate([r.skew_ms for r in good]) if good else np.empty(0)
     joints = [_joint(robot, i, state, actions, good) for i in range(len(robot.joints))] if len(state) else []
     episodes = [episode for n in numbers for episode in n["episodes"]]
-    refused = None
+    refused, warnings = None, []
     if not good:
         reasons = Counter(r.numbers["refused"] for r in reports)
         reason, count = reasons.most_common(1)[0]
@@ -208,7 +219,19 @@ def summarise(reports: list[BagReport], robot: Robot, horizon: int, selection: S
         if len(reports) == 1:
             refused = f"the recording cannot be trained on: {reason}"
     else:
-        refused = rate_fault([gaps for r in good for gaps in r.gaps], robot)
+        motions = [motion for r in good for motion in r.motions]
+        outside = [
+            (what, joint["name"], joint["limits"], (joint[what] or {}).get("outside_limits", 0.0))
+            for what in ("state", "actions")
+            for joint in joints
+        ]
+        refused = rate_fault([change_gaps(actions[known]) for _, actions, known in motions], robot)
+        refused = refused or limits_fault(outside)
+        warnings = [line for what in outside for line in limits_warning(*what)]
+        for what, rows in (("state", state), ("actions", actions)):
+            for joint, values in zip(robot.joints, rows.T, strict=True):
+                warnings += rests(what, joint, values)
+        warnings += commands_apart(motions, robot)
     return {
         "robot": robot.name,
         "refused": refused,
@@ -225,7 +248,7 @@ def summarise(reports: list[BagReport], robot: Robot, horizon: int, selection: S
         "chunk": {"horizon": horizon, "seconds": horizon * robot.dt, "control_rate": robot.control_rate},
         "prompts": dict(Counter(prompt for e in episodes if e["kept"] for prompt in e["prompts"])),
         "joints": joints,
-        "warnings": _warnings(robot, numbers, joints, episodes),
+        "warnings": _warnings(robot, numbers, joints, episodes) + warnings,
     }
 
 
@@ -281,24 +304,15 @@ def _warnings(
     joints: list[dict[str, Any]],
     episodes: list[dict[str, Any]],
 ) -> list[str]:
-    found = counted([bag["warnings"] for bag in numbers])
+    found = counted([bag["warnings"] for bag in numbers]) + measured_state(robot)
     for joint in joints:
-        for what in ("state", "actions"):
-            column = joint[what] or {}
-            if column.get("near_constant"):
-                std = f"{column['std']:.2g}"
-                found.append(f"{what} of {joint['name']} hardly changes (std {std}): normalising would blow up noise")
-            found += limits_warning(what, joint["name"], joint["limits"], column.get("outside_limits", 0.0))
         if joint.get("gripper", {}).get("polarity") == "perhaps swapped":
             found.append(f"gripper {joint['name']} starts closed; are open and closed swapped in the robot file?")
-    if {source.topic for source in robot.actions} & set(robot.state.topics):
-        found.append(
-            "actions are the measured state: a policy trained on them learns to stand still; record the commands"
-        )
     slow = Counter()
+    planned = {name for name, source in robot.action_sources.items() if source.type == "JointTrajectory"}
     for bag in numbers:
         for name, stream in bag["streams"].items():
-            if stream.get("rate") and stream["rate"] < 0.9 * robot.control_rate:
+            if name not in planned and stream.get("rate") and stream["rate"] < 0.9 * robot.control_rate:
                 slow[
                     f"{name} at {stream['rate']:.1f} Hz is slower than the control rate of {robot.control_rate:g} Hz"
                 ] += 1

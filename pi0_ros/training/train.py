@@ -52,6 +52,7 @@ from pi0_ros.training.streams import step_streams
 from pi0_ros.wording import first_line
 
 EVALUATED = 256  # held-out samples that a look at the loss is averaged over
+MOST_TOLD = 5  # prompts that are printed
 LOGGED = 10  # steps between two looks at the loss, which wait for the device
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -87,10 +88,6 @@ class Run:
         if options.shard and world.size == 1:
             print("note: --shard shares nothing out: this is one process (torchrun starts several)")
         self._load_data()
-        if world.first and (still := [self._named(place) for place in self.stats.constant()]):
-            print(
-                f"warning: (almost) never changes in these recordings, so any change will seem huge: {', '.join(still)}"
-            )
         self._check_prompts()
         self.transforms = build_transforms(self.robot, self.stats, self.settings)
         self.model = begin.model(options)
@@ -145,6 +142,9 @@ class Run:
         if self.world.first:
             counts = f"{len(train)} episodes, {len(self.train_set)} samples; held out {len(held_out)} episodes"
             print(f"training on {counts}")
+            prompts = sorted(self.train_set.prompts())
+            more = f" and {len(prompts) - MOST_TOLD} more" if len(prompts) > MOST_TOLD else ""
+            print(f"prompts: {', '.join(map(repr, prompts[:MOST_TOLD]))}{more}")
             if seen := sum(tuple(name) in earlier for name in self.episodes["held_out"]):
                 print(
                     f"warning: {seen} of {len(held_out)} held-out episodes were trained on before, in runs that "
@@ -165,11 +165,6 @@ class Run:
             raise OptionsError(f"{has} {encoder.max_len}: some of the state would be cut; give a shorter --prompt")
         if count > encoder.max_len and self.world.first:
             print(f"warning: {has} the first {encoder.max_len} alone")
-
-    def _named(self, place: str) -> str:
-        """'state[1]' -> 'state of elbow'."""
-        what, _, number = place.rstrip("]").partition("[")
-        return f"{what} of {self.robot.joint_names[int(number)]}"
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
