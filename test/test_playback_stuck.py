@@ -107,8 +107,10 @@ def test_after_a_pause_positions_go_on_from_where_the_arm_is(pause, moved):
     bench.tick(30)
     bench.now += round(pause * SECOND)
     bench.arm = arm = bench.arm + [moved, 0, 0]
-    for _ in range(60):
+    for k in range(60):
         bench.now += PERIOD
+        if pause > 2 and k % 10 == 5:  # the chunk is over: nothing is sent before there is another
+            bench.offer(np.tile(arm, (41, 1)))
         commands = bench.player.tick(bench.now)  # timers come before subscriptions
         if commands is not None and commands.stream:
             assert abs(bench.player.commanded[0] - arm[0]) < 0.02 + 1e-6

@@ -7,7 +7,6 @@ chunk stands does not depend on how long it took to come.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -140,9 +139,3 @@ class Playback:
 
     def _no_offset(self) -> None:
         self._joined = -(1 << 62)
-
-
-def joint_index(names: Sequence[str], wanted: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Where the wanted joints stand in a message: ([n] places in `names`, [n] places in `wanted`)."""
-    pairs = [(names.index(name), k) for k, name in enumerate(wanted) if name in names]
-    return np.array([p for p, _ in pairs], dtype=np.intp), np.array([k for _, k in pairs], dtype=np.intp)

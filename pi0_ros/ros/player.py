@@ -98,7 +98,8 @@ class Player:
             return
         # Not in `tick`: an arm that is moved while nothing is played, or the node is inactive, must be noticed too.
         if self._following or not self.at_rest:
-            self._rest.lags(now, self._seen.positions, self.commanded)
+            if now - self._last <= PAUSE * SECOND:  # else it may be others who moved it
+                self._rest.lags(now, self._seen.positions, self.commanded)
         else:
             self._rest.watch(now, self._seen.positions, self.commanded)
 
@@ -208,15 +209,12 @@ class Player:
             self._grid = now - (self._index + 1) * self._period
         before, self._last = self._last, now
         steps = (now - self._grid + self._period // 2) // self._period - self._index
-        if (
-            steps * self._period > PAUSE * SECOND
-            and steps > CATCH_UP
-            and self.stream is not None
-            and self.commanded is not None
-        ):
-            # Paused: what takes positions has stood where it was told last, and others may have moved it since.
-            self.stream.seed(self.commanded)
-            self._afresh = True
+        if steps * self._period > PAUSE * SECOND and steps > CATCH_UP and self.commanded is not None:
+            # Paused: what takes positions has stood where it was told last, a trajectory has ended, and others may have
+            # moved the arm since.
+            if self.stream is not None:
+                self.stream.seed(self.commanded)
+            self._afresh = self._anew = True
             self._seen.forget(before)
             if self._running:
                 self._halt(HOLDING, "there was a pause")
@@ -233,6 +231,9 @@ class Player:
 
     def _plan(self) -> Plan | None:
         if not (self._plan_now or (self._following and self._index >= self._plan_at)):
+            return None
+        if not self._following and not self.window.state()[1].any():
+            self._plan_now = False  # it rests where the last one ends; who has moved it since need not undo that
             return None
         self._plan_now, self._plan_at = False, self._index + self._resend
         first = self.window.plan(self._guide, self._speed)

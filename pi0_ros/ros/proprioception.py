@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,13 +11,19 @@ import numpy as np
 from pi0_ros.robot import Robot
 from pi0_ros.ros.judging import SECOND
 from pi0_ros.ros.limiter import Limits
-from pi0_ros.ros.playback import joint_index
 
 FUTURE_STATE = 0.5  # s; joint states stamped further ahead of the clock are from another clock
+LEAP_SPEED = 3.0  # times a joint's velocity limit: faster than an arm goes, and a hand seldom does
+LEAP = 0.05  # rad, or 0.01 m, beyond that: noise
+LEAPS, LEAP_SPAN = 3, 1.0  # so many within so many seconds, and nobody knows where the arm is
 
 
 class Proprioception:
     """Measured positions, put together from messages of some joints or all, in any order.
+
+    What is measured becomes what is commanded when a motion begins, so a single wrong message must not count: of one
+    in which a joint leaps further than it can go, the next must agree. Where both of two places are told again and
+    again, as by a second publisher, neither counts.
 
     Attributes:
         positions: float64 [J], NaN where a joint was never seen.
@@ -27,25 +34,37 @@ class Proprioception:
         self._names, self._limits, self._max_age = robot.joint_names, limits, robot.state.max_age
         self.positions = np.full(len(self._names), np.nan)
         self.at = np.full(len(self._names), -1, dtype=np.int64)
-        self._topics, self._came = robot.state.topics, False
+        self._speed = LEAP_SPEED * np.array([joint.velocity for joint in robot.joints])
+        self._noise = LEAP * np.array([0.2 if joint.kind == "prismatic" else 1.0 for joint in robot.joints])
+        # A gripper may be told in one step, and moves nothing when it is.
+        self._arm = np.array([joint.kind != "gripper" for joint in robot.joints])
+        self._leapt: dict[
+            tuple[int, ...], tuple[np.ndarray, int]
+        ] = {}  # by joints: positions and stamp not yet believed
+        self._leaps: deque[tuple[int, str]] = deque(maxlen=LEAPS)  # ns, and what one was
+        self._topics, self._came = robot.state.topics, ""  # what the last message was that said nothing
         self._note = ""  # what may be the reason where they are missing
         self._noted: set[int] = set()  # joints that it is about; those of other drivers say nothing of it
 
     def take(self, names: Sequence[str], positions: Sequence[float], stamp: int, now: int) -> bool:
         """Take in a message; whether it says anything. Left out, lest they become what is held, are positions that
-        cannot be: not finite, or further outside a joint's limits than these are apart."""
-        self._came = True
+        cannot be: not finite, or further outside a joint's limits than these are apart; and what is older than what is
+        known."""
+        here, mine = joint_index(names, self._names)
+        if not len(mine):
+            self._came = f"joints {', '.join(names[:6]) or 'without names'} came, none of this robot's"
+            return False
+        if len(positions) < len(names):
+            self._came = f"{len(positions)} positions for {len(names)} names came"
+            return False
+        self._came = "they came"
         if stamp - now > FUTURE_STATE * SECOND:
             self._note = f"; they are stamped {(stamp - now) / SECOND:.0f} s ahead of this node's clock"
-            return False
-        here, mine = joint_index(names, self._names)
-        if not len(mine) or int(here.max()) >= len(positions):
             return False
         values = np.asarray(positions, dtype=np.float64)[here]
         low, high = self._limits.low[mine], self._limits.high[mine]
         good = (values >= 2 * low - high) & (values <= 2 * high - low)  # false for NaN
-        self.positions[mine[good]] = values[good]
-        self.at[mine[good]] = min(stamp, now)  # a clock ahead of ours must not make them last longer
+        self._store(mine[good], values[good], min(stamp, now))  # a clock ahead of ours must not make them last longer
         late = (now - stamp) / SECOND
         if not self._noted or self._noted.intersection(mine.tolist()):
             self._note, self._noted = "", set()
@@ -54,14 +73,40 @@ class Proprioception:
             worst = int(np.argmin(good))
             limits = f"limits of {low[worst]:g} to {high[worst]:g}"
             value = f"{self._names[mine[worst]]!r} reads {values[worst]:.4g}"
-            self._note = f"; {value}, which cannot be with {limits}: other units (degrees?)"
+            self._note = f"; {value}, impossible with {limits}: other units (degrees?)"
         elif late > self._max_age and not self._noted:
             self._note = f"; they come, stamped {late:.2g} s before this node's clock"
         return True
 
+    def _store(self, joints: np.ndarray, values: np.ndarray, stamp: int) -> None:
+        new = stamp >= self.at[joints]
+        joints, values = joints[new], values[new]
+        key, before, at = tuple(joints.tolist()), self.positions[joints], self.at[joints]
+        waiting = self._leapt.pop(key, None)
+        if self._leaps_from(before, at, joints, values, stamp):
+            if waiting is None or self._leaps_from(waiting[0], np.full(len(joints), waiting[1]), joints, values, stamp):
+                self._leapt[key] = values, stamp
+                return
+        elif waiting is None:
+            self.positions[joints], self.at[joints] = values, stamp
+            return
+        worst = int(np.argmax(np.abs(waiting[0] - before) * self._arm[joints]))
+        told = f"{before[worst]:.3g} and {waiting[0][worst]:.3g}"
+        self._leaps.append((stamp, f"joint {self._names[joints[worst]]!r} is told to be at {told} in turn"))
+        self.positions[joints], self.at[joints] = values, stamp
+
+    def _leaps_from(
+        self, before: np.ndarray, at: np.ndarray, joints: np.ndarray, values: np.ndarray, stamp: int
+    ) -> bool:
+        """Whether some joint of the arm cannot have gone from `before` to `values` meanwhile."""
+        reach = self._speed[joints] * (stamp - at) / SECOND + self._noise[joints]
+        return bool(((np.abs(values - before) > reach) & (at >= 0) & self._arm[joints]).any())  # of NaN: never seen
+
     def forget(self, until: int | None = None) -> None:
         """Nothing measured up to `until` (ns), or ever, counts any more."""
         self.at[self.at <= until if until is not None else slice(None)] = -1
+        self._leapt.clear()
+        self._leaps.clear()
 
     def age(self, now: int) -> float:
         """Of the oldest joint state, s; infinite while one is missing."""
@@ -70,6 +115,8 @@ class Proprioception:
 
     def fault(self, now: int) -> str:
         """Why they cannot be relied on, or ""."""
+        if len(self._leaps) == LEAPS and 0 <= now - self._leaps[0][0] <= LEAP_SPAN * SECOND:
+            return f"{self._leaps[-1][1]}: do two programs publish joint states?"
         old = (self.at < 0) | (now - self.at > self._max_age * SECOND)
         if not old.any():
             return ""
@@ -77,4 +124,11 @@ class Proprioception:
             return f"no joint state yet on {', '.join(self._topics)}"
         missing = [name for name, late in zip(self._names, old, strict=True) if late]
         which = "" if len(missing) == len(old) else f" of {', '.join(missing)}"
-        return f"no joint state{which} for more than {self._max_age:g} s{self._note}"
+        note = self._note or ("" if self._came == "they came" else f"; {self._came}")
+        return f"no joint state{which} for more than {self._max_age:g} s{note}"
+
+
+def joint_index(names: Sequence[str], wanted: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the wanted joints stand in a message: ([n] places in `names`, [n] places in `wanted`)."""
+    pairs = [(names.index(name), k) for k, name in enumerate(wanted) if name in names]
+    return np.array([p for p, _ in pairs], dtype=np.intp), np.array([k for _, k in pairs], dtype=np.intp)
