@@ -133,6 +133,15 @@ def test_no_module_has_grown_into_two():
     assert {path: lines for path, lines in sizes.items() if lines > 500} == {}
 
 
+def test_the_architecture_names_every_module_and_no_other():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for room in ("model", "policy", "training", "ros", "demo", "benchmark"):
+        part = text.split(f"### {room}/")[1].split("\n##")[0]
+        modules = {path.name for path in (ROOT / "pi0_ros" / room).glob("*.py")} - {"__init__.py"}
+        unnamed = {name for name in modules if f"`{name}`" not in part and f"*{name.removesuffix('.py')}*" not in part}
+        assert not unnamed and set(re.findall(r"`(\w+\.py)`", part)) <= modules, (room, unnamed)
+
+
 def test_every_field_of_the_chunk_message_is_explained_in_its_file():
     lines = (ROOT / "msg/ActionChunk.msg").read_text(encoding="utf-8").splitlines()
     fields = [line for line in lines if line and not line.startswith("#")]
