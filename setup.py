@@ -35,5 +35,8 @@ setup(
     data_files=shared("config"),
     install_requires=lines("requirements/run.txt"),
     extras_require={"orbax": ["tensorstore"]},  # reads openpi's JAX checkpoints as they are
-    entry_points={"console_scripts": lines("programs.txt")},
+    # What speaks ROS needs the messages, which colcon builds.
+    entry_points={
+        "console_scripts": [line for line in lines("programs.txt") if not re.search(r"\.(ros|demo)\.", line)]
+    },
 )

@@ -9,6 +9,7 @@ the file, the field, the value found and what is allowed.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -86,6 +87,17 @@ class Camera(_Section):
                 f"topic {self.topic!r}: give it without /compressed, and transport: compressed, which subscribes to it"
             )
         return self
+
+
+def _once(found: Sequence[str], names: Sequence[str]) -> str:
+    """Which of `names` are missing in `found`, or there several times; "" where each is there once."""
+    missing = [name for name in names if name not in found]
+    twice = sorted({name for name in found if found.count(name) > 1})
+    said = [
+        f"{', '.join(missing)} is missing" if missing else "",
+        f"{', '.join(twice)} is there twice" if twice else "",
+    ]
+    return " and ".join(part for part in said if part)
 
 
 class Joint(_Section):
@@ -248,8 +260,8 @@ class Robot(_Section):
             if unknown:
                 raise ValueError(f"{where}: unknown joints {unknown}, allowed: {names}")
         commanded = [name for group in groups.values() for name in group]
-        if sorted(commanded) != sorted(names):
-            raise ValueError(f"commands: every joint must be commanded exactly once, found {commanded}")
+        if fault := _once(commanded, names):
+            raise ValueError(f"commands: every joint must be commanded exactly once, but {fault}")
         topics = [command.topic for command in self.commands]
         if len(set(topics)) < len(topics):
             raise ValueError(f"commands: two controllers share a topic: {', '.join(topics)}")
@@ -262,7 +274,9 @@ class Robot(_Section):
         missing = self.actions and all(groups) and set(recorded) < set(self.joint_names)
         if missing or len(set(recorded)) < len(recorded):
             where = "actions.joints" if len(groups) == 1 else "actions"
-            raise ValueError(f"{where}: every joint must be there exactly once, found {recorded}")
+            raise ValueError(
+                f"{where}: every joint must be there exactly once, but {_once(recorded, self.joint_names)}"
+            )
         topics = [source.topic for source in self.actions]
         if len(set(topics)) < len(topics):
             raise ValueError(f"actions: two sources share a topic: {', '.join(topics)}")

@@ -58,7 +58,9 @@ def test_rooms_without_ros_import_after_a_plain_pip_install(plain, tmp_path):
 
 
 def test_console_scripts_are_those_of_the_list(plain):
-    assert {name for name in PROGRAMS if (plain / "bin" / name).exists()} == set(PROGRAMS)
+    ours = {name for name, where in PROGRAMS.items() if not where.startswith(("pi0_ros.ros.", "pi0_ros.demo."))}
+    assert {name for name in PROGRAMS if (plain / "bin" / name).exists()} == ours
+    assert "train" in ours
 
 
 def test_programs_that_need_no_ros_show_their_help_after_a_plain_pip_install(plain, tmp_path):

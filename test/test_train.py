@@ -30,7 +30,7 @@ from pi0_ros.training.optimise import Average, learning_rate
 from pi0_ros.training.options import parse
 from pi0_ros.training.start import start
 from pi0_ros.training.state import StateError, alone, remove_leftovers
-from pi0_ros.training.train import main
+from pi0_ros.training.train import Run, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,7 +85,7 @@ def test_a_run_leaves_its_options_episodes_curve_and_tensorboard_log(data, tmp_p
     assert len(episodes["train"]) == 2 and len(episodes["held_out"]) == 1
     assert (tmp_path / "out" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert list((tmp_path / "out" / "tensorboard").glob("events*"))
-    assert [step for step, _ in run.held_out_losses] == [2, 4, 6]
+    assert [step for step, _ in run.progress.held_out] == [2, 4, 6]
 
 
 def test_the_saved_options_begin_the_same_run_anew(data, tmp_path):
@@ -94,7 +94,7 @@ def test_the_saved_options_begin_the_same_run_anew(data, tmp_path):
     again = parse(["--config", str(tmp_path / "first" / "options.yaml"), "--output", str(tmp_path / "second")])
     second = train_module.Run(again)
     second.run()
-    assert second.losses == first.losses
+    assert second.progress.losses == first.progress.losses
     same(kit.weights(second), kit.weights(first))
 
 
@@ -140,14 +140,46 @@ def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(data, tmp_path):
     resumed.run()
     whole = kit.make_run(data, tmp_path / "whole", **options)
     whole.run()
-    assert [step for step, _ in resumed.losses] == [1, 2, 3, 4, 5, 6]
-    assert resumed.losses == whole.losses
-    assert resumed.held_out_losses == whole.held_out_losses
+    assert [step for step, _ in resumed.progress.losses] == [1, 2, 3, 4, 5, 6]
+    assert resumed.progress.losses == whole.progress.losses
+    assert resumed.progress.held_out == whole.progress.held_out
     same(kit.weights(resumed), kit.weights(whole))
     same(resumed.average.weights, whole.average.weights)
     assert not list(states.glob(".*")) and not list((tmp_path / "killed").glob(".checkpoint.*"))
     digests = [load_bundle(tmp_path / name / "checkpoint").digest for name in ("killed", "whole")]
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_end_saves_the_step_at_work_and_goes_on_to_the_same_bits(
+    data, tmp_path, capsys, monkeypatch, number
+):
+    options = {"steps": 5, "save_every": 100}
+    step = Run.train_step
+
+    def told(run, pieces):
+        if run.step == 2:
+            os.kill(os.getpid(), number)
+        return step(run, pieces)
+
+    monkeypatch.setattr(Run, "train_step", told)
+    before = signal.getsignal(number)
+    assert main(kit.arguments(data, tmp_path / "out", **options)) == 130
+    err = capsys.readouterr().err
+    assert "stopping after this step" in err
+    assert err.rstrip().endswith("stopped; the same command goes on from step_00000003")
+    assert signal.getsignal(number) is before
+    monkeypatch.setattr(Run, "train_step", step)
+    resumed, whole = (kit.make_run(data, tmp_path / name, **options) for name in ("out", "whole"))
+    resumed.run(), whole.run()
+    assert resumed.progress.losses == whole.progress.losses
+    same(kit.weights(resumed), kit.weights(whole))
+
+
+def test_told_to_end_twice_a_run_ends_at_once(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Run, "train_step", lambda run, pieces: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    assert main(kit.arguments(data, tmp_path / "out", steps=3)) == 130
+    assert "begins anew, nothing was saved yet" in capsys.readouterr().err
 
 
 def test_a_second_trainer_in_a_folder_is_refused_while_the_first_is_at_work(data, tmp_path, capsys):
@@ -376,7 +408,7 @@ def test_compiled_layers_give_the_same_weights(data, tmp_path, monkeypatch):
         for model in (kit.random_start(), runs["plain"].model, runs["compiled"].model)
     )
     assert (plain - same).norm() < 0.01 * (plain - begin).norm()  # a gradient near 0 may round to either side of it
-    losses = [[loss for _, loss in run.losses + run.held_out_losses] for run in runs.values()]
+    losses = [[loss for _, loss in run.progress.losses + run.progress.held_out] for run in runs.values()]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert Policy.load(tmp_path / "compiled" / "checkpoint", device="cpu").settings.trained_steps == 2
 

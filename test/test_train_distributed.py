@@ -141,7 +141,7 @@ def test_torchrun_trains_one_whole_checkpoint(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     bundle = load_bundle(tmp_path / "out" / "checkpoint")
-    assert done.stdout.count(f"checkpoint {bundle.digest} after 2 steps") == done.stdout.count("checkpoint ") == 1
+    assert done.stdout.count(f"checkpoint {bundle.digest} after 2 steps") == done.stdout.count(" steps: ") == 1
     assert bundle.settings.trained_steps == 2
     assert all(weight.isfinite().all() for weight in bundle.model().state_dict().values())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

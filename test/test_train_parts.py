@@ -99,7 +99,7 @@ def test_a_run_with_low_rank_updates_resumes_and_exports_plain_names(data, tmp_p
     assert stopped.step == 1
     resumed = kit.make_run(data, tmp_path / "stopped", **options)
     resumed.run()
-    assert resumed.losses == whole.losses
+    assert resumed.progress.losses == whole.progress.losses
     assert load_bundle(tmp_path / "stopped/checkpoint").digest == load_bundle(tmp_path / "whole/checkpoint").digest
     state = next((tmp_path / "stopped" / "state").glob("step_00000004")) / "state.pt"
     assert set(torch.load(state, weights_only=True)["weights"]) == set(trained(resumed.model))

@@ -45,8 +45,8 @@ def test_the_bar_of_training_tells_loss_rate_and_speed(data, tmp_path):
     shown = re.search(r"step/s, loss (\S+) held out (\S+) lr (\S+) (\d+) samples/s\]$", lines[-1])
     assert shown, lines[-1]
     loss, held_out, rate, speed = map(float, shown.groups())
-    assert loss == pytest.approx(sum(loss for _, loss in run.losses) / 12, abs=1e-4)
-    assert held_out == pytest.approx(run.held_out_losses[0][1], abs=1e-4)
+    assert loss == pytest.approx(sum(loss for _, loss in run.progress.losses) / 12, abs=1e-4)
+    assert held_out == pytest.approx(run.progress.held_out[0][1], abs=1e-4)
     assert rate == pytest.approx(learning_rate(11, steps=12, warmup=1, peak=1e-3, final=0.1), rel=0.05)
     assert speed > 0
 
@@ -64,10 +64,10 @@ def test_tensorboard_has_loss_rate_and_speed(data, tmp_path):
     board = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
     points = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
     assert set(points) == {"loss/train", "loss/held_out", "learning_rate", "samples_per_second"}
-    losses = [loss for _, loss in run.losses]
+    losses = [loss for _, loss in run.progress.losses]
     means = [sum(losses[first : first + 10]) / 10 for first in (0, 2)]
     assert points["loss/train"] == [(10, pytest.approx(means[0])), (12, pytest.approx(means[1]))]
-    assert points["loss/held_out"] == [(step, pytest.approx(loss)) for step, loss in run.held_out_losses]
+    assert points["loss/held_out"] == [(step, pytest.approx(loss)) for step, loss in run.progress.held_out]
     rates = [learning_rate(step, steps=12, warmup=1, peak=1e-3, final=0.1) for step in (9, 11)]
     assert points["learning_rate"] == [(10, pytest.approx(rates[0])), (12, pytest.approx(rates[1]))]
     assert [step for step, _ in points["samples_per_second"]] == [10, 12]

@@ -209,7 +209,8 @@ def observe_at(
     Returns the verdict on each; state, frames and prompts as in `Episode`.
     """
     observed = _observe(recording, robot, _sorted_streams(recording, robot), ticks_ns)
-    return *observed, _prompts(recording, robot, Selection(), ticks_ns)
+    # Said to be marked at the end: no prompt counts before it was heard, as none does on the robot.
+    return *observed, _prompts(recording, robot, Selection(), ticks_ns, int(ticks_ns[-1]) if len(ticks_ns) else None)
 
 
 def _observe(

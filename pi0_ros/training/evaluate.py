@@ -182,7 +182,7 @@ def pick_episodes(units: Sequence[Unit], checkpoint: Path, everything: bool) -> 
     """
     episodes = all_episodes(units)
     if everything:
-        return episodes, "all episodes, whether trained on or not"
+        return episodes, "episodes, whether trained on or not"
     seen = trained_on(checkpoint)
     if seen is None:
         raise EvaluationError(
@@ -203,6 +203,8 @@ def evaluate(options: Options) -> dict[str, Any]:
     """
     robot = load_robot(options.robot) if options.robot else None
     policy = Policy.load(options.checkpoint, robot=robot, device=options.device, num_steps=options.num_steps)
+    if policy.threads:
+        torch.set_num_threads(policy.threads)
     config = policy.config
     units = load_units(
         options.bags,
@@ -235,7 +237,7 @@ def evaluate(options: Options) -> dict[str, Any]:
 
     options.output.mkdir(parents=True, exist_ok=True)
     plots = joint_plots(comparison, dataset, result)
-    write_text(options.output / "evaluation.html", page(result, plots))
+    write_text(options.output / "evaluation.html", page(result, verdict(result), plots))
     write_json(options.output / "evaluation.json", result)
     for joint, png in plots.items():
         write_bytes(options.output / f"{joint.replace('/', '_')}.png", png)
@@ -247,7 +249,11 @@ def table(result: dict[str, Any]) -> str:
     error, jerks = result["error"], result["jerk"]
     head = f"{result['chunks']} chunks of {result['horizon']} actions from {result['episodes']} {result['which']}"
     width = max(map(len, result["joints"]))
-    lines = [head, "mean absolute error in each joint's unit, jerk in unit/s³:"]
+    lines = [
+        head,
+        "mean absolute error in each joint's unit, jerk in unit/s³",
+        "(hold: the position at the chunk's start, repeat: the last action before it, spread: of chunks over seeds)",
+    ]
     columns = f"{'policy':>10}{'hold':>10}{'repeat':>10}{'spread':>10}{'jerk':>10}{'recorded jerk':>15}"
     lines.append(f"  {'joint':{width}}{'unit':>5}{columns}")
     for i, (name, unit) in enumerate(zip(result["joints"], result["units"], strict=True)):
@@ -258,7 +264,15 @@ def table(result: dict[str, Any]) -> str:
         )
     share = "".join(f"{error[kind]['share_of_range']:10.3%}" for kind in ("policy", *BASELINES))
     lines.append(f"  {'of range':{width}}{'':5}{share}")
-    return "\n".join(lines)
+    return "\n".join([*lines, verdict(result)])
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """In one line, in which joints the policy is nearer to what was recorded than an arm that holds still."""
+    policy, hold = (result["error"][kind]["per_joint"] for kind in ("policy", "hold"))
+    worse = [name for name, a, b in zip(result["joints"], policy, hold, strict=True) if a >= b]
+    better = f"nearer to what was recorded than holding still in {len(policy) - len(worse)} of {len(policy)} joints"
+    return better + (f"; not in {', '.join(worse)}" if worse else "")
 
 
 def _shown(value: float | None) -> str:

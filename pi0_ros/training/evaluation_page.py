@@ -44,7 +44,7 @@ def _joint(i: int, name: str, comparison: Comparison, dataset: Dataset, result: 
         begin = times[-1] + 5 * dt if len(times) else begin
     unit = result["units"][i]
     motion.set_title(name, parse_math=False)
-    motion.set(xlabel="s", ylabel=unit)
+    motion.set(xlabel="time, s", ylabel=unit)
     handles, labels = motion.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     motion.legend(unique.values(), unique.keys(), fontsize=7)
@@ -58,12 +58,13 @@ def _joint(i: int, name: str, comparison: Comparison, dataset: Dataset, result: 
     return drawn(figure)
 
 
-def page(result: dict[str, Any], plots: dict[str, bytes]) -> str:
+def page(result: dict[str, Any], judgement: str, plots: dict[str, bytes]) -> str:
     """The whole page; it needs no other file."""
     head = (
         f"{result['chunks']} chunks of {result['horizon']} actions, {result['seeds']} seeds, {result['num_steps']} "
         f"denoising steps, from {result['episodes']} {result['which']}. "
-        "Mean absolute error in each joint's unit, jerk in unit/s³."
+        "Mean absolute error in each joint's unit, jerk in unit/s³; hold: the position at the chunk's start, repeat: "
+        "the last action before it, spread: of the chunks over seeds."
     )
     rows = []
     for i, name in enumerate(result["joints"]):
@@ -76,5 +77,10 @@ def page(result: dict[str, Any], plots: dict[str, bytes]) -> str:
     shares = [f"{result['error'][kind]['share_of_range']:.3%}" for kind in COLOURS]
     rows.append(["share of the joints' ranges", "", *shares, "", "", ""])
     columns = ["joint", "unit", "policy", "hold", "repeat last", "spread over seeds", "jerk", "recorded jerk"]
-    parts = [f"<p>{escape(head)}</p>", table(columns, rows), *(picture(png, name) for name, png in plots.items())]
-    return document(f"Evaluation of {result['digest']}", parts)
+    parts = [
+        f"<p>{escape(head)}</p>",
+        f"<p><b>{escape(judgement)}</b></p>",
+        table(columns, rows),
+        *(picture(png, name) for name, png in plots.items()),
+    ]
+    return document(f"Evaluation of {result['checkpoint']} ({result['digest']})", parts)

@@ -168,7 +168,7 @@ def _joint_lines(joints: list[dict[str, Any]]) -> list[str]:
             remarks = ["near-constant"] if c["near_constant"] else []
             remarks += [f"{c['nan']} NaN"] if c["nan"] else []
             if what == "state" and (gripper := joint.get("gripper")):
-                remarks.append(f"gripper starts at {gripper['start']:.2f}: polarity {gripper['polarity']}")
+                remarks.append(f"gripper {gripper['remark']}")
             numbers = "".join(f"{c[name]:9.3f}" for name in COLUMNS)
             lines.append(
                 f"  {joint['name']:{width}}  {what:7}{numbers}{c['outside_limits']:9.1%}  {', '.join(remarks)}".rstrip()

@@ -54,10 +54,24 @@ def _joints(joints: list[dict[str, Any]]) -> str:
             if column:
                 remarks = "near-constant" if column["near_constant"] else ""
                 if what == "state" and "gripper" in joint:
-                    remarks += f" starts at {joint['gripper']['start']:.2f}: polarity {joint['gripper']['polarity']}"
+                    remarks += f" {joint['gripper']['remark']}"
                 values = [f"{column[name]:.4f}" for name in names]
-                rows.append([joint["name"], what, *values, f"{column['outside_limits']:.1%}", column["nan"], remarks])
-    return "<h2>Joints</h2>" + table(["joint", "", *names, "outside limits", "NaN", ""], rows) if rows else ""
+                rows.append(
+                    [
+                        joint["name"],
+                        joint["unit"],
+                        what,
+                        *values,
+                        f"{column['outside_limits']:.1%}",
+                        column["nan"],
+                        remarks,
+                    ]
+                )
+    return (
+        "<h2>Joints</h2>" + table(["joint", "unit", "of", *names, "outside limits", "NaN", "remarks"], rows)
+        if rows
+        else ""
+    )
 
 
 def _histograms(reports: list[BagReport]) -> str:

@@ -192,7 +192,10 @@ def require_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [name for name in now if name not in FREE and not _same(name, saved.get(name), now[name])]
     if changed:
         told = ", ".join(f"--{n.replace('_', '-')} (was {saved.get(n)}, now {now[n]})" for n in changed)
-        raise OptionsError(f"a run goes on with the options it began with; changed: {told}. Use another --output")
+        longer = " and --init OUTPUT/checkpoint to go on from its weights" if changed == ["steps"] else ""
+        raise OptionsError(
+            f"a run goes on with the options it began with; changed: {told}. Use another --output{longer}"
+        )
 
 
 def _same(name: str, before: Any, now: Any) -> bool:

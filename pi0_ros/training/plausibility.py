@@ -155,8 +155,7 @@ def _apart(joint: Joint, usual: float, spread: float) -> str:
     return (
         f"{joint.name} does not go where it is told: its state is {usual:.3g}{unit} from the action on average, and "
         f"moves over {spread:.3g}{unit} in all; are the commands in another order of joints, in other units, or no "
-        "positions"
-        f"{grips}?"
+        f"positions{grips}?"
     )
 
 

@@ -288,13 +288,18 @@ def _polarity(robot: Robot, i: int, good: list[BagReport]) -> dict[str, Any]:
     joint = robot.joints[i]
     starts = np.array([r.episode["state"][0, i] for r in good if r.episode is not None])
     unit = float(np.median((starts - joint.open) / (joint.closed - joint.open)))  # 0 open, 1 closed
-    guess = "as the robot file says" if unit < 0.15 else "perhaps swapped" if unit > 0.85 else "unclear"
+    guess = (
+        "as the robot file says" if unit < 0.15 else "perhaps swapped" if unit > 0.85 else "unclear, compare by hand"
+    )
+    start = float(np.median(starts))
+    ends = f"open {joint.open:g}, closed {joint.closed:g}"
     return {
         "open": joint.open,
         "closed": joint.closed,
-        "start": float(np.median(starts)),
+        "start": start,
         "closed_at_start": unit,
         "polarity": guess,
+        "remark": f"starts at {start:.2f}, {unit:.0%} closed by the robot file's {ends}: {guess}",
     }
 
 

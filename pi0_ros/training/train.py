@@ -10,8 +10,8 @@ OUTPUT/loss.png, tensorboard/
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pi0_ros.model.config import ConfigError
@@ -39,12 +38,14 @@ from pi0_ros.training.cache import CacheError
 from pi0_ros.training.curves import plot_losses
 from pi0_ros.training.dataset import Dataset, batch_indices, split, statistics
 from pi0_ros.training.distributed import OthersFailed, World, joined
+from pi0_ros.training.interrupt import asked_to_end
 from pi0_ros.training.lora import merged
 from pi0_ros.training.memory import available_memory, forecast, report
 from pi0_ros.training.objective import flow_loss
 from pi0_ros.training.optimise import Average, learning_rate, make_optimizer
 from pi0_ros.training.options import RESOLVED, OptionsError, TrainOptions, parse, require_same
 from pi0_ros.training.parts import frozen_digest, trained
+from pi0_ros.training.progress import LOGGED, Progress, TrainingError
 from pi0_ros.training.sharding import assign, like, shard, whole
 from pi0_ros.training.start import start
 from pi0_ros.training.state import StateError, alone, newest_state, remove_leftovers, save_state, saved_states
@@ -53,12 +54,7 @@ from pi0_ros.wording import first_line
 
 EVALUATED = 256  # held-out samples that a look at the loss is averaged over
 MOST_TOLD = 5  # prompts that are printed
-LOGGED = 10  # steps between two looks at the loss, which wait for the device
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says what to change."""
 
 
 class Run:
@@ -100,9 +96,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, options.weight_decay)
         self.average = Average(self.model, options.ema)
         self.step = self._saved = 0
-        self.losses: list[tuple[int, float]] = []
-        self.held_out_losses: list[tuple[int, float]] = []
-        self._unread: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss and gradient norm of steps not yet looked at
+        self.progress = Progress(world)
         self._restore(saved)
         self.forward = world.wrap(self.model, self.device)
 
@@ -211,7 +205,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update()
         self.step += 1
-        self._unread.append((total, whole(norm)))
+        self.progress.add(total, whole(norm))
         return rate
 
     def _loss(self, model: torch.nn.Module, batch: Batch, seed: int, step: int, part: int = 0) -> torch.Tensor:
@@ -261,7 +255,9 @@ class Run:
                 moments[name] = like(moments[name], parameter)
         self.optimizer.load_state_dict(optimizer)
         self.step = self._saved = saved["step"]
-        self.losses, self.held_out_losses = ([tuple(x) for x in saved[name]] for name in ("losses", "held_out_losses"))
+        self.progress.losses, self.progress.held_out = (
+            [tuple(x) for x in saved[name]] for name in ("losses", "held_out_losses")
+        )
 
     def _identity(self) -> dict[str, object]:
         return {
@@ -273,7 +269,7 @@ class Run:
 
     def save(self) -> None:
         """The state, to resume from, and the loss curve. Only what is trained: the rest comes from --init again."""
-        self._read_losses()
+        self.progress.read(self.step)
         self._saved = self.step
         parts = {"weights": trained(self.model), "optimizer": self.optimizer.state_dict()}
         tensors = whole({**parts, "average": self.average.weights})
@@ -285,13 +281,13 @@ class Run:
             {
                 **tensors,
                 "step": self.step,
-                "losses": [list(x) for x in self.losses],
-                "held_out_losses": [list(x) for x in self.held_out_losses],
+                "losses": [list(x) for x in self.progress.losses],
+                "held_out_losses": [list(x) for x in self.progress.held_out],
                 "options": self.options.to_dict(),
                 **self._identity(),
             },
         )
-        plot_losses(self.options.output / "loss.png", self.losses, self.held_out_losses)
+        plot_losses(self.options.output / "loss.png", self.progress.losses, self.progress.held_out)
 
     def export(self) -> str:
         """The checkpoint folder with the averaged weights; returns its digest ("" where another process writes)."""
@@ -307,20 +303,6 @@ class Run:
         folder = self.options.output / "checkpoint"
         return save_bundle(folder, weights, settings, robot, self.stats, self.tokenizer)
 
-    def _read_losses(self) -> None:
-        if not self._unread:
-            return
-        losses, norms = (torch.stack(column) for column in zip(*self._unread, strict=True))
-        first = self.step - len(self._unread) + 1
-        self._unread.clear()
-        for i, (loss, norm) in enumerate(zip(self.world.mean(losses).tolist(), norms.tolist(), strict=True)):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise TrainingError(
-                    f"loss {loss} with gradient norm {norm} at step {first + i}: try a smaller --learning-rate; states "
-                    f"saved before are whole"
-                )
-            self.losses.append((first + i, loss))
-
     # --- the run ----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -331,33 +313,37 @@ class Run:
             self._write_down()
             if self.step:
                 print(f"going on from step {self.step}")
-        board = SummaryWriter(str(options.output / "tensorboard"), purge_step=self.step + 1) if world.first else None
+        self.progress.open(options.output / "tensorboard", self.step)
+        # Several processes cannot agree on a step to end with without asking one another at each.
+        asked = asked_to_end() if world.size == 1 else contextlib.nullcontext(threading.Event())
         bar = tqdm(total=options.steps, initial=self.step, desc="train", unit="step", disable=not world.first)
-        with contextlib.closing(prefetch(self.batches, self.step, options.steps)) as batches, bar:
+        with contextlib.closing(prefetch(self.batches, self.step, options.steps)) as batches, bar, asked as ending:
             began, first = time.monotonic(), self.step
             for pieces in batches:
                 rate = self.train_step(pieces)
                 bar.update()
                 if self.step % LOGGED == 0 or self.step == options.steps:
-                    self._read_losses()
+                    self.progress.read(self.step)
                     speed = (self.step - first) * options.batch / (time.monotonic() - began)
-                    self._log(board, bar, rate, speed)
+                    self.progress.show(bar, self.step, rate, speed)
                 late = options.minutes and world.agreed(time.monotonic() - began > options.minutes * 60)
                 due = self.step % options.evaluate_every == 0 or self.step == options.steps
                 if (due or late) and len(self.held_out):  # a run always ends with a look
-                    self.held_out_losses.append((self.step, self.evaluate()))
-                    if board is not None:
-                        board.add_scalar("loss/held_out", self.held_out_losses[-1][1], self.step)
-                if self.step % options.save_every == 0:
+                    self.progress.looked(self.step, self.evaluate())
+                if self.step % options.save_every == 0 or ending.is_set():
                     self.save()
+                if ending.is_set():
+                    raise KeyboardInterrupt
                 if late:
                     break
         if self.step > self._saved:
             self.save()
         digest = self.export()
+        self.progress.close()
         if world.first:
-            board.close()
-            print(f"checkpoint {digest} after {self.step} steps: {options.output / 'checkpoint'}")
+            checkpoint = options.output / "checkpoint"
+            print(f"checkpoint {digest} after {self.step} steps: {checkpoint}; losses: {options.output / 'loss.png'}")
+            print(f"next: evaluate --bags {options.bags} --checkpoint {checkpoint}")
 
     def _forecast(self) -> None:
         """Say what will be trained and what it takes."""
@@ -394,16 +380,6 @@ class Run:
             "tokenizer": str(self.tokenizer or "bytes"),
             "device": str(self.device),
         }
-
-    def _log(self, board: SummaryWriter | None, bar: tqdm, rate: float, speed: float) -> None:
-        if board is None:
-            return
-        recent = [value for _, value in self.losses[-20 * LOGGED :]]
-        board.add_scalar("loss/train", sum(recent[-LOGGED:]) / len(recent[-LOGGED:]), self.step)
-        board.add_scalar("learning_rate", rate, self.step)
-        board.add_scalar("samples_per_second", speed, self.step)
-        held = f" held out {self.held_out_losses[-1][1]:.4f}" if self.held_out_losses else ""
-        bar.set_postfix_str(f"loss {sum(recent) / len(recent):.4f}{held} lr {rate:.1e} {speed:.0f} samples/s")
 
 
 CHANGED = {
