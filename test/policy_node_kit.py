@@ -47,7 +47,7 @@ def robot(**changes) -> Robot:
 class StubPolicy:
     """Answers with the state plus 0.01 for each step; keeps what it was asked."""
 
-    digest, num_steps = "stub", 3
+    digest, num_steps, runs_on = "stub", 3, "nothing"
     settings = SimpleNamespace(rtc_max_delay=0)
 
     def __init__(self, robot: Robot) -> None:

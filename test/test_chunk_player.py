@@ -298,7 +298,7 @@ def test_a_new_epoch_drops_the_chunk_at_once(streamed):
     streamed.play(0.3)
     streamed.policy.announce(3)
     streamed.policy.epoch = 2  # chunks on their way from before
-    streamed.ros.spin_until(streamed.watch.is_in(HOLDING, "the policy dropped it"))
+    streamed.ros.spin_until(streamed.watch.is_in(HOLDING, "the policy voided its chunks"))
     streamed.ros.spin_until(lambda: "its epoch 2 is older than 3" in streamed.watch.status.reason)
     streamed.policy.epoch = 3
     streamed.ros.spin_until(streamed.watch.is_in(PLAYING))
@@ -427,7 +427,7 @@ def test_a_signal_brakes_before_the_player_goes_down(streamed, number):
     ("given", "fault"),
     [
         ("handover:=jump", "'handover': found 'jump', must be one of 'blend', 'ensemble', 'switch'"),
-        ("velocty_scale:=0.2", "'velocty_scale': there is none of this name, did you mean 'velocity_scale'?"),
+        ("velocty_scale:=0.2", "'velocty_scale': no such parameter, did you mean 'velocity_scale'?"),
     ],
 )
 def test_a_wrong_parameter_is_one_line(given, fault):

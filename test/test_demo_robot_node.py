@@ -34,7 +34,7 @@ class Bench:
         self.robot = ros.add(RobotNode(parameter_overrides=overrides))
         self.node = ros.node("bench")
         self.warnings: list[str] = []
-        self.robot.get_logger().warning = self.warnings.append
+        self.robot.get_logger().warning = lambda text, **_: self.warnings.append(text)
         self.states = self.listen(JointState, "joint_states")
         self.trajectories = self.node.create_publisher(
             JointTrajectory, "joint_trajectory_controller/joint_trajectory", 10

@@ -322,7 +322,7 @@ def test_an_arm_that_does_not_follow_is_stopped_until_somebody_starts_it():
     for _ in range(80):
         bench.tick()
         bench.arm = stuck.copy()  # an emergency stop
-    why = "the arm does not follow: joint 'a' is more than 0.3 from its command; ~/start goes on"
+    why = "the arm does not follow: joint 'a' is more than 0.3 from its command; call ~/start to resume"
     assert bench.seen == (STOPPED, why)
     assert bench.player.at_rest and bench.player.commanded[0] < 0.4
     sent = bench.sends
@@ -530,7 +530,7 @@ def test_an_older_epoch_is_void_and_a_newer_one_drops_the_chunk_at_once():
     bench.tick(20)
     bench.player.announce_epoch(1)
     bench.tick(1)
-    assert bench.seen == (HOLDING, "the policy dropped it") and bench.player.holds == 1
+    assert bench.seen == (HOLDING, "the policy voided its chunks") and bench.player.holds == 1
     assert "its epoch 0 is older than 1" in bench.offer(np.zeros((41, 3)), epoch=0)
     bench.tick(40)
     assert bench.offer(np.tile(bench.arm, (41, 1)), epoch=1, sequence=0) == ""

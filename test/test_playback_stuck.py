@@ -8,7 +8,7 @@ from pi0_ros.ros.judging import SECOND
 from pi0_ros.ros.player import APPROACHING, HOLDING, PLAYING, STOPPED
 
 BOTH = pytest.mark.parametrize("streamed", [NAMES, ()], ids=["positions", "trajectories"])
-STANDS = "the arm does not follow: joint 'a' stands still; ~/start goes on"
+STANDS = "the arm does not follow: joint 'a' stands still; call ~/start to resume"
 
 
 def closed_loop(bench: Bench, reach: float, ticks: int, stuck=False, seconds=0.5) -> None:

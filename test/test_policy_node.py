@@ -153,7 +153,7 @@ def test_the_prompt_comes_from_robot_file_parameter_topic_and_service_the_newest
     assert len({c.epoch for c in b.chunks}) == 1
     assert not b.call(SetPrompt, "set_prompt", SetPrompt.Request(prompt=" ")).success
     b.other.create_publisher(String, "prompt", LATCHED).publish(String(data=" "))
-    b.until(lambda: "an empty prompt was ignored, it stays 'jump'" in capfd.readouterr().err, doing=b.send)
+    b.until(lambda: "the prompt is empty: ignored, it stays 'jump'" in capfd.readouterr().err, doing=b.send)
     assert b.node.get_parameter("prompt").value == "jump"
 
 

@@ -251,3 +251,14 @@ def test_a_best_effort_camera_reaches_us(ros):
     assert world.publishers["camera"].qos_profile.reliability == qos.reliability
     world.frame(NOW)
     assert world.stored == 1
+
+
+def test_joint_states_of_other_joints_are_told_instead_of_silence(world):
+    publisher = world.publishers["arm/joint_states"]
+    said = lambda: {r.name: r.reasons for r in world.streams.reports("node", NOW, LIMITS)}["node: arm/joint_states"]  # noqa: E731
+    publisher.publish(JointState(name=["wheel"], position=[1.0]))
+    world.ros.spin_until(lambda: "joints wheel came, none of this robot's" in said()[-1])
+    publisher.publish(JointState(name=["shoulder", "finger"], position=[1.0]))
+    world.ros.spin_until(lambda: "1 positions for 2 names came" in said()[-1])
+    world.frame(NOW)
+    assert "1 positions for 2 names came" in world.observe(NOW + 30 * MS).reason

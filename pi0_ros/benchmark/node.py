@@ -53,7 +53,7 @@ JOINT = "  - {{name: joint_{0}, position: [-2, 2], velocity: 1, acceleration: 5}
 class InstantPolicy:
     """Answers with the state, held; keeps when it was asked, about which frame, and when it was done."""
 
-    digest, num_steps = "instant", 10
+    digest, num_steps, runs_on = "instant", 10, "nothing"
     settings = SimpleNamespace(rtc_max_delay=0)
 
     def __init__(self, robot: Robot) -> None:

@@ -163,13 +163,13 @@ class RobotNode(Node):
                 message.joint_names, points, stamp_ns(message.header.stamp), self._simulation.now
             )
         except CommandError as error:
-            self.get_logger().warning(f"trajectory refused: {error}")
+            self.get_logger().warning(f"trajectory refused: {error}", throttle_duration_sec=1.0)
 
     def _on_positions(self, message: Float64MultiArray) -> None:
         try:
             self._simulation.controller.hold(message.data)
         except CommandError as error:
-            self.get_logger().warning(f"position command refused: {error}")
+            self.get_logger().warning(f"position command refused: {error}", throttle_duration_sec=1.0)
 
     def _on_reset(self, request: ResetEpisode.Request, response: ResetEpisode.Response) -> ResetEpisode.Response:
         try:

@@ -47,8 +47,8 @@ def decode_image(message: Any) -> np.ndarray:
     May share memory with the message and be read-only.
 
     Raises:
-        ImageError: an encoding that is no colour or grey image, data shorter than its height x step, a damaged JPEG
-            or PNG.
+        ImageError: an encoding that is no colour or grey image, data shorter than its height x step, a JPEG or PNG
+            that ends too early or is none. One damaged within is decoded as well as it can be; libjpeg warns.
     """
     return _decompress(message) if hasattr(message, "format") else _unpack(message)
 

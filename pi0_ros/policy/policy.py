@@ -64,8 +64,8 @@ class Policy:
     """See `Policy.load` and `Policy.random`.
 
     Attributes: robot, config (the model's sizes), settings (the checkpoint's), digest ("random" for untrained weights),
-    num_steps (Euler steps), transforms (robot units <-> model space), threads (that torch should use; None: its own
-    number).
+    num_steps (Euler steps), transforms (robot units <-> model space), runs_on (device and dtype, in words), threads
+    (that torch should use; None: its own number).
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class Policy:
         # A large model on a CPU wants every core. All else is over in microseconds, and threads that wait for one
         # another make it seconds where other programs hold the cores.
         self.threads = None if device.type == "cpu" and parameters >= MANY_PARAMETERS else 1
+        self.runs_on = f"{device} in {str(dtype).removeprefix('torch.')}"
         self._sampler: Sampler | None = Sampler(
             model, cameras=self._slots, num_steps=num_steps, dtype=dtype, device=device
         )

@@ -13,6 +13,7 @@ Services (std_srvs/Trigger): ~/stop brakes and plays nothing until ~/start.
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from typing import Any
@@ -36,9 +37,11 @@ from pi0_ros.ros.program import ManagedNode, run_node
 from pi0_ros.ros.qos import LATCHED, NEWEST, SENSOR
 
 STATUS_PERIOD = SECOND // 10  # ns
+LOG_PERIOD = 1.0  # s between two lines of the same state and reason
+NUMBERS = re.compile(r"-?[0-9.]+(e[-+]?[0-9]+)?")
 STANDS_STILL = SECOND  # ns; a clock that says the same for so long has stopped
 UNTRAINED = "random"  # the digest of a policy without a checkpoint
-STOPPED_BY_CALL = "stopped by ~/stop, ~/start goes on"
+STOPPED_BY_CALL = "stopped by ~/stop; call ~/start to resume"
 
 
 def _set(name: str, default: Any, description: str, *bounds: float, **more: Any) -> Spec:
@@ -57,8 +60,8 @@ SPECS = (
     _set(
         "policy_timeout",
         1.0,
-        "hold when nothing came from the policy for so long, s; 0: not before the chunk ends, for policies that take "
-        "longer than that for one",
+        "hold when nothing came from the policy for this many seconds; 0: not before the chunk ends, for policies that "
+        "take longer than that for one",
         0,
         3600,
     ),
@@ -124,7 +127,8 @@ class ChunkPlayer(ManagedNode):
         self._ticking: list[Any] = []
         # What the node's clock said last, and the steady time at which it began to, ns.
         self._read = 0, time.monotonic_ns()
-        self._logged: tuple[int, str] | None = None  # state and reason, without that of a refused chunk
+        self._logged: tuple[int, str] | None = None  # state and reason, without that of a refused chunk, or numbers
+        self._logged_at: dict[tuple[int, str], float] = {}  # s, monotonic
         self._said: tuple[int, str] | None = None  # state and reason of the last status
         self._said_at = 0  # ns
         self._active = False
@@ -250,7 +254,7 @@ class ChunkPlayer(ManagedNode):
         return response
 
     def _stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        response.success, response.message, self._stopped = True, "stopped, ~/start goes on", STOPPED_BY_CALL
+        response.success, response.message, self._stopped = True, "stopped; call ~/start to resume", STOPPED_BY_CALL
         if self._active:
             self._player.stop(STOPPED_BY_CALL)
             self._say()
@@ -311,14 +315,19 @@ class ChunkPlayer(ManagedNode):
             commanded=[] if player.commanded is None else player.commanded.tolist(),
         )
         message.header.stamp = to_stamp(now)
-        told = f"{STATES[player.state]}: {player.reason}".removesuffix(": ")
-        if self._logged is None or self._logged[0] != player.state:
-            self.get_logger().info(told)
-        elif self._logged[1] != player.why:
-            self.get_logger().info(told, throttle_duration_sec=1.0)  # an approach has other numbers with each chunk
-        self._logged = player.state, player.why
+        self._log(f"{STATES[player.state]}: {player.reason}".removesuffix(": "), player)
         self._said, self._said_at = (player.state, player.reason), self._time()
         self._status.publish(message)
+
+    def _log(self, told: str, player: Player) -> None:
+        """A state or reason that is new, but for its numbers, and not one of the last second: some go to and fro."""
+        key, now = (player.state, NUMBERS.sub("", player.why)), time.monotonic()
+        if key == self._logged:
+            return
+        self._logged = key
+        if now - self._logged_at.get(key, -math.inf) > LOG_PERIOD:
+            self._logged_at[key] = now
+            self.get_logger().info(told)
 
     def _reports(self) -> list[Report]:
         report, player = Report(f"{title(self)}: player"), self._player

@@ -103,10 +103,10 @@ class Parameters:
         for name in self._node._parameter_overrides:  # noqa: SLF001 - there is no public way to them
             if self._node.has_parameter(name) or name.startswith("qos_overrides."):
                 continue
-            said = f"parameter '{name}': there is none of this name"
+            said = f"parameter '{name}': no such parameter"
             if meant := difflib.get_close_matches(name, self._specs, 1, 0.85):
                 raise ParameterError(f"{said}, did you mean '{meant[0]}'?")
-            self._node.get_logger().warning(f"{said}, it is ignored; --help lists those that there are")
+            self._node.get_logger().warning(f"{said}, it is ignored; --help lists them")
 
     def __getitem__(self, name: str) -> Any:
         value = self._node.get_parameter(name).value

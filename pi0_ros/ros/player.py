@@ -26,6 +26,7 @@ STATES = ("STOPPED", "HOLDING", "PLAYING", "APPROACHING", "DRY_RUN")
 
 JUMP_BACK = 0.1  # s; less is a clock being adjusted, more is another time (bag loop, simulator reset)
 PAUSE = 0.15  # s; ticks that stay away for longer are a pause, in which others may have moved the arm
+RESUME = "call ~/start to resume"
 METRES = 0.2  # thresholds are in rad; for a prismatic joint they count as this many m a rad
 
 
@@ -131,7 +132,7 @@ class Player:
     def announce_epoch(self, epoch: int) -> None:
         """The policy says which epoch counts: chunks of others are dropped, and its sequence may start over."""
         if epoch != self._epoch:
-            self._drop("the policy dropped it")
+            self._drop("the policy voided its chunks")
         self._epoch, self._sequence = epoch, -1
         self._heard = max(self._heard, self._last)  # from now on the order counts: see `_out_of_order`
 
@@ -217,7 +218,7 @@ class Player:
             self._afresh = self._anew = True
             self._seen.forget(before)
             if self._running:
-                self._halt(HOLDING, "there was a pause")
+                self._halt(HOLDING, "the control loop was interrupted")
         return steps
 
     def _time(self, index: int) -> int:
@@ -314,13 +315,13 @@ class Player:
             return ""
         if gap > most:
             name, allowed = self.joint_names[worst], most * self._unit[worst]
-            return f"the arm does not follow: joint '{name}' is more than {allowed:g} from its command; ~/start goes on"
+            return f"the arm does not follow: joint '{name}' is more than {allowed:g} from its command; {RESUME}"
         chunk, fastest = self.playback.chunk, self.limits.velocity * self._speed
         meant, ahead = np.clip(chunk.at(now)[1], -fastest, fastest), chunk.at(now + SECOND)[0]
         stuck = self._stall.watch(now, self._seen.positions, self._seen.at, self.commanded, meant, ahead)
         if stuck is None:
             return ""
-        return f"the arm does not follow: joint '{self.joint_names[stuck]}' stands still; ~/start goes on"
+        return f"the arm does not follow: joint '{self.joint_names[stuck]}' stands still; {RESUME}"
 
     def _farthest(self, here: np.ndarray, there: np.ndarray) -> tuple[int, float]:
         """The joint of the arm by which two positions [J] differ most, and by how much, in units of the thresholds."""

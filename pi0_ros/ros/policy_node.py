@@ -37,6 +37,7 @@ from pi0_ros.ros.streams import Streams
 from pi0_ros.ros.worker import Worker
 from pi0_ros.srv import SetPrompt
 
+MOST_PROMPT = 2000  # characters
 HEARTBEAT = 5.0  # Hz: free-running ticks follow messages; this many a second come without any, to say what is missing
 
 SPECS = (
@@ -98,6 +99,14 @@ def load_policy(parameters: Parameters) -> Policy:
     return policy
 
 
+def prompt_fault(prompt: str) -> str:
+    """Why a prompt is not taken, or "": each chunk carries it."""
+    if not prompt.strip():
+        return "the prompt is empty"
+    most = f"at most {MOST_PROMPT} are allowed"
+    return f"the prompt has {len(prompt)} characters, {most}" if len(prompt) > MOST_PROMPT else ""
+
+
 class PolicyNode(ManagedNode):
     """The node. `load` makes the policy from the parameters; tests give another."""
 
@@ -146,7 +155,8 @@ class PolicyNode(ManagedNode):
                 "no checkpoint given: untrained random weights, whose chunks chunk_player refuses unless play_untrained"
             )
         self.get_logger().info(
-            f"configured for robot '{policy.robot.name}', checkpoint {policy.digest}, prompt '{self._worker.prompt}'"
+            f"configured for robot '{policy.robot.name}', checkpoint {policy.digest} on {policy.runs_on}, prompt "
+            f"'{self._worker.prompt}'"
         )
         return super().on_configure(state)
 
@@ -265,19 +275,19 @@ class PolicyNode(ManagedNode):
                 setattr(self._worker, name, values[name])
 
     def _prompt_heard(self, message: String) -> None:
-        if message.data.strip():
-            self._keep_prompt(message.data)
+        if fault := prompt_fault(message.data):
+            stays = f"ignored, it stays '{self._worker.prompt:.80}'"
+            self.get_logger().warning(f"{fault}: {stays}", throttle_duration_sec=1.0)
         else:
-            kept = f"{self._worker.prompt:.80}"
-            self.get_logger().warning(f"an empty prompt was ignored, it stays '{kept}'", throttle_duration_sec=1.0)
+            self._keep_prompt(message.data)
 
     def _keep_prompt(self, prompt: str) -> None:
         # Through the parameter, so that `ros2 param get` tells the prompt however it was set.
         self.set_parameters([Parameter("prompt", value=prompt)])
 
     def _set_prompt(self, request: SetPrompt.Request, response: SetPrompt.Response) -> SetPrompt.Response:
-        if not request.prompt.strip():
-            response.message = "the prompt is empty"
+        if fault := prompt_fault(request.prompt):
+            response.message = fault
             return response
         self._keep_prompt(request.prompt)
         if request.drop_current and self._worker is not None:
@@ -310,7 +320,7 @@ class PolicyNode(ManagedNode):
     def _pause(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         done = "paused, the player goes on to the end of its chunk or its policy_timeout" if request.data else "ticking"
         if self._stopped:
-            done = "stopped by ~/stop: call ~/start to go on"
+            done = "stopped by ~/stop; call ~/start to resume"
 
         def pause(worker: Worker) -> None:
             self._paused = request.data

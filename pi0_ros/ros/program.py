@@ -117,7 +117,7 @@ class ManagedNode(LifecycleNode):
                 if transition() != TransitionCallbackReturn.SUCCESS:
                     raise RuntimeError(self._failure or "the node could not be activated")
         else:
-            self.get_logger().info("waits to be configured and activated; by itself with -p autostart:=true")
+            self.get_logger().info("waiting to be configured and activated (-p autostart:=true does both)")
 
     def _configure_failed(self, error: Exception) -> TransitionCallbackReturn:
         """What `on_configure` answers to whatever was raised in it: rclpy would swallow that."""

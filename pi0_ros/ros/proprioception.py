@@ -59,7 +59,8 @@ class Proprioception:
             return False
         self._came = "they came"
         if stamp - now > FUTURE_STATE * SECOND:
-            self._note = f"; they are stamped {(stamp - now) / SECOND:.0f} s ahead of this node's clock"
+            ahead = f"they are stamped {(stamp - now) / SECOND:.0f} s ahead of this node's clock"
+            self._note = f"; {ahead}" if now else "; this node's clock stands at 0: use_sim_time without /clock?"
             return False
         values = np.asarray(positions, dtype=np.float64)[here]
         low, high = self._limits.low[mine], self._limits.high[mine]

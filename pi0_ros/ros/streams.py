@@ -68,6 +68,7 @@ class Streams:
         # Whose stamps were ahead of the clock, so that nothing of any stream was kept, and when that was (monotonic).
         self._ahead: tuple[Rejected, float] | None = None
         self.windows: dict[str, Window] = {}
+        self._useless: dict[str, str] = {}  # topic -> what came on it instead of joint states of this robot
         # Ticks look back by the largest latency.
         self._span = round((robot.latency + CLOCK_PERIOD) * SECOND)
         frames, self._most_states = (
@@ -109,8 +110,11 @@ class Streams:
 
         def buffer_of(message: JointState) -> StreamBuffer | None:
             names = ours.intersection(message.name)
-            if not names or len(message.position) < len(message.name):
-                return None  # of other joints, or velocities only
+            if not names or len(message.position) < len(message.name):  # of other joints, or velocities only
+                few = f"{len(message.position)} positions for {len(message.name)} names came"
+                strange = f"joints {', '.join(message.name[:6]) or 'without names'} came, none of this robot's"
+                self._useless[topic] = few if names else strange
+                return None
             with self._lock:
                 if (topic, names) not in self._states:
                     alone = all(known != topic for known, _ in self._states)
@@ -146,7 +150,8 @@ class Streams:
         if missing := [joint for joint in self._robot.joint_names if joint not in source]:
             topics, joints = ", ".join(self._robot.state.topics), ", ".join(missing)
             if not held:
-                return Rejected(topics, f"no message yet with joints {joints}", "missing")
+                instead = "".join(f"; {useless}" for useless in self._useless.values())
+                return Rejected(topics, f"no message yet with joints {joints}{instead}", "missing")
             seen = sorted({name for sample, _, _ in held if sample for name in sample.payload.name})
             return Rejected(topics, f"no message has joints {joints}; found {', '.join(seen)}", "missing")
         state = np.empty(len(self._robot.joint_names))
@@ -199,6 +204,8 @@ class Streams:
 
     def _whereabouts(self, name: str) -> str:
         """What speaks for another topic than the one that is listened to."""
+        if useless := self._useless.get(self._topics[name]):
+            return f"; {useless}"
         if self._node.count_publishers(self._topics[name]):
             return ", though it is published: are its type and quality of service right?"
         kind = type_name(self._kinds[name])

@@ -308,7 +308,9 @@ class Worker:
         done = clock()
         stages = {**chunk.latency, "decode": decoded - started, "publish": done - inferred, "total": done - started}
         self.health.accept(begin, snapshot.skew)
-        return self.health.publish(end, observed, stages, chunk.prefix_reused)
+        self.health.publish(end, observed, stages, chunk.prefix_reused)
+        if self.health.chunks == 1:
+            self._logger.info(f"first chunk after {stages['total'] * 1e3:.0f} ms")
 
     def _deliver(self, chunk: Chunk, observed: int, begin: int, end: int, epoch: int, prompt: str) -> bool:
         """Publish, unless the chunk's epoch or activation is over; returns whether it went out."""
