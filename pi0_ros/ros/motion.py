@@ -52,7 +52,7 @@ class Stream:
 
     def advance(self, index: int, steps: int, guide: Guide, speed: float) -> None:
         """Move on to grid `index`, `steps` after the last one."""
-        steps = min(steps, CATCH_UP)
+        steps = min(steps, CATCH_UP) if len(self.joints) else 0
         for k in range(index - steps + 1, index + 1):
             self.q, self.v = step(self._limiter, self.joints, self.q, self.v, guide(k), speed)
 

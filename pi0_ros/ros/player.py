@@ -50,11 +50,11 @@ class Player:
         self._period = round(step * SECOND)
         first = [k for k, name in enumerate(self.joint_names) if name in streamed]
         rest = [k for k, name in enumerate(self.joint_names) if name not in streamed]
-        self.stream = Stream(self.limits, np.array(first, dtype=np.intp), step) if first else None
+        self.stream = Stream(self.limits, np.array(first, dtype=np.intp), step)
         # The grid lies up to half a period beside the clock: two periods ahead are never less than one.
         self._lead = max(2, math.ceil(settings.lead * settings.rate)) if rest else 0
         window = max(1, round(settings.window * settings.rate))
-        self.window = Window(self.limits, np.array(rest, dtype=np.intp), step, window, self._lead) if rest else None
+        self.window = Window(self.limits, np.array(rest, dtype=np.intp), step, window, self._lead)
         self._resend = max(1, round(settings.resend * settings.rate))
 
         self.playback = Playback(self.limits.velocity, settings.handover, settings.blend_time, settings.ensemble_decay)
@@ -166,8 +166,7 @@ class Player:
     @property
     def at_rest(self) -> bool:
         """Whether nothing moves by command."""
-        moving = self.stream is not None and self.stream.v.any()
-        return not (moving or (self.window is not None and self.window.state()[1].any()))
+        return not (self.stream.v.any() or self.window.state()[1].any())
 
     def seconds_left(self, now: int) -> float:
         """Until the last action of the newest accepted chunk, s; 0 without one."""
@@ -187,21 +186,18 @@ class Player:
         if steps <= 0:
             return None
         self._index += steps
-        if self.window is not None:
-            self.window.advance(self._index)
+        self.window.advance(self._index)
         self._decide(now)
         if self.commanded is None:
             return None
         # Of an arm that was moved at rest, or is not seen, nothing is known that would make it safe to take it back.
         # And before a first chunk nobody asked for anything: a gripper holds what it was told, not where that ended.
         held = self._running and not (self._anew or self._afresh or self._rest.moved or self.blind)
-        send, plan = self.stream is not None and bool(held or self.stream.v.any()), None
-        if self.stream is not None:
-            self.stream.advance(self._index, steps, self._guide, self._speed)
-            self.commanded[self.stream.joints] = self.stream.q
-        if self.window is not None:
-            plan = self._plan()
-            self.commanded[self.window.joints] = self.window.state()[0]
+        send = bool(len(self.stream.joints) and (held or self.stream.v.any()))
+        self.stream.advance(self._index, steps, self._guide, self._speed)
+        plan = self._plan()
+        self.commanded[self.stream.joints] = self.stream.q
+        self.commanded[self.window.joints] = self.window.state()[0]
         return Commands(send, plan)
 
     def _due(self, now: int) -> int:
@@ -213,8 +209,7 @@ class Player:
         if steps * self._period > PAUSE * SECOND and steps > CATCH_UP and self.commanded is not None:
             # Paused: what takes positions has stood where it was told last, a trajectory has ended, and others may have
             # moved the arm since.
-            if self.stream is not None:
-                self.stream.seed(self.commanded)
+            self.stream.seed(self.commanded)
             self._afresh = self._anew = True
             self._seen.forget(before)
             if self._running:
@@ -231,7 +226,8 @@ class Player:
         return self.playback.at(time)
 
     def _plan(self) -> Plan | None:
-        if not (self._plan_now or (self._following and self._index >= self._plan_at)):
+        due = self._plan_now or (self._following and self._index >= self._plan_at)
+        if not (due and len(self.window.joints)):
             return None
         if not self._following and not self.window.state()[1].any():
             self._plan_now = False  # it rests where the last one ends; who has moved it since need not undo that
@@ -390,10 +386,8 @@ class Player:
 
     def _commanded_at_lead(self) -> tuple[np.ndarray, np.ndarray]:
         position, velocity = self.commanded.copy(), np.zeros(len(self.commanded))
-        if self.stream is not None:
-            position[self.stream.joints], velocity[self.stream.joints] = self.stream.q, self.stream.v
-        if self.window is not None:
-            position[self.window.joints], velocity[self.window.joints] = self.window.state(self._lead)
+        position[self.stream.joints], velocity[self.stream.joints] = self.stream.q, self.stream.v
+        position[self.window.joints], velocity[self.window.joints] = self.window.state(self._lead)
         return position, velocity
 
     def _seed(self) -> None:
@@ -404,9 +398,8 @@ class Player:
             position[kept] = self.commanded[kept]
         self.commanded = position
         self._rest.begin_anew()
-        for group in (self.stream, self.window):
-            if group is not None:
-                group.seed(position)
+        self.stream.seed(position)
+        self.window.seed(position)
 
     def _halt(self, mode: int, why: str) -> None:
         """Brake and keep still."""
