@@ -31,13 +31,13 @@ def trajectory_message(
 ) -> JointTrajectory:
     """A trajectory that joint_trajectory_controller takes up without a step.
 
-    It is stamped with the time of publication, so that it starts at once. What lies less than `ahead` before us is
+    It is stamped with the time of publication, so that it starts at once. What lies less than `ahead` in the future is
     left out: a first point that is past would be entered without a bridge (joint_trajectory_controller of Jazzy and
     Kilted). From its last command the controller moves to the first point, which lies on the way that the trajectory
     before took; set its `interpolate_from_desired_state`.
 
     Args:
-        times: int64 [n] ns, strictly increasing; a last point less than `ahead` before us is sent for then.
+        times: int64 [n] ns, strictly increasing; a last point less than `ahead` in the future is sent for then.
         positions: [n, j].
         velocities: [n, j], the last row zero; None sends positions alone, between which controllers go straight.
         now: ns; ahead: ns, at least one control period.

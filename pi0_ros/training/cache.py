@@ -1,4 +1,4 @@
-"""Recordings decoded once: model-size frames, states and actions in plain arrays that are memory-mapped for training.
+"""Recordings decoded once: model-size frames, states and actions in plain arrays; frames are memory-mapped.
 
 One folder for each bag, named by what its content depends on: the bag's digest, the parts of the robot file that
 matter, the image size and the selection; a change of any builds anew. A folder is written under another name and

@@ -55,7 +55,7 @@ class TrainOptions:
     batch: int = 32
     """Samples of one optimizer step, over all processes together."""
     accumulate: int = 1
-    """Pieces that each process works its share of a batch through in, to save memory."""
+    """Micro-batches per process and step (gradient accumulation) that a batch is worked through in, to save memory."""
     draws: int = 1
     """Noises and times that each sample of a batch is trained at in one step; the prefix is computed once for all."""
     learning_rate: float | None = None
@@ -101,7 +101,7 @@ class TrainOptions:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     compile: bool = False
-    """Compile the layers (torch.compile): a minute at the start, and each step takes less."""
+    """Compile the layers (torch.compile): some 40 s at the start, and each step takes less."""
     shard: bool = False
     """Of several processes each keeps a slice of weights, gradients, optimizer and average (FSDP2), not all of them."""
     held_out: float = 0.05
