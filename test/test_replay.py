@@ -102,6 +102,19 @@ def test_bag_time_is_the_same_on_both_sides_too(bag):
     assert compare(bag, machine, tiny(machine), seed=11, rate=10.0, seconds=0.6).same
 
 
+def test_what_reached_the_node_late_is_counted_and_not_compared(tmp_path):
+    late = items(seconds=1.0)
+    for item in late:
+        if item.topic == "/wrist/image_raw":
+            item.time += 40_000_000  # recorded 40 ms after its stamp: on a way that ticks do not wait for
+    machine = robot()
+    verdict = compare(kit.write_bag(tmp_path / "late", late), machine, tiny(machine), seed=11, rate=10.0)
+    assert verdict.same and verdict.late > 0 and verdict.chunks > 0
+    machine = robot(clock="bag")
+    verdict = compare(tmp_path / "late", machine, tiny(machine), seed=11, rate=10.0)
+    assert verdict.same and verdict.late == 0 and verdict.chunks > 0
+
+
 def test_a_difference_between_trainer_and_node_is_found(bag, monkeypatch):
     machine = robot()
     policy = tiny(machine)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from pi0_ros.demo.replay import Message, Replay, open_bag
 from pi0_ros.model.files import CheckpointError
 from pi0_ros.msg import ActionChunk
+from pi0_ros.policy.alignment import newest_indices
 from pi0_ros.policy.policy import Policy, PolicyError, RobotObservation
 from pi0_ros.policy.tokenizer import TokenizerError
 from pi0_ros.robot import Robot, RobotFileError, load_robot
@@ -73,6 +74,7 @@ class Verdict:
     ranges: np.ndarray  # [J], of the joints
     unusable: int  # chunks of the node at instants that the trainer would drop
     prompts: int  # chunks made for another prompt than the trainer would read
+    late: int  # chunks not compared: what the trainer sees at their instants reached the node after the tick
 
     @property
     def same(self) -> bool:
@@ -202,6 +204,18 @@ def offline(
     return results
 
 
+def on_its_way(recording: Recording, robot: Robot, stamps: np.ndarray) -> np.ndarray:
+    """bool [n]: whether a message that the trainer takes for an instant was recorded only after the node's tick for it.
+    By the recording's clock; `stamps` as chunks have them, int64 [n] ns."""
+    late = np.zeros(len(stamps), bool)
+    for stream in recording.observed:
+        latency = (robot.state if stream.joints else robot.present_cameras[stream.name]).latency
+        order = np.argsort(stream.time_ns, kind="stable")
+        at = newest_indices(stream.time_ns[order] - round(latency * SECOND), stamps)
+        late |= (at >= 0) & (stream.bag_ns[order[at]] > stamps + round(robot.latency * SECOND))
+    return late
+
+
 def compare(
     path: Path,
     robot: Robot,
@@ -223,10 +237,11 @@ def compare(
         policy = load()
         expected = offline(bag, recording, robot, policy, stamps, seed)
         policy.close()
+    late = on_its_way(recording, robot, stamps)
     pairs = [
         (chunk_actions(chunk), actions)
-        for chunk, (actions, prompt) in zip(chunks, expected, strict=True)
-        if actions is not None and prompt == chunk.prompt
+        for chunk, (actions, prompt), missed in zip(chunks, expected, late, strict=True)
+        if actions is not None and prompt == chunk.prompt and not missed
     ]
     difference = np.max([np.abs(a - b).max(axis=0) for a, b in pairs] or [np.zeros(len(robot.joints))], axis=0)
     return Verdict(
@@ -235,6 +250,7 @@ def compare(
         ranges=np.array([joint.position[1] - joint.position[0] for joint in robot.joints]),
         unusable=sum(actions is None for actions, _ in expected),
         prompts=sum(prompt != chunk.prompt for chunk, (_, prompt) in zip(chunks, expected, strict=True)),
+        late=int(late.sum()),
     )
 
 
@@ -258,6 +274,11 @@ def run(options: Options) -> bool:
     print(f"{verdict.chunks} chunks compared; largest difference of any action, by joint:")
     for name, difference, span in zip(robot.joint_names, verdict.difference, verdict.ranges, strict=True):
         print(f"  {name:<{width}}  {difference:.2e}  ({difference / span:.1e} of its range)")
+    if verdict.late:
+        print(
+            f"{verdict.late} chunks not compared: a message that the trainer sees there came to the node after its tick; "
+            "`clock: bag` in the robot file goes by arrival on both sides"
+        )
     if verdict.unusable:
         print(f"{verdict.unusable} chunks at instants that the trainer drops")
     if verdict.prompts:
