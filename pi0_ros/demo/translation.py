@@ -276,8 +276,8 @@ def run(options: Options) -> bool:
         print(f"  {name:<{width}}  {difference:.2e}  ({difference / span:.1e} of its range)")
     if verdict.late:
         print(
-            f"{verdict.late} chunks not compared: a message that the trainer sees there came to the node after its tick; "
-            "`clock: bag` in the robot file goes by arrival on both sides"
+            f"{verdict.late} chunks not compared: a message that the trainer sees there came to the node after its "
+            "tick; `clock: bag` in the robot file goes by arrival on both sides"
         )
     if verdict.unusable:
         print(f"{verdict.unusable} chunks at instants that the trainer drops")

@@ -38,7 +38,7 @@ from pi0_ros.ros.qos import LATCHED, NEWEST, SENSOR
 
 STATUS_PERIOD = SECOND // 10  # ns
 LOG_PERIOD = 1.0  # s between two lines of the same state and reason
-NUMBERS = re.compile(r"-?[0-9.]+(e[-+]?[0-9]+)?")
+NUMBERS = re.compile(r"(?<!\w)-?\d+(\.\d+)?(e[-+]?\d+)?(?!\w)")  # not those of names
 STANDS_STILL = SECOND  # ns; a clock that says the same for so long has stopped
 UNTRAINED = "random"  # the digest of a policy without a checkpoint
 STOPPED_BY_CALL = "stopped by ~/stop; call ~/start to resume"

@@ -56,6 +56,8 @@ class Player:
         window = max(1, round(settings.window * settings.rate))
         self.window = Window(self.limits, np.array(rest, dtype=np.intp), step, window, self._lead)
         self._resend = max(1, round(settings.resend * settings.rate))
+        # An arm on trajectories goes on by itself to the end of the last one.
+        self._pause = round((PAUSE if first else max(PAUSE, settings.window)) * SECOND)
 
         self.playback = Playback(self.limits.velocity, settings.handover, settings.blend_time, settings.ensemble_decay)
         self.played = self.refused = self.holds = 0
@@ -99,7 +101,7 @@ class Player:
             return
         # Not in `tick`: an arm that is moved while nothing is played, or the node is inactive, must be noticed too.
         if self._following or not self.at_rest:
-            if now - self._last <= PAUSE * SECOND:  # else it may be others who moved it
+            if now - self._last <= self._pause:  # else it may be others who moved it
                 self._rest.lags(now, self._seen.positions, self.commanded)
         else:
             self._rest.watch(now, self._seen.positions, self.commanded)
@@ -206,7 +208,7 @@ class Player:
             self._grid = now - (self._index + 1) * self._period
         before, self._last = self._last, now
         steps = (now - self._grid + self._period // 2) // self._period - self._index
-        if steps * self._period > PAUSE * SECOND and steps > CATCH_UP and self.commanded is not None:
+        if steps * self._period > self._pause and steps > CATCH_UP and self.commanded is not None:
             # Paused: what takes positions has stood where it was told last, a trajectory has ended, and others may have
             # moved the arm since.
             self.stream.seed(self.commanded)

@@ -38,9 +38,8 @@ class Proprioception:
         self._noise = LEAP * np.array([0.2 if joint.kind == "prismatic" else 1.0 for joint in robot.joints])
         # A gripper may be told in one step, and moves nothing when it is.
         self._arm = np.array([joint.kind != "gripper" for joint in robot.joints])
-        self._leapt: dict[
-            tuple[int, ...], tuple[np.ndarray, int]
-        ] = {}  # by joints: positions and stamp not yet believed
+        # Not yet believed: positions and stamp, by joints.
+        self._leapt: dict[tuple[int, ...], tuple[np.ndarray, int]] = {}
         self._leaps: deque[tuple[int, str]] = deque(maxlen=LEAPS)  # ns, and what one was
         self._topics, self._came = robot.state.topics, ""  # what the last message was that said nothing
         self._note = ""  # what may be the reason where they are missing
