@@ -188,3 +188,12 @@ def test_what_is_wrong_is_printed_before_training(tmp_path, capsys):
     load_units(kit.write_bag(tmp_path / "bag", items), ROBOT, 28, cache=tmp_path / "cache", jobs=1)
     out = capsys.readouterr().out
     assert "warning: elbow does not go where it is told" in out  # it rests, and is told to swing
+
+
+def test_two_topics_that_tell_of_a_joint_one_after_the_other_contradict_nothing(tmp_path):
+    other = [
+        kit.joint_state(kit.START + 3 * kit.SECOND + k * kit.SECOND // 50, [-0.9, 0.5, 0.5], topic="/other")
+        for k in range(50)
+    ]
+    recording = read(tmp_path, [*kit.episode(), *other], state={"topics": ["joint_states", "other"], "max_age": 0.2})
+    assert not any("is told by" in problem for problem in recording.problems)
