@@ -337,3 +337,26 @@ def test_an_option_that_cannot_be_is_one_line(tmp_path, capsys, option, value, l
     assert main([str(tmp_path), "--robot", str(tmp_path / "robot.yaml"), option, value]) == 1
     found = capsys.readouterr().err
     assert found == f"error: {option} must be at least {least}, found {float(value) if option == '--idle' else value}\n"
+
+
+def test_without_a_robot_file_it_tells_what_a_recording_holds(bags, tmp_path, capsys):
+    extra = [kit.text(kit.START + k, f"task {k}") for k in range(5)] + [kit.floats(kit.START, [0.5, -1], "/hand")]
+    bag = kit.write_bag(tmp_path / "one", [*kit.episode(seconds=1.0), *extra, kit.raw(kit.START, kit.picture(1))])
+    assert main([str(bag)]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == f"{bag}: 1.0 s"
+    assert lines[1:5] == [
+        "  /joint_states  sensor_msgs/msg/JointState, 50 messages, 51.0 Hz",
+        "      shoulder  0 to 0.98",
+        "      elbow     0.5 to 0.5",
+        "      grip      0 to 1",
+    ]
+    assert "      16x12, rgb8" in lines and "      16x12, png" in lines
+    assert "      [1]  -1 to -1" in lines and "      'task 2'" in lines and "      and 2 more" in lines
+    assert lines[-1].startswith("write a robot file from this")
+    assert main([str(bags)]) == 0
+    assert "more recordings" in capsys.readouterr().out
+    assert main([str(tmp_path / "none")]) == 1
+    assert "no such file" in capsys.readouterr().err
+    assert main([str(bag), "--json", str(tmp_path / "x.json")]) == 1
+    assert "--json needs --robot" in capsys.readouterr().err

@@ -1,7 +1,8 @@
 """Look at recordings before training: what is there, what is missing, what would be kept, dropped and why.
 
 `ros2 run pi0_ros inspect_bags DIR --robot FILE` prints a table; `--json` and `--html` write the same for programs and
-as a page with plots and sample frames. Exit code 1 when the data cannot be trained on, with the reason.
+as a page with plots and sample frames. Exit code 1 when the data cannot be trained on, with the reason. Without a robot
+file it tells what the first recording holds, from which one can be written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pi0_ros.robot import RobotFileError, load_robot
 from pi0_ros.training.bags import BagError, find_bags
 from pi0_ros.training.build import cores, run_all
 from pi0_ros.training.cache import CacheError
+from pi0_ros.training.contents import contents
 from pi0_ros.training.episodes import Selection
 from pi0_ros.training.options import OptionsError, require_at_least
 from pi0_ros.training.report import BagReport, inspect_bag, summarise
@@ -35,8 +37,8 @@ class Options:
 
     bags: Annotated[Path, tyro.conf.Positional]
     """A recording (folder, .mcap or .db3), or a folder of recordings."""
-    robot: Path
-    """The robot file that the recordings were made with."""
+    robot: Path | None = None
+    """The robot file that the recordings were made with. None: tell topics, joints and ranges, to write it from."""
     json: Path | None = None
     """Write all numbers to this file as JSON."""
     html: Path | None = None
@@ -57,6 +59,8 @@ class Options:
     def __post_init__(self) -> None:
         require_at_least(self, horizon=1, image_size=1, idle=0, jobs=1)
         for name, path in (("json", self.json), ("html", self.html)):
+            if path and self.robot is None:
+                raise OptionsError(f"--{name} needs --robot: without it there is only what a recording holds")
             if path and not path.parent.is_dir():
                 raise OptionsError(f"--{name} {path}: there is no folder {path.parent}")
 
@@ -76,6 +80,14 @@ def inspect(options: Options) -> tuple[list[BagReport], dict[str, Any]]:
     with tqdm(total=len(bags), desc="inspect", unit="bag", disable=None) as bar:
         reports = run_all(inspect_bag, tasks, jobs, lambda _: bar.update())
     return reports, summarise(reports, robot, options.horizon or model.action_horizon, selection)
+
+
+def unread(bags: Path) -> str:
+    """What the first recording at `bags` holds, as text. BagError when there is none, or it cannot be read."""
+    first, *others = find_bags(bags)
+    more = [f"and {len(others)} more recordings"] if others else []
+    way = "write a robot file from this (docs/robot.md; config/six_joint_arm.yaml is one), then give it as --robot"
+    return "\n".join([*contents(first), *more, way])
 
 
 def table(reports: list[BagReport], summary: dict[str, Any]) -> str:
@@ -180,6 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 0 when the data can be trained on, 1 when not."""
     try:
         options = tyro.cli(Options, prog="inspect_bags", description=Options.__doc__, args=arguments)
+        if options.robot is None:
+            print(unread(options.bags))
+            return 0
         reports, summary = inspect(options)
         print(table(reports, summary))
         if options.json:
