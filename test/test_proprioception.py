@@ -17,7 +17,7 @@ class Seen:
     """Joint states every 20 ms."""
 
     def __init__(self):
-        self.seen = Proprioception(ROBOT, robot_limits(ROBOT, 1.0, 1.0))
+        self.seen = Proprioception(ROBOT, robot_limits(ROBOT, 1.0, 1.0), np.array([True, True, False]), np.ones(3))
         self.now = 10 * SECOND
 
     def take(self, positions, names=NAMES, stamp=None, later=20):

@@ -36,7 +36,7 @@ from pi0_ros.ros.policy_node import PolicyNode
 from pi0_ros.ros.qos import NEWEST
 from pi0_ros.training.bags import Bag, BagError, decode
 from pi0_ros.training.cache import image_messages, model_frame
-from pi0_ros.training.episodes import observe_at
+from pi0_ros.training.episodes import observe_at, sorted_streams
 from pi0_ros.training.recording import JOINT_STATE, STRING, Recording, read_recording
 
 SAME = 1e-3  # largest difference, as a share of a joint's range, that is rounding and not another input
@@ -207,12 +207,10 @@ def offline(
 def on_its_way(recording: Recording, robot: Robot, stamps: np.ndarray) -> np.ndarray:
     """bool [n]: whether a message that the trainer takes for an instant was recorded only after the node's tick for it.
     By the recording's clock; `stamps` as chunks have them, int64 [n] ns."""
-    late = np.zeros(len(stamps), bool)
-    for stream in recording.observed:
-        latency = (robot.state if stream.joints else robot.present_cameras[stream.name]).latency
-        order = np.argsort(stream.time_ns, kind="stable")
-        at = newest_indices(stream.time_ns[order] - round(latency * SECOND), stamps)
-        late |= (at >= 0) & (stream.bag_ns[order[at]] > stamps + round(robot.latency * SECOND))
+    late, written = np.zeros(len(stamps), bool), {stream.name: stream.bag_ns for stream in recording.observed}
+    for stream in sorted_streams(recording, robot):
+        at = newest_indices(stream.times, stamps)
+        late |= (at >= 0) & (written[stream.name][stream.order[at]] > stamps + round(robot.latency * SECOND))
     return late
 
 

@@ -66,7 +66,7 @@ class Player:
         self.handover_delay = 0.0  # actions of that chunk that were past when it took over
         self.commanded: np.ndarray | None = None  # [J]
 
-        self._seen = Proprioception(robot, self.limits)
+        self._seen = Proprioception(robot, self.limits, self._arm, self._unit)
         self.blind = False  # holds because joint states are missing
         self.lost = ""  # why it stopped by itself: the arm does not follow
         self._mode, self.why, self._refusal = STOPPED, "not started", ""

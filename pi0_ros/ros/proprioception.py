@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -30,18 +30,19 @@ class Proprioception:
         at: int64 [J], when each was measured, ns; -1: never, or not since a pause.
     """
 
-    def __init__(self, robot: Robot, limits: Limits) -> None:
+    def __init__(self, robot: Robot, limits: Limits, arm: np.ndarray, unit: np.ndarray) -> None:
+        """`arm` bool [J], the joints that may not leap: a gripper is told in one step, and moves nothing when it is.
+        `unit` [J], what a joint has for a radian."""
         self._names, self._limits, self._max_age = robot.joint_names, limits, robot.state.max_age
         self.positions = np.full(len(self._names), np.nan)
         self.at = np.full(len(self._names), -1, dtype=np.int64)
         self._speed = LEAP_SPEED * np.array([joint.velocity for joint in robot.joints])
-        self._noise = LEAP * np.array([0.2 if joint.kind == "prismatic" else 1.0 for joint in robot.joints])
-        # A gripper may be told in one step, and moves nothing when it is.
-        self._arm = np.array([joint.kind != "gripper" for joint in robot.joints])
+        self._arm, self._noise = arm, LEAP * unit
         # Not yet believed: positions and stamp, by joints.
         self._leapt: dict[tuple[int, ...], tuple[np.ndarray, int]] = {}
         self._leaps: deque[tuple[int, str]] = deque(maxlen=LEAPS)  # ns, and what one was
-        self._topics, self._came = robot.state.topics, ""  # what the last message was that said nothing
+        self._topics, self._came = robot.state.topics, False
+        self._instead = ""  # what the last message was, where it said nothing
         self._note = ""  # what may be the reason where they are missing
         self._noted: set[int] = set()  # joints that it is about; those of other drivers say nothing of it
 
@@ -49,14 +50,10 @@ class Proprioception:
         """Take in a message; whether it says anything. Left out, lest they become what is held, are positions that
         cannot be: not finite, or further outside a joint's limits than these are apart; and what is older than what is
         known."""
+        self._came, self._instead = True, useless(names, positions, self._names)
+        if self._instead:
+            return False
         here, mine = joint_index(names, self._names)
-        if not len(mine):
-            self._came = f"joints {', '.join(names[:6]) or 'without names'} came, none of this robot's"
-            return False
-        if len(positions) < len(names):
-            self._came = f"{len(positions)} positions for {len(names)} names came"
-            return False
-        self._came = "they came"
         if stamp - now > FUTURE_STATE * SECOND:
             ahead = f"they are stamped {(stamp - now) / SECOND:.0f} s ahead of this node's clock"
             self._note = f"; {ahead}" if now else "; this node's clock stands at 0: use_sim_time without /clock?"
@@ -124,8 +121,15 @@ class Proprioception:
             return f"no joint state yet on {', '.join(self._topics)}"
         missing = [name for name, late in zip(self._names, old, strict=True) if late]
         which = "" if len(missing) == len(old) else f" of {', '.join(missing)}"
-        note = self._note or ("" if self._came == "they came" else f"; {self._came}")
+        note = self._note or (f"; {self._instead}" if self._instead else "")
         return f"no joint state{which} for more than {self._max_age:g} s{note}"
+
+
+def useless(names: Sequence[str], positions: Sequence[float], ours: Collection[str]) -> str:
+    """Why a JointState tells nothing of our joints, or ""."""
+    if not any(name in ours for name in names):
+        return f"joints {', '.join(names[:6]) or 'without names'} came, none of this robot's"
+    return f"{len(positions)} positions for {len(names)} names came" if len(positions) < len(names) else ""
 
 
 def joint_index(names: Sequence[str], wanted: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

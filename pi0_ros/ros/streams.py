@@ -26,6 +26,7 @@ from pi0_ros.policy.images import ImageError, decode_image, orient
 from pi0_ros.robot import Camera, Robot
 from pi0_ros.ros.conversions import SECOND, stamp_ns, type_name
 from pi0_ros.ros.diagnostics import Report, Window
+from pi0_ros.ros.proprioception import useless
 
 FASTEST_CAMERA, FASTEST_STATE = 120.0, 2000.0  # Hz; no more is kept, should stamps not advance as time does
 UNSTAMPED = "`clock: bag` in the robot file goes by the time of arrival instead"
@@ -109,12 +110,10 @@ class Streams:
         state, ours = self._robot.state, frozenset(self._robot.joint_names)
 
         def buffer_of(message: JointState) -> StreamBuffer | None:
-            names = ours.intersection(message.name)
-            if not names or len(message.position) < len(message.name):  # of other joints, or velocities only
-                few = f"{len(message.position)} positions for {len(message.name)} names came"
-                strange = f"joints {', '.join(message.name[:6]) or 'without names'} came, none of this robot's"
-                self._useless[topic] = few if names else strange
+            if why := useless(message.name, message.position, ours):  # of other joints, or velocities only
+                self._useless[topic] = why
                 return None
+            names = ours.intersection(message.name)
             with self._lock:
                 if (topic, names) not in self._states:
                     alone = all(known != topic for known, _ in self._states)
@@ -150,7 +149,7 @@ class Streams:
         if missing := [joint for joint in self._robot.joint_names if joint not in source]:
             topics, joints = ", ".join(self._robot.state.topics), ", ".join(missing)
             if not held:
-                instead = "".join(f"; {useless}" for useless in self._useless.values())
+                instead = "".join(f"; {why}" for why in self._useless.values())
                 return Rejected(topics, f"no message yet with joints {joints}{instead}", "missing")
             seen = sorted({name for sample, _, _ in held if sample for name in sample.payload.name})
             return Rejected(topics, f"no message has joints {joints}; found {', '.join(seen)}", "missing")
@@ -204,8 +203,8 @@ class Streams:
 
     def _whereabouts(self, name: str) -> str:
         """What speaks for another topic than the one that is listened to."""
-        if useless := self._useless.get(self._topics[name]):
-            return f"; {useless}"
+        if instead := self._useless.get(self._topics[name]):
+            return f"; {instead}"
         if self._node.count_publishers(self._topics[name]):
             return ", though it is published: are its type and quality of service right?"
         kind = type_name(self._kinds[name])

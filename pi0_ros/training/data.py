@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pi0_ros.robot import Joint, Robot
+from pi0_ros.robot import Robot
 from pi0_ros.training.bags import BagError, find_bags
 from pi0_ros.training.build import build_cache
 from pi0_ros.training.cache import FOLDER, Unit
 from pi0_ros.training.episodes import Selection
-from pi0_ros.training.plausibility import (
-    Motion,
-    change_gaps,
-    commands_apart,
-    counted,
-    limits_fault,
-    limits_warning,
-    measured_state,
-    outside_limits,
-    rate_fault,
-    rests,
-)
+from pi0_ros.training.plausibility import counted, judge, measured_state
 
 EPISODES = "episodes.json"  # beside a checkpoint of `train`: what it was trained on
 
@@ -62,60 +51,39 @@ def load_units(
         raise BagError(f"none of {len(found)} recordings fits {robot.name!r}: {_without(reason, bag)}: {bag}{others}")
     for bag, reason in () if quiet else cached.skipped.items():
         print(f"left out {bag}: {_without(reason, bag)}")
-    require_plausible(cached.units, robot)
-    for text in () if quiet else warnings(cached.units, robot):
+    odd = require_plausible(cached.units, robot)
+    for text in () if quiet else [*warnings(cached.units, robot), *odd]:
         print(f"warning: {text}")
     return cached.units
 
 
 def warnings(units: Sequence[Unit], robot: Robot) -> list[str]:
-    """Why a policy trained on these recordings may not work on the robot."""
+    """Why a policy trained on these recordings may not work on the robot, but for their numbers."""
     found = counted([unit.index["warnings"] for unit in units]) + measured_state(robot)
     if silent := sum("" in unit.prompts for unit in units):
         found.append(f"{silent} recordings have no prompt, or none at first: give one with --prompt")
-    for line in _outside(units, robot):
-        found += limits_warning(*line)
-    for what, joint, values in _columns(units, robot):
-        found += rests(what, joint, values)
-    return found + commands_apart(list(_motions(units)), robot)
-
-
-def _outside(units: Sequence[Unit], robot: Robot) -> list[tuple[str, str, Sequence[float], float]]:
-    return [
-        (what, joint.name, joint.position, outside_limits(values, joint.position))
-        for what, joint, values in _columns(units, robot)
-    ]
-
-
-def _columns(units: Sequence[Unit], robot: Robot) -> Iterator[tuple[str, Joint, np.ndarray]]:
-    """What a policy sees and learns of each joint: ("state" or "actions", joint, float64 [T])."""
-    arrays = [unit.arrays for unit in units]
-    rows = {
-        "state": np.concatenate([a["state"][a["usable"]] for a in arrays]),
-        "actions": np.concatenate([a["actions"][a["usable"] & a["known"]] for a in arrays]),
-    }
-    for what, positions in rows.items():
-        for joint, values in zip(robot.joints, positions.T, strict=True):
-            yield what, joint, values
-
-
-def _motions(units: Sequence[Unit]) -> Iterator[Motion]:
-    for unit in units:
-        for episode in unit.episodes:
-            here = slice(episode["begin"], episode["end"])
-            yield tuple(unit.arrays[name][here] for name in ("state", "actions", "known"))
+    return found
 
 
 def _without(reason: str, bag: str) -> str:
     return reason.removeprefix(f"{bag}: ")
 
 
-def require_plausible(units: Sequence[Unit], robot: Robot) -> None:
-    """BagError if commands came too slowly for the robot file's control rate, or most positions are beyond its limits,
-    as `rate_fault` and `limits_fault` say."""
-    gaps = [change_gaps(actions[known]) for _, actions, known in _motions(units)]
-    if fault := rate_fault(gaps, robot) or limits_fault(_outside(units, robot)):
+def require_plausible(units: Sequence[Unit], robot: Robot) -> list[str]:
+    """What `judge` has to say of these recordings. BagError if they are refused: commands came too slowly for the robot
+    file's control rate, or most positions are beyond its limits."""
+    arrays = [unit.arrays for unit in units]
+    motions = [
+        (a["state"][here], a["actions"][here], a["known"][here])
+        for unit, a in zip(units, arrays, strict=True)
+        for here in (slice(episode["begin"], episode["end"]) for episode in unit.episodes)
+    ]
+    state = np.concatenate([a["state"][a["usable"]] for a in arrays])
+    actions = np.concatenate([a["actions"][a["usable"] & a["known"]] for a in arrays])
+    fault, odd = judge(state, actions, motions, robot)
+    if fault:
         raise BagError(fault)
+    return odd
 
 
 def names(units: Sequence[Unit], episodes: Episodes) -> list[list[Any]]:

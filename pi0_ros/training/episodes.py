@@ -88,7 +88,7 @@ def cut_episodes(recording: Recording, robot: Robot, selection: Selection = Sele
     Raises:
         BagError: the stamps span more than two days.
     """
-    streams = _sorted_streams(recording, robot)
+    streams = sorted_streams(recording, robot)
     if recording.problems or None in _spoken(streams, robot).values():
         return []
     times = np.concatenate([stream.times for stream in streams])
@@ -169,7 +169,7 @@ def _episode(
         known=known.all(axis=1),
         frames=frames,
         usable=usable,
-        prompts=_prompts(recording, robot, selection, ticks, begin if recording.marks else None),
+        prompts=_prompts(recording, robot, selection, ticks, begin if recording.marks else start),
         skew_ns=aligned.skew_ns,
         dropped=+dropped,
         idle_start=head / robot.control_rate,
@@ -208,9 +208,8 @@ def observe_at(
 
     Returns the verdict on each; state, frames and prompts as in `Episode`.
     """
-    observed = _observe(recording, robot, _sorted_streams(recording, robot), ticks_ns)
-    # Said to be marked at the end: no prompt counts before it was heard, as none does on the robot.
-    return *observed, _prompts(recording, robot, Selection(), ticks_ns, int(ticks_ns[-1]) if len(ticks_ns) else None)
+    observed = _observe(recording, robot, sorted_streams(recording, robot), ticks_ns)
+    return *observed, _prompts(recording, robot, Selection(), ticks_ns)
 
 
 def _observe(
@@ -250,7 +249,8 @@ def _sources(streams: list[_Sorted], ticks: np.ndarray, joints: int) -> np.ndarr
     return sources
 
 
-def _sorted_streams(recording: Recording, robot: Robot) -> list[_Sorted]:
+def sorted_streams(recording: Recording, robot: Robot) -> list[_Sorted]:
+    """All state streams and cameras in order of time, but those without any sound stamp."""
     limits = {stream.name: (robot.state.max_age, robot.state.latency) for stream in recording.states}
     limits |= {slot: (camera.max_age, camera.latency) for slot, camera in robot.present_cameras.items()}
     streams = []
@@ -279,12 +279,13 @@ def _active(state: np.ndarray, actions: np.ndarray, robot: Robot, idle: float) -
 
 
 def _prompts(
-    recording: Recording, robot: Robot, selection: Selection, ticks: np.ndarray, mark: int | None = None
+    recording: Recording, robot: Robot, selection: Selection, ticks: np.ndarray, begin: int | None = None
 ) -> list[str]:
     """Command line, else the newest on the topic at or before the tick, else the bag's metadata, else the default.
 
     One spoken a moment after the mark that begins an episode counts from the mark on, as does the first of a recording
-    without marks that is heard a moment after its start. Later ones were not known yet.
+    without marks that is heard a moment after its start. Later ones were not known yet. `begin`: of the episode, ns;
+    None: of none, and each counts from when it was heard, as on the robot.
     """
     fixed = selection.prompt or recording.custom_data.get("prompt") or robot.prompt.default
     spoken = [(time, text) for time, text in recording.prompts if text]
@@ -292,8 +293,8 @@ def _prompts(
         return [fixed] * len(ticks)
     times = np.array([time for time, _ in spoken])
     at = np.searchsorted(times, ticks, side="right") - 1
-    begin = int(ticks[0]) if mark is None else mark
-    late = np.flatnonzero((times > begin) & (times <= min(begin + PROMPT_DELAY_NS, ticks[-1])))
-    if len(late) and (mark is not None or late[0] == 0):
-        at = np.maximum(at, late[0])
+    if begin is not None:
+        late = np.flatnonzero((times > begin) & (times <= min(begin + PROMPT_DELAY_NS, ticks[-1])))
+        if len(late) and (recording.marks or late[0] == 0):
+            at = np.maximum(at, late[0])
     return [spoken[i][1] if i >= 0 else fixed for i in at]

@@ -67,11 +67,8 @@ def _joints(joints: list[dict[str, Any]]) -> str:
                         remarks,
                     ]
                 )
-    return (
-        "<h2>Joints</h2>" + table(["joint", "unit", "of", *names, "outside limits", "NaN", "remarks"], rows)
-        if rows
-        else ""
-    )
+    head = ["joint", "unit", "of", *names, "outside limits", "NaN", "remarks"]
+    return "<h2>Joints</h2>" + table(head, rows) if rows else ""
 
 
 def _histograms(reports: list[BagReport]) -> str:

@@ -43,6 +43,28 @@ def counted(by_recording: Sequence[Sequence[str]]) -> list[str]:
 # --- of what a policy learns ------------------------------------------------------------------------------------------
 
 
+def judge(
+    state: np.ndarray, actions: np.ndarray, motions: Sequence[Motion], robot: Robot
+) -> tuple[str | None, list[str]]:
+    """Why recordings are refused, or None, and what is to be said of them: of all that a policy sees and learns,
+    float64 [T, J] each, and of every episode's motion."""
+    columns = [
+        (what, joint, values)
+        for what, rows in (("state", state), ("actions", actions))
+        for joint, values in zip(robot.joints, rows.T, strict=True)
+    ]
+    outside = [(what, joint.name, joint.position, outside_limits(v, joint.position)) for what, joint, v in columns]
+    fault = rate_fault([change_gaps(told[known]) for _, told, known in motions], robot) or limits_fault(outside)
+    warnings = [line for found in outside for line in limits_warning(*found)]
+    warnings += [line for column in columns for line in rests(*column)]
+    return fault, warnings + commands_apart(motions, robot)
+
+
+def near_constant(values: np.ndarray, limits: Sequence[float]) -> bool:
+    """Whether float64 [T] positions hardly change, for a joint of these limits."""
+    return bool(len(values) and values.std() < NEAR_CONSTANT * (limits[1] - limits[0]))
+
+
 def least_spread(joint: Joint) -> float:
     """The standard deviation that normalisation assumes at least, in model space (a gripper's is 0 to 1). A joint that
     rested in every recording would else have one of nearly nothing, and a hair's breadth off be ten thousand of it."""
@@ -51,9 +73,9 @@ def least_spread(joint: Joint) -> float:
 
 def rests(what: str, joint: Joint, values: np.ndarray) -> list[str]:
     """What is to be said of a joint whose positions, float64 [T], hardly change: one line, or none."""
-    std = float(values.std()) if len(values) else math.inf
-    if std >= NEAR_CONSTANT * (joint.position[1] - joint.position[0]):
+    if not near_constant(values, joint.position):
         return []
+    std = float(values.std())
     return [
         f"{what} of {joint.name} hardly changes (std {std:.2g}): normalised as if it varied by {NEAR_CONSTANT:.1%} of "
         "its range; the policy does not learn to use it"

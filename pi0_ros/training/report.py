@@ -15,15 +15,11 @@ from pi0_ros.training.episodes import Episode, Selection, cut_episodes
 from pi0_ros.training.plausibility import (
     NEAR_CONSTANT,
     Motion,
-    change_gaps,
-    commands_apart,
     counted,
-    limits_fault,
-    limits_warning,
+    judge,
     measured_state,
+    near_constant,
     outside_limits,
-    rate_fault,
-    rests,
 )
 from pi0_ros.training.recording import Recording, Stream, read_recording
 
@@ -219,19 +215,7 @@ def summarise(reports: list[BagReport], robot: Robot, horizon: int, selection: S
         if len(reports) == 1:
             refused = f"the recording cannot be trained on: {reason}"
     else:
-        motions = [motion for r in good for motion in r.motions]
-        outside = [
-            (what, joint["name"], joint["limits"], (joint[what] or {}).get("outside_limits", 0.0))
-            for what in ("state", "actions")
-            for joint in joints
-        ]
-        refused = rate_fault([change_gaps(actions[known]) for _, actions, known in motions], robot)
-        refused = refused or limits_fault(outside)
-        warnings = [line for what in outside for line in limits_warning(*what)]
-        for what, rows in (("state", state), ("actions", actions)):
-            for joint, values in zip(robot.joints, rows.T, strict=True):
-                warnings += rests(what, joint, values)
-        warnings += commands_apart(motions, robot)
+        refused, warnings = judge(state, actions, [motion for r in good for motion in r.motions], robot)
     return {
         "robot": robot.name,
         "refused": refused,
@@ -278,7 +262,7 @@ def _column(values: np.ndarray, limits: tuple[float, float]) -> dict[str, Any]:
         "min": float(values.min()),
         "max": float(values.max()),
         "outside_limits": outside_limits(values, limits),
-        "near_constant": bool(values.std() < NEAR_CONSTANT * (limits[1] - limits[0])),
+        "near_constant": near_constant(values, limits),
     }
 
 
