@@ -186,11 +186,20 @@ class RecordedActions(_Section):
 
 
 class Command(_Section):
-    """One controller that takes commands for some of the joints (all of them when `joints` is not given)."""
+    """One controller that takes commands for some of the joints (all of them when `joints` is not given).
+
+    The two last types are actions, of control_msgs, each for one gripper; `topic` is the action's name.
+    """
 
     topic: Topic
-    type: Literal["JointTrajectory", "Float64MultiArray"]
+    type: Literal["JointTrajectory", "Float64MultiArray", "GripperCommand", "ParallelGripperCommand"]
     joints: tuple[str, ...] | None = None
+    max_effort: NonNegative = 0.0  # of a gripper's action, N or Nm; 0: the driver's own
+
+    @property
+    def action(self) -> bool:
+        """Whether an action server takes it, instead of a topic."""
+        return self.type.endswith("GripperCommand")
 
 
 class Prompt(_Section):
@@ -262,6 +271,15 @@ class Robot(_Section):
         commanded = [name for group in groups.values() for name in group]
         if fault := _once(commanded, names):
             raise ValueError(f"commands: every joint must be commanded exactly once, but {fault}")
+        for (where, group), command in zip(groups.items(), self.commands, strict=True):
+            kinds = [self.joints[names.index(name)].kind for name in group]
+            if command.action and kinds != ["gripper"]:
+                found = ", ".join(f"{name} ({kind})" for name, kind in zip(group, kinds, strict=True))
+                raise ValueError(f"{where}: type {command.type} is for one joint of kind: gripper, found {found}")
+            if command.max_effort and not command.action:
+                raise ValueError(
+                    f"{where}: max_effort is for GripperCommand and ParallelGripperCommand, found type: {command.type}"
+                )
         topics = [command.topic for command in self.commands]
         if len(set(topics)) < len(topics):
             raise ValueError(f"commands: two controllers share a topic: {', '.join(topics)}")

@@ -123,6 +123,7 @@ fi
 build=$({
     echo "$identity"
     cat CMakeLists.txt package.xml programs.txt msg/*.msg srv/*.srv
+    find test/control_msgs -type f | LC_ALL=C sort | xargs cat
     find pi0_ros launch config -type f -not -name '*.pyc' | LC_ALL=C sort
 } | digest)
 if [ "$(cat install/.stamp 2>/dev/null)" != "$build" ]; then
@@ -133,12 +134,15 @@ if [ "$(cat install/.stamp 2>/dev/null)" != "$build" ]; then
     [ "$(cat build/.identity 2>/dev/null)" = "$identity" ] || rm -rf build install
     mkdir -p build log
     echo "$identity" >build/.identity
+    # The gripper actions come with ros2_control, which the wheels do not have.
+    paths=(.)
+    [ "$ros" != wheels ] || paths+=(test/control_msgs)
     (
         export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
         if [ "$ros" = wheels ]; then
             export AMENT_PREFIX_PATH="$PWD/.venv" CMAKE_PREFIX_PATH="$PWD/.venv"
         fi
-        .venv/bin/python -m colcon --log-level error build --symlink-install --paths . --event-handlers \
+        .venv/bin/python -m colcon --log-level error build --symlink-install --paths "${paths[@]}" --event-handlers \
             console_direct- console_cohesion- summary- status- console_start_end- \
             --cmake-force-configure --cmake-args -DBUILD_TESTING=OFF "-DPython3_EXECUTABLE=$PWD/.venv/bin/python"
     ) >log/setup.log 2>&1 || {

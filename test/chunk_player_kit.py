@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import yaml
 from rclpy.node import Node
+from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64MultiArray
+from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from pi0_ros.msg import ActionChunk, PlayerStatus
 from pi0_ros.robot import Robot, parse_robot
+from pi0_ros.ros.chunk_player import ChunkPlayer
 from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp, void_message
 
+STOPPED, HOLDING, PLAYING, APPROACHING, DRY_RUN = range(5)
+START = (0.1, 0.5, 0.5)
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
 TEXT = """
@@ -62,7 +68,7 @@ class Arm:
             if command.type == "JointTrajectory":
                 take = self._taker(command.topic, places)
                 node.create_subscription(JointTrajectory, command.topic, take, 10)
-            else:
+            elif command.type == "Float64MultiArray":
                 node.create_subscription(Float64MultiArray, command.topic, self._mover(places), 100)
         self._states = node.create_publisher(JointState, "/joint_states", 10)
         node.create_timer(0.01, self._tick)
@@ -190,3 +196,41 @@ class Watch:
 
 def robot_of(commands: list[dict]) -> Robot:
     return parse_robot(robot_text(commands))
+
+
+class Stage:
+    """An arm, a policy, an ear for the player's status; and the player when asked."""
+
+    def __init__(self, ros, tmp_path: Path, commands, policy=True) -> None:
+        self.ros, self.robot = ros, robot_of(commands)
+        self.file = tmp_path / "robot.yaml"
+        self.file.write_text(robot_text(commands))
+        self.node = ros.node("stage")
+        self.arm = Arm(self.node, self.robot, START)
+        self.policy = Policy(self.node, self.robot, START) if policy else None
+        self.watch = Watch(self.node)
+
+    def player(self, active=True, **parameters) -> ChunkPlayer:
+        values = {"robot_file": str(self.file), "approach_threshold": 0.6, **parameters}
+        overrides = [Parameter(name.replace("__", "."), value=value) for name, value in values.items()]
+        node = self.ros.add(ChunkPlayer(parameter_overrides=overrides))
+        node.trigger_configure()
+        if active:
+            node.trigger_activate()
+        return node
+
+    def call(self, name: str) -> Trigger.Response:
+        client = self.node.create_client(Trigger, f"chunk_player/{name}")
+        answer = self.ros.call(client, Trigger.Request())
+        self.node.destroy_client(client)
+        return answer
+
+    def play(self, seconds: float = 0.5) -> None:
+        """Until the player has played for `seconds`."""
+        self.ros.spin_until(self.watch.is_in(PLAYING))
+        begin = self.arm.now()
+        self.ros.spin_until(lambda: self.arm.now() > begin + seconds)
+        self.ros.spin_until(self.watch.is_in(PLAYING))
+
+    def moving(self) -> bool:
+        return len(self.arm.trail) > 5 and np.abs(self.arm.trail[-1][1] - self.arm.trail[-5][1]).max() > 0.02

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,57 +11,16 @@ import pytest
 rclpy = pytest.importorskip("rclpy", reason="needs ROS 2")
 pytest.importorskip("pi0_ros.msg", reason="needs the built messages")
 
-from chunk_player_kit import MIXED, STREAMED, Arm, Policy, Watch, robot_of, robot_text  # noqa: E402
+from chunk_player_kit import MIXED, START, STREAMED, Arm, Policy, Stage, Watch, robot_text  # noqa: E402
 from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
 from sensor_msgs.msg import JointState  # noqa: E402
-from std_srvs.srv import Trigger  # noqa: E402
 
-from pi0_ros.ros.chunk_player import ChunkPlayer  # noqa: E402
 from pi0_ros.ros.outputs import trajectory_message  # noqa: E402
 
 STOPPED, HOLDING, PLAYING, APPROACHING, DRY_RUN = range(5)
 VELOCITY = np.array([2.0, 1.0, 3.0])
-START = (0.1, 0.5, 0.5)
-
-
-class Stage:
-    """An arm, a policy, an ear for the player's status; and the player when asked."""
-
-    def __init__(self, ros, tmp_path: Path, commands, policy=True) -> None:
-        self.ros, self.robot = ros, robot_of(commands)
-        self.file = tmp_path / "robot.yaml"
-        self.file.write_text(robot_text(commands))
-        self.node = ros.node("stage")
-        self.arm = Arm(self.node, self.robot, START)
-        self.policy = Policy(self.node, self.robot, START) if policy else None
-        self.watch = Watch(self.node)
-
-    def player(self, active=True, **parameters) -> ChunkPlayer:
-        values = {"robot_file": str(self.file), "approach_threshold": 0.6, **parameters}
-        overrides = [Parameter(name.replace("__", "."), value=value) for name, value in values.items()]
-        node = self.ros.add(ChunkPlayer(parameter_overrides=overrides))
-        node.trigger_configure()
-        if active:
-            node.trigger_activate()
-        return node
-
-    def call(self, name: str) -> Trigger.Response:
-        client = self.node.create_client(Trigger, f"chunk_player/{name}")
-        answer = self.ros.call(client, Trigger.Request())
-        self.node.destroy_client(client)
-        return answer
-
-    def play(self, seconds: float = 0.5) -> None:
-        """Until the player has played for `seconds`."""
-        self.ros.spin_until(self.watch.is_in(PLAYING))
-        begin = self.arm.now()
-        self.ros.spin_until(lambda: self.arm.now() > begin + seconds)
-        self.ros.spin_until(self.watch.is_in(PLAYING))
-
-    def moving(self) -> bool:
-        return len(self.arm.trail) > 5 and np.abs(self.arm.trail[-1][1] - self.arm.trail[-5][1]).max() > 0.02
 
 
 @pytest.fixture

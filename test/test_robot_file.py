@@ -98,7 +98,7 @@ def test_camera_slots_come_out_in_model_order_whatever_the_file_says():
         ("joints.0.min", 0, "joints.0.min: unknown field, allowed: name, kind, position, velocity"),
         ("state.topic", "/x", "state.topic: unknown field, allowed: topics, max_age, latency"),
         ("actions.rate", 2, "actions.rate: unknown field, allowed: topic, type, latency, joints"),
-        ("commands.0.rate", 2, "commands.0.rate: unknown field, allowed: topic, type, joints"),
+        ("commands.0.rate", 2, "commands.0.rate: unknown field, allowed: topic, type, joints, max_effort"),
         ("prompt.text", "x", "prompt.text: unknown field, allowed: default, topic"),
         ("name", ..., "name: missing, this field is required"),
         ("control_rate", ..., "control_rate: missing"),
@@ -188,7 +188,17 @@ def test_camera_slots_come_out_in_model_order_whatever_the_file_says():
         (
             "commands.0.type",
             "JointState",
-            "found 'JointState'; input should be 'JointTrajectory' or 'Float64MultiArray'",
+            "found 'JointState'; input should be 'JointTrajectory', 'Float64MultiArray', 'GripperCommand' or",
+        ),
+        (
+            "commands.0.type",
+            "GripperCommand",
+            "commands[0]: type GripperCommand is for one joint of kind: gripper, found a (revolute), g (gripper)",
+        ),
+        (
+            "commands.0.max_effort",
+            40,
+            "commands[0]: max_effort is for GripperCommand and ParallelGripperCommand, found type: JointTrajectory",
         ),
         ("commands.0.joints", ["a", "b"], "commands[0]: unknown joints ['b'], allowed: ['a', 'g']"),
         ("commands.0.joints", ["a"], "commands: every joint must be commanded exactly once, but g is missing"),

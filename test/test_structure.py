@@ -28,6 +28,7 @@ DISTRIBUTIONS = {
 ROS_MODULES = {
     "ament_index_python",
     "builtin_interfaces",
+    "control_msgs",
     "cv_bridge",
     "diagnostic_msgs",
     "geometry_msgs",

@@ -340,8 +340,8 @@ class ChunkPlayer(ManagedNode):
         if self._active and player.reason:
             judge = report.error if player.blind or player.lost else report.warn
             judge(f"{STATES[player.state].lower()}: {player.reason}")
-        if unheard := self._outputs.unheard():
-            report.warn(f"no controller listens on {', '.join(unheard)}: is it loaded, and is that its topic?")
+        for fault in self._outputs.faults():
+            report.warn(fault)
         if (policies := self.count_publishers("action_chunk")) > 1:
             report.warn(f"{policies} nodes publish chunks: the arm would follow all of them in turn")
         report.add("state", STATES[player.state])

@@ -1,4 +1,5 @@
-"""Commands as messages: JointTrajectory for a trajectory controller, Float64MultiArray for a position controller."""
+"""Commands as messages: JointTrajectory for a trajectory controller, Float64MultiArray for a position controller, goals
+for a gripper's action server."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from pi0_ros.robot import Command, Robot
 from pi0_ros.ros.conversions import SECOND, to_stamp
+from pi0_ros.ros.gripper import GripperGoals
 from pi0_ros.ros.motion import Commands
 from pi0_ros.ros.player import Player
 
@@ -59,7 +61,7 @@ class Outputs:
     """The publishers to the controllers of a robot file, each with its joints."""
 
     def __init__(self, node: Node, robot: Robot, player: Player, period: float, velocities: bool) -> None:
-        """`period` in s: trajectories begin at least so far ahead."""
+        """`period` in s: trajectories begin at least so far ahead. GripperError: see `GripperGoals`."""
         self._player, self._ahead, self._velocities = player, round(period * SECOND), velocities
         self._groups = [
             (
@@ -68,7 +70,13 @@ class Outputs:
                 _places(command, robot, player),
             )
             for command in robot.commands
+            if not command.action
         ]
+        self._grippers: list[tuple[GripperGoals, int]] = []
+        for command in robot.commands:
+            if command.action:
+                place = robot.joint_names.index(command.joints[0])
+                self._grippers.append((GripperGoals(node, command, robot.joints[place]), place))
 
     def send(self, commands: Commands, now: int) -> None:
         """Publish what is to be sent at `now` (ns)."""
@@ -81,20 +89,30 @@ class Outputs:
                 publisher.publish(
                     trajectory_message(names, plan.times, plan.positions[:, places], velocities, now, self._ahead)
                 )
+        if commands.stream:
+            for gripper, place in self._grippers:
+                gripper.send(float(self._player.commanded[place]), now)
 
-    def unheard(self) -> list[str]:
-        """Command topics that no controller listens to."""
-        return [publisher.topic_name for _, publisher, _ in self._groups if not publisher.get_subscription_count()]
+    def faults(self) -> list[str]:
+        """What keeps commands from having an effect, one line each."""
+        unheard = [publisher.topic_name for _, publisher, _ in self._groups if not publisher.get_subscription_count()]
+        unheard += [gripper.name for gripper, _ in self._grippers if not gripper.heard]
+        faults = [f"{gripper.name} refuses the gripper's goals" for gripper, _ in self._grippers if gripper.refuses]
+        if unheard:
+            faults.append(f"no controller listens on {', '.join(unheard)}: is it loaded, and is that its topic?")
+        return faults
 
     def close(self, node: Node) -> None:
         """Destroy the publishers."""
         for _, publisher, _ in self._groups:
             node.destroy_publisher(publisher)
+        for gripper, _ in self._grippers:
+            gripper.close()
 
 
 def streamed_joints(robot: Robot) -> list[str]:
-    """Names of the joints whose controllers take a position each tick."""
-    groups = [command.joints or robot.joint_names for command in robot.commands if command.type == "Float64MultiArray"]
+    """Names of the joints that have a position each tick: their controllers take no trajectories."""
+    groups = [command.joints or robot.joint_names for command in robot.commands if command.type != "JointTrajectory"]
     return [name for group in groups for name in group]
 
 

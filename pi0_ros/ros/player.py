@@ -57,7 +57,7 @@ class Player:
         self.window = Window(self.limits, np.array(rest, dtype=np.intp), step, window, self._lead)
         self._resend = max(1, round(settings.resend * settings.rate))
         # An arm on trajectories goes on by itself to the end of the last one.
-        self._pause = round((PAUSE if first else max(PAUSE, settings.window)) * SECOND)
+        self._pause = round((PAUSE if self._arm[first].any() else max(PAUSE, settings.window)) * SECOND)
 
         self.playback = Playback(self.limits.velocity, settings.handover, settings.blend_time, settings.ensemble_decay)
         self.played = self.refused = self.holds = 0
