@@ -17,6 +17,7 @@ from rclpy.clock_type import ClockType
 from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
+from rclpy.publisher import Publisher
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
@@ -38,6 +39,7 @@ from pi0_ros.ros.worker import Worker
 from pi0_ros.srv import SetPrompt
 
 MOST_PROMPT = 2000  # characters
+DELIVERY = Duration(seconds=0.2)  # for the last chunk to reach whoever listens
 HEARTBEAT = 5.0  # Hz: free-running ticks follow messages; this many a second come without any, to say what is missing
 
 SPECS = (
@@ -189,7 +191,7 @@ class PolicyNode(ManagedNode):
 
     def _connect(self, policy: Policy) -> None:
         publisher = self.create_publisher(ActionChunk, "action_chunk", NEWEST)
-        self._entities.append((self.destroy_publisher, publisher))
+        self._entities.append((self._hang_up, publisher))
         self._streams = Streams(self, policy.robot, self._message_stored)
         self._worker.connect(self._streams, publisher.publish)
         self._apply(self._settings.values())
@@ -199,6 +201,11 @@ class PolicyNode(ManagedNode):
         ):
             subscription = self.create_subscription(kind, topic, callback, qos)
             self._entities.append((self.destroy_subscription, subscription))
+
+    def _hang_up(self, publisher: Publisher) -> None:
+        """Destroy the publisher of chunks, the last one delivered: it tells the player that there are no more."""
+        publisher.wait_for_all_acked(DELIVERY)
+        self.destroy_publisher(publisher)
 
     def _teardown(self) -> bool:
         self._drop_timer()
