@@ -323,7 +323,7 @@ def test_a_preset_of_random_weights_trains_and_large_ones_are_warned_about(data,
     assert main(kit.arguments(data, tmp_path / "nano", init=None, steps=2)) == 0
     said = capsys.readouterr().out
     assert "--preset" not in said
-    assert "warning: state of elbow hardly changes (std " in said and "prompts: " in said
+    assert "warning: hardly changes: state of elbow (std " in said and "prompts: " in said
     assert main(kit.arguments(data, tmp_path / "pi0", init=None, preset="pi0", steps=2)) == 0
     assert "warning: --preset pi0 without --init" in capsys.readouterr().out
     assert load_bundle(tmp_path / "nano" / "checkpoint").settings.noise_source == {"source": "white"}

@@ -29,6 +29,11 @@ def ending() -> bool:
     return _ending.is_set()
 
 
+def end() -> None:
+    """End the process, as a signal would."""
+    _ending.set()
+
+
 class RosLog(logging.Handler):
     """Passes on to a node's log what the package's rooms without ROS warn of."""
 

@@ -49,6 +49,15 @@ def camera_topic(camera: Camera) -> str:
     return f"{camera.topic}/compressed" if camera.transport == "compressed" else camera.topic
 
 
+def whereabouts(node: Node, topic: str, kind: type) -> str:
+    """What speaks for another topic than the one that is listened to, to go on from "no message on TOPIC"."""
+    if node.count_publishers(topic):
+        return ", though it is published: are its type and quality of service right?"
+    there = sorted(name for name, types in node.get_topic_names_and_types() if type_name(kind) in types)
+    others = [name for name in there if node.count_publishers(name)]
+    return f", nobody publishes it; {type_name(kind)} is on {', '.join(others) or 'no topic'}"
+
+
 class Streams:
     """Subscriptions and buffers for the streams of a robot file.
 
@@ -195,22 +204,13 @@ class Streams:
                 early = (max(lasts) - now) / SECOND
                 report.error(f"messages on {self._topics[name]} are stamped {early:.3g} s ahead of the clock")
             elif apart is None:
-                report.error(f"no message yet on {self._topics[name]}{self._whereabouts(name)}")
+                topic = self._topics[name]
+                instead = f"; {why}" if (why := self._useless.get(topic)) else ""
+                report.error(f"no message yet on {topic}{instead or whereabouts(self._node, topic, self._kinds[name])}")
             elif apart.stream.partition(" (")[0] == name:  # of joint states the joints may be told, too
                 report.error(apart.reason)
             reports.append(report)
         return reports
-
-    def _whereabouts(self, name: str) -> str:
-        """What speaks for another topic than the one that is listened to."""
-        if instead := self._useless.get(self._topics[name]):
-            return f"; {instead}"
-        if self._node.count_publishers(self._topics[name]):
-            return ", though it is published: are its type and quality of service right?"
-        kind = type_name(self._kinds[name])
-        there = sorted(topic for topic, types in self._node.get_topic_names_and_types() if kind in types)
-        others = [topic for topic in there if self._node.count_publishers(topic)]
-        return f", nobody publishes it; {kind} is on {', '.join(others) or 'no topic'}"
 
     def _max_age(self, name: str) -> float:
         camera = self._robot.cameras.get(name)

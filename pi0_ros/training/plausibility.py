@@ -56,7 +56,7 @@ def judge(
     outside = [(what, joint.name, joint.position, outside_limits(v, joint.position)) for what, joint, v in columns]
     fault = rate_fault([change_gaps(told[known]) for _, told, known in motions], robot) or limits_fault(outside)
     warnings = [line for found in outside for line in limits_warning(*found)]
-    warnings += [line for column in columns for line in rests(*column)]
+    warnings += rests(columns)
     return fault, warnings + commands_apart(motions, robot)
 
 
@@ -71,14 +71,18 @@ def least_spread(joint: Joint) -> float:
     return NEAR_CONSTANT * (1.0 if joint.kind == "gripper" else joint.position[1] - joint.position[0])
 
 
-def rests(what: str, joint: Joint, values: np.ndarray) -> list[str]:
-    """What is to be said of a joint whose positions, float64 [T], hardly change: one line, or none."""
-    if not near_constant(values, joint.position):
+def rests(columns: Sequence[tuple[str, Joint, np.ndarray]]) -> list[str]:
+    """What is to be said of joints whose positions, float64 [T], hardly change: one line, or none."""
+    still = [
+        f"{what} of {joint.name} (std {values.std():.2g})"
+        for what, joint, values in columns
+        if near_constant(values, joint.position)
+    ]
+    if not still:
         return []
-    std = float(values.std())
     return [
-        f"{what} of {joint.name} hardly changes (std {std:.2g}): normalised as if it varied by {NEAR_CONSTANT:.1%} of "
-        "its range; the policy does not learn to use it"
+        f"hardly changes: {', '.join(still)}; normalised as if it varied by {NEAR_CONSTANT:.1%} of its range, and the "
+        "policy does not learn to use it"
     ]
 
 

@@ -1,0 +1,211 @@
+"""Episodes of demonstrations as recordings: all topics that the trainer reads by the robot file, one bag an episode.
+
+Bags hold what `ros2 bag record` would write. Added are the prompt, as metadata; where the robot file has an
+`episode_topic`, the episode's marks; and at its begin what controllers were told last. They go on with that, and the
+trainer must know of it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.serialization import serialize_message
+from rclpy.subscription import Subscription
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import Float64MultiArray, String
+from trajectory_msgs.msg import JointTrajectory
+
+from pi0_ros.robot import Robot
+from pi0_ros.ros.bag import BagFile
+from pi0_ros.ros.conversions import SECOND, type_name
+from pi0_ros.ros.diagnostics import Window
+from pi0_ros.ros.streams import camera_topic, whereabouts
+
+ACTIONS = {"JointState": JointState, "JointTrajectory": JointTrajectory, "Float64MultiArray": Float64MultiArray}
+DEPTH = 50  # messages that wait while others are written
+ALIVE = SECOND  # ns; a needed stream that is silent for longer is missing
+EPISODE = re.compile(r"episode_(\d+)")
+
+
+class RecordingError(RuntimeError):
+    """What was asked for cannot be done now; the message is one line with the reason."""
+
+
+@dataclass
+class Stream:
+    """One topic of the robot file."""
+
+    name: str  # what it is there: a camera's slot, a topic of joint states, actions
+    topic: str
+    kind: type
+    needed: bool  # no episode begins without it
+    window: Window = field(default_factory=lambda: Window(seconds=2.0))
+    heard: int | None = None  # ns
+    told: bytes | None = None  # the newest message, of one that tells controllers
+    subscription: Subscription | None = None
+    qos: tuple[ReliabilityPolicy, DurabilityPolicy] | None = None
+
+
+class EpisodeRecorder:
+    """Listens to all topics of a robot file, and writes episodes of them into `folder`.
+
+    Raises:
+        RecordingError: the robot file does not say where recorded actions come from; `folder` cannot be written to.
+    """
+
+    def __init__(self, node: Node, robot: Robot, folder: Path) -> None:
+        if not robot.actions:
+            raise RecordingError(f"{robot.name}: the robot file has no `actions`, where recorded actions come from")
+        self._node, self._folder = node, folder
+        self._bag: BagFile | None = None
+        self._begun = 0  # ns
+        self.fault = ""  # why the newest episode was given up
+        self._marks = node.resolve_topic_name(robot.episode_topic) if robot.episode_topic else ""
+        self.streams: dict[str, Stream] = {}
+        for slot, camera in robot.present_cameras.items():
+            kind = CompressedImage if camera.transport == "compressed" else Image
+            self._add(slot, camera_topic(camera), kind, needed=True)
+        for topic in robot.state.topics:
+            self._add(topic, topic, JointState, needed=True)
+        for name, source in robot.action_sources.items():
+            self._add(name, source.topic, ACTIONS[source.type], needed=False)  # before the first command there is none
+        # The first bag takes a third of a second to open, in which messages would wait. And a folder that cannot be
+        # written to is better known now.
+        self._open("opened", {}).discard()
+
+    def _add(self, name: str, topic: str, kind: type, needed: bool) -> None:
+        topic = self._node.resolve_topic_name(topic)
+        self.streams.setdefault(topic, Stream(name, topic, kind, needed))
+
+    def listen(self) -> None:
+        """Subscribe as the publishers offer it, which may change as they come and go; call it now and then."""
+        for stream in self.streams.values():
+            offers = self._node.get_publishers_info_by_topic(stream.topic)
+            offered = [offer.qos_profile for offer in offers if offer.topic_type == type_name(stream.kind)]
+            if not offered:
+                continue
+            reliable = all(qos.reliability == ReliabilityPolicy.RELIABLE for qos in offered)
+            latched = all(qos.durability == DurabilityPolicy.TRANSIENT_LOCAL for qos in offered)
+            qos = (
+                ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
+                DurabilityPolicy.TRANSIENT_LOCAL if latched else DurabilityPolicy.VOLATILE,
+            )
+            if qos != stream.qos:
+                self._subscribe(stream, *qos)
+
+    def _subscribe(self, stream: Stream, reliability: ReliabilityPolicy, durability: DurabilityPolicy) -> None:
+        if stream.subscription is not None:
+            self._node.destroy_subscription(stream.subscription)
+        tells = not stream.needed
+
+        def came(data: bytes) -> None:
+            stream.heard = now = self._now()
+            stream.window.add(now / SECOND)
+            if tells:
+                stream.told = data
+            if self._bag is not None:
+                self._write(stream.topic, now, data)
+
+        profile = QoSProfile(depth=DEPTH, reliability=reliability, durability=durability)
+        stream.subscription = self._node.create_subscription(stream.kind, stream.topic, came, profile, raw=True)
+        stream.qos = reliability, durability
+
+    def _now(self) -> int:
+        return self._node.get_clock().now().nanoseconds
+
+    def _write(self, topic: str, now: int, data: bytes) -> None:
+        try:
+            self._bag.write(topic, now, data)
+        except OSError as error:
+            self.fault = f"{self._bag.path.name}: discarded, {self._folder} cannot be written to: {error.strerror}"
+            self.discard()
+
+    def _mark(self, text: str, now: int) -> None:
+        """Begin (a text) or end ("") of an episode."""
+        if self._marks and self._bag is not None:
+            self._write(self._marks, now, serialize_message(String(data=text)))
+
+    def lacking(self) -> list[str]:
+        """Why no episode can begin: what is missing, one line for each stream."""
+        now, lacking = self._now(), []
+        for stream in self.streams.values():
+            if not stream.needed or (stream.heard is not None and 0 <= now - stream.heard <= ALIVE):
+                continue
+            what = "no message" if stream.heard is None else f"no message for {(now - stream.heard) / SECOND:.1f} s"
+            lacking.append(
+                f"{stream.name}: {what} on {stream.topic}{whereabouts(self._node, stream.topic, stream.kind)}"
+            )
+        return lacking
+
+    def rates(self) -> dict[str, float]:
+        """Messages a second of each stream, Hz, by its name."""
+        now = self._now() / SECOND
+        return {stream.name: stream.window.rate(now) for stream in self.streams.values()}
+
+    # Episodes
+
+    @property
+    def episode(self) -> str:
+        """Name of the one that is recorded, or ""."""
+        return self._bag.path.name if self._bag is not None else ""
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been."""
+        return (self._now() - self._begun) / SECOND if self._bag is not None else 0.0
+
+    def begin(self, prompt: str) -> str:
+        """Begin an episode; its name. RecordingError with the reason why not."""
+        if self._bag is not None:
+            raise RecordingError(f"{self.episode} is being recorded: keep or discard it first")
+        if not prompt.strip():
+            raise RecordingError("there is no prompt: what is the arm to do?")
+        if lacking := self.lacking():
+            raise RecordingError("; ".join(lacking))
+        self._bag = bag = self._open(f"episode_{self._next():04d}", {"prompt": prompt})
+        self._begun, self.fault = self._now(), ""
+        self._mark(bag.path.name, self._begun)
+        for stream in self.streams.values():
+            # A position controller holds what it was told, however long ago; a trajectory ends.
+            holds = stream.kind is Float64MultiArray or self._begun - (stream.heard or 0) < ALIVE
+            if stream.told is not None and holds:
+                self._write(stream.topic, self._begun, stream.told)
+        return bag.path.name
+
+    def _open(self, name: str, custom_data: dict[str, str]) -> BagFile:
+        kinds = {stream.topic: stream.kind for stream in self.streams.values()}
+        kinds |= {self._marks: String} if self._marks else {}
+        try:
+            return BagFile(self._folder / name, kinds, custom_data)
+        except OSError as error:
+            raise RecordingError(f"{self._folder} cannot be written to: {error.strerror}") from None
+
+    def _next(self) -> int:
+        taken = [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else []
+        return 1 + max((int(found[1]) for name in taken if (found := EPISODE.fullmatch(name))), default=0)
+
+    def keep(self) -> Path:
+        """End the episode; where it is now. RecordingError: there is none, or it cannot be written."""
+        self._mark("", self._now())
+        bag = self._taken()
+        try:
+            bag.keep()
+        except OSError as error:
+            raise RecordingError(f"{bag.path.name} cannot be finished in {self._folder}: {error.strerror}") from None
+        return bag.path
+
+    def discard(self) -> str:
+        """End the episode and forget it; its name. RecordingError: there is none."""
+        bag = self._taken()
+        bag.discard()
+        return bag.path.name
+
+    def _taken(self) -> BagFile:
+        bag, self._bag = self._bag, None
+        if bag is None:
+            raise RecordingError("no episode is being recorded")
+        return bag
