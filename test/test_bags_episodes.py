@@ -60,6 +60,57 @@ def test_a_message_one_nanosecond_late_belongs_to_the_next_tick(cut):
     assert episode.frames["base_0_rgb"].tolist() == [0, 0, 2, 3, 3]
 
 
+def frames_after(ms, period=100):
+    """Frames every `period` ms, recorded `ms` after their stamps; joint states and commands come at once."""
+    items = other(CAMERA, kit.episode(seconds=1.0))
+    for k in range(1000 // period):
+        items.append(kit.compressed(at(k * period / 1000), kit.picture(k)))
+        items[-1].time += ms * MS
+    return items
+
+
+def test_a_frame_counts_from_when_it_had_come(cut):
+    """The robot does not see it sooner. Ticks lie between two arrivals, by half a period."""
+    recording, (episode,) = cut(frames_after(30))
+    assert recording.cameras["base_0_rgb"].way_ns == 30 * MS
+    assert episode.ticks_ns.tolist() == [at(0.08 + k / 10) for k in range(10)]
+    assert episode.frames["base_0_rgb"].tolist() == list(range(10))
+    _, (episode,) = cut(frames_after(60))  # from 110 ms on: the frame of 100 ms comes at 160
+    assert episode.ticks_ns[:2].tolist() == [at(0.11), at(0.21)]
+    assert episode.frames["base_0_rgb"][:2].tolist() == [0, 1]
+
+
+def test_frames_that_are_older_when_they_come_than_the_robot_takes_are_stale(cut):
+    camera = {"topic": "/cam/image_raw", "transport": "compressed", "max_age": 0.07}
+    _, (episode,) = cut(frames_after(30), kit.robot(cameras={"base_0_rgb": camera}))
+    assert episode.dropped == {"base_0_rgb: stale": 10}
+    # With ways of more than that none would be left: told of as a warning, and read as if they came at once.
+    recording, (episode,) = cut(frames_after(90), kit.robot(cameras={"base_0_rgb": camera}))
+    assert recording.cameras["base_0_rgb"].way_ns == 0 and episode.usable.all()
+    assert "later than joint states are" in recording.warnings[0]
+
+
+def test_a_robot_that_looks_back_waits_for_its_frames(cut):
+    """With latencies the observation lies in the past, and what has come meanwhile counts."""
+    camera = {"topic": "/cam/image_raw", "transport": "compressed", "latency": 0.02}
+    robot = kit.robot(cameras={"base_0_rgb": camera}, state={"topics": ["/joint_states"], "latency": 0.05})
+    recording, (episode,) = cut(frames_after(30), robot)
+    assert recording.cameras["base_0_rgb"].way_ns == 30 * MS
+    assert episode.ticks_ns[0] == at(-0.02) and episode.frames["base_0_rgb"][:3].tolist() == [0, 1, 2]
+
+
+def test_when_clocks_differ_only_what_frames_take_longer_than_joint_states_counts(cut):
+    items = frames_after(30)
+    for item in items:
+        item.time += 5 * kit.SECOND  # recorded by another machine's clock
+    recording, _ = cut(items)
+    assert recording.cameras["base_0_rgb"].way_ns == 30 * MS
+    for item in items:
+        item.time += (5 * MS - 5 * kit.SECOND) if item.topic == "/joint_states" else -5 * kit.SECOND
+    recording, _ = cut(items)  # one clock, and joint states take 5 ms
+    assert recording.cameras["base_0_rgb"].way_ns == 30 * MS
+
+
 def test_latency_moves_a_stream_back_in_time(cut):
     camera = {"base_0_rgb": {"topic": "/cam/image_raw", "transport": "compressed", "latency": 0.05}}
     _, (episode,) = cut(kit.episode(seconds=1.0), kit.robot(cameras=camera))
@@ -516,8 +567,8 @@ def test_times_of_recording_days_apart_are_refused(cut):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1))
-def test_ticks_of_a_bag_see_what_the_live_buffers_would_have_given(tmp_path_factory, seed):
+@given(seed=st.integers(0, 2**32 - 1), way=st.sampled_from([0, 20, 70]))
+def test_ticks_of_a_bag_see_what_the_live_buffers_would_have_given(tmp_path_factory, seed, way):
     rng = np.random.default_rng(seed)
     robot = kit.robot(
         cameras={
@@ -529,6 +580,8 @@ def test_ticks_of_a_bag_see_what_the_live_buffers_would_have_given(tmp_path_fact
     frames = np.sort(rng.choice(2000, 30, replace=False)) * MS + kit.START
     states = np.sort(rng.choice(2000, 60, replace=False)) * MS + kit.START
     items = [kit.compressed(int(ns), kit.picture(1)) for ns in frames]
+    for item in items:  # frames are so long on their way
+        item.time += way * MS
     items += [kit.joint_state(int(ns), [i / 100, 0, 0]) for i, ns in enumerate(states)]
     items.append(kit.trajectory(kit.START, [(0.1, [1, 0, 0])]))
     (files,) = find_bags(kit.write_bag(tmp_path_factory.mktemp("live") / "bag", items))
@@ -538,10 +591,13 @@ def test_ticks_of_a_bag_see_what_the_live_buffers_would_have_given(tmp_path_fact
         StreamBuffer("state", 80 * MS, 10 * MS, span_ns=10**10),
         StreamBuffer("frame", 150 * MS, 30 * MS, span_ns=10**10),
     ]
-    for buffer, stamps in zip(live, (states, frames), strict=True):
-        for i, ns in enumerate(stamps):
-            buffer.push(int(ns), i)
+    coming = [(int(ns), live[0], int(ns), i) for i, ns in enumerate(states)]
+    coming += [(int(ns) + way * MS, live[1], int(ns), i) for i, ns in enumerate(frames)]
+    coming.sort(key=lambda item: item[0])
     for k, tick in enumerate(episode.ticks_ns):
+        while coming and coming[0][0] <= tick + 30 * MS:  # the node looks back by the largest latency
+            _, buffer, stamp, i = coming.pop(0)
+            buffer.push(stamp, i)
         found = align(live, int(tick), 120 * MS)
         assert episode.usable[k] == isinstance(found, Aligned)
         if episode.usable[k]:

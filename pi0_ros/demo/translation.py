@@ -74,7 +74,7 @@ class Verdict:
     ranges: np.ndarray  # [J], of the joints
     unusable: int  # chunks of the node at instants that the trainer would drop
     prompts: int  # chunks made for another prompt than the trainer would read
-    late: int  # chunks not compared: what the trainer sees at their instants reached the node after the tick
+    unusual: int  # chunks not compared: a message came sooner or later than usual, and the node had another one
 
     @property
     def same(self) -> bool:
@@ -204,14 +204,19 @@ def offline(
     return results
 
 
-def on_its_way(recording: Recording, robot: Robot, stamps: np.ndarray) -> np.ndarray:
-    """bool [n]: whether a message that the trainer takes for an instant was recorded only after the node's tick for it.
-    By the recording's clock; `stamps` as chunks have them, int64 [n] ns."""
-    late, written = np.zeros(len(stamps), bool), {stream.name: stream.bag_ns for stream in recording.observed}
+def not_as_usual(recording: Recording, robot: Robot, stamps: np.ndarray) -> np.ndarray:
+    """bool [n]: whether, at an instant, some stream's newest message had come sooner or later than they usually do, so
+    that the node had another one than the trainer takes. By the recording's clock; `stamps` as chunks have them, int64
+    [n] ns."""
+    other, written = np.zeros(len(stamps), bool), {stream.name: stream.bag_ns for stream in recording.observed}
+    now = stamps + round(robot.latency * SECOND)
     for stream in sorted_streams(recording, robot):
-        at = newest_indices(stream.times, stamps)
-        late |= (at >= 0) & (written[stream.name][stream.order[at]] > stamps + round(robot.latency * SECOND))
-    return late
+        came = written[stream.name][stream.order]
+        for i, at in enumerate(newest_indices(stream.times, stamps).tolist()):
+            while at >= 0 and came[at] > now[i]:
+                at -= 1
+            other[i] |= at != stream.newest(stamps[i : i + 1])[0]
+    return other
 
 
 def compare(
@@ -235,10 +240,10 @@ def compare(
         policy = load()
         expected = offline(bag, recording, robot, policy, stamps, seed)
         policy.close()
-    late = on_its_way(recording, robot, stamps)
+    other = not_as_usual(recording, robot, stamps)
     pairs = [
         (chunk_actions(chunk), actions)
-        for chunk, (actions, prompt), missed in zip(chunks, expected, late, strict=True)
+        for chunk, (actions, prompt), missed in zip(chunks, expected, other, strict=True)
         if actions is not None and prompt == chunk.prompt and not missed
     ]
     difference = np.max([np.abs(a - b).max(axis=0) for a, b in pairs] or [np.zeros(len(robot.joints))], axis=0)
@@ -248,7 +253,7 @@ def compare(
         ranges=np.array([joint.position[1] - joint.position[0] for joint in robot.joints]),
         unusable=sum(actions is None for actions, _ in expected),
         prompts=sum(prompt != chunk.prompt for chunk, (_, prompt) in zip(chunks, expected, strict=True)),
-        late=int(late.sum()),
+        unusual=int(other.sum()),
     )
 
 
@@ -272,10 +277,10 @@ def run(options: Options) -> bool:
     print(f"{verdict.chunks} chunks compared; largest difference of any action, by joint:")
     for name, difference, span in zip(robot.joint_names, verdict.difference, verdict.ranges, strict=True):
         print(f"  {name:<{width}}  {difference:.2e}  ({difference / span:.1e} of its range)")
-    if verdict.late:
+    if verdict.unusual:
         print(
-            f"{verdict.late} chunks not compared: a message that the trainer sees there came to the node after its "
-            "tick; `clock: bag` in the robot file goes by arrival on both sides"
+            f"{verdict.unusual} chunks not compared: a message came sooner or later than they usually do, so that the "
+            "node had one more or less than the trainer reckons with"
         )
     if verdict.unusable:
         print(f"{verdict.unusable} chunks at instants that the trainer drops")

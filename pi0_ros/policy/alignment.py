@@ -1,7 +1,7 @@
 """Which sample of every stream belongs to an instant: one rule, for the live node and for recorded bags.
 
     time of a sample = its stamp - the stream's latency
-    sample at a tick = the newest whose time is at or before the tick; nothing from the future
+    sample at a tick = the newest whose time is at or before the tick and that has come by then; nothing from the future
     fresh            = the tick is no more than the stream's max_age behind that
     together         = oldest and newest chosen sample are no more than max_skew apart
 
@@ -163,6 +163,7 @@ class StreamTimes:
     stamps_ns: np.ndarray
     max_age_ns: int
     latency_ns: int = 0
+    held_ns: int = 0  # a sample has come only so long after its time
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def align_ticks(
         stamps = np.asarray(stream.stamps_ns, dtype=np.int64)
         order = np.argsort(stamps, kind="stable")  # stable: of equal stamps the last recorded stays last, and wins
         times = stamps[order] - stream.latency_ns
-        at = newest_indices(times, ticks)
+        at = newest_indices(times, ticks - stream.held_ns)
         asked[i] = (used or {}).get(stream.name, True)
         missing = (at < 0) & asked[i]
         indices[stream.name] = np.where(at < 0, -1, order[at] if len(order) else -1)

@@ -36,7 +36,7 @@ from pi0_ros.training.bags import Bag, BagError, BagFiles, decode
 from pi0_ros.training.episodes import Episode, Selection, cut_episodes
 from pi0_ros.training.recording import Recording, read_recording
 
-FORMAT = 6  # raised when the same inputs would give other content
+FORMAT = 7  # raised when the same inputs would give other content
 FOLDER = ".pi0_cache"
 ARRAYS = ("rows", "state", "actions", "known", "usable", "prompt")
 

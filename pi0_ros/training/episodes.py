@@ -66,13 +66,18 @@ class Episode:
 @dataclass(frozen=True)
 class _Sorted:
     """An observation stream in order of time: `times` less latency, `order` back to the order of recording; `joints`
-    that it tells of, none of a camera."""
+    that it tells of, none of a camera; a message counts only `held_ns` after its time: before, it had not come."""
 
     name: str
     times: np.ndarray
     order: np.ndarray
     max_age_ns: int
     joints: tuple[int, ...]
+    held_ns: int
+
+    def newest(self, ticks: np.ndarray) -> np.ndarray:
+        """int64 [T], which message belongs to each tick; -1 before the first."""
+        return newest_indices(self.times, ticks - self.held_ns)
 
     def within(self, begin: int, end: int) -> _Sorted:
         low, high = np.searchsorted(self.times, [begin, end + 1])
@@ -103,18 +108,21 @@ def cut_episodes(recording: Recording, robot: Robot, selection: Selection = Sele
         since = begin if recording.marks else -np.inf
         commands = [commands.within(since, end) for commands in recording.commands]
         here = [stream for stream in here if len(stream.times)]
-        start = max(spoken.values())
+        # Where frames take time, between two arrivals: else a frame that comes a little sooner or later than usual was
+        # there or not there for the robot, at every tick of a camera as fast as the ticks.
+        half = round(0.5e9 / robot.control_rate) if any(stream.held_ns for stream in here) else 0
+        start = max(spoken.values()) + half
         episodes.append(_episode(recording, robot, selection, here, commands, (begin, start), label))
     return episodes
 
 
 def _spoken(streams: list[_Sorted], robot: Robot) -> dict[str, int | None]:
-    """When each camera and joint was first told of, None for never."""
+    """From when on each camera and joint is known, None for never."""
     told: dict[str, list[_Sorted]] = {slot: [s for s in streams if s.name == slot] for slot in robot.present_cameras}
     for number, joint in enumerate(robot.joint_names):
         told[f"joint {joint}"] = [stream for stream in streams if number in stream.joints]
     return {
-        name: min((int(stream.times[0]) for stream in by if len(stream.times)), default=None)
+        name: min((int(stream.times[0]) + stream.held_ns for stream in by if len(stream.times)), default=None)
         for name, by in told.items()
     }
 
@@ -215,7 +223,7 @@ def observe_at(
 def _observe(
     recording: Recording, robot: Robot, streams: list[_Sorted], ticks: np.ndarray
 ) -> tuple[AlignedTicks, np.ndarray, dict[str, np.ndarray]]:
-    times = [StreamTimes(stream.name, stream.times, stream.max_age_ns) for stream in streams]
+    times = [StreamTimes(s.name, s.times, s.max_age_ns, held_ns=s.held_ns) for s in streams]
     sources = _sources(streams, ticks, len(robot.joints))
     used = {
         stream.name: np.isin(sources[:, stream.joints], (i, -1)).any(axis=1)  # -1: the joint is missing
@@ -242,7 +250,7 @@ def _sources(streams: list[_Sorted], ticks: np.ndarray, joints: int) -> np.ndarr
     -1 where none has one yet."""
     sources, newest = np.full((len(ticks), joints), -1), np.full((len(ticks), joints), -FAR_NS)
     for i, stream in enumerate(streams):
-        times = np.append(stream.times, -FAR_NS)[newest_indices(stream.times, ticks)]  # -1, before the first: the last
+        times = np.append(stream.times, -FAR_NS)[stream.newest(ticks)]  # -1, before the first: the last
         for joint in stream.joints:
             better = times > newest[:, joint]
             sources[better, joint], newest[better, joint] = i, times[better]
@@ -260,7 +268,9 @@ def sorted_streams(recording: Recording, robot: Robot) -> list[_Sorted]:
         max_age, latency = limits[stream.name]
         order = np.argsort(stream.time_ns, kind="stable")  # of equal stamps the last recorded stays last, and wins
         times = stream.time_ns[order] - round(latency * 1e9)
-        streams.append(_Sorted(stream.name, times, order, round(max_age * 1e9), stream.joints))
+        # The node looks back by the largest latency: what takes no longer has come by then.
+        held = max(0, stream.way_ns - round((robot.latency - latency) * 1e9))
+        streams.append(_Sorted(stream.name, times, order, round(max_age * 1e9), stream.joints, held))
     return streams
 
 

@@ -49,6 +49,7 @@ class Stream:
     joints: tuple[int, ...] = ()  # state only: model indices
     positions: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))  # state only: float64 [M, len(joints)]
     time_ns: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # by the robot file's clock
+    way_ns: int = 0  # cameras only: how long after their stamps frames usually come
 
     def keep(self, sound: np.ndarray) -> None:
         """Forget the messages where bool [M] is False."""

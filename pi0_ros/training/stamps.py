@@ -42,7 +42,10 @@ def set_times(recording: Recording, robot: Robot, offset: ClockOffset) -> None:
             recording.faults[stream.topic, "header stamp 0"] += int((~stamped).sum())
             recording.faults[stream.topic, "header stamp far from the time of recording"] += int(wrong.sum())
             stream.keep(stamped & ~wrong)
-            _check_apart(recording, what, delay[stamped & ~wrong], *_ages(robot, stream))
+            delay, ages = delay[stamped & ~wrong], _ages(robot, stream)
+            _check_apart(recording, what, delay, *ages)
+            if not stream.joints and len(delay):
+                stream.way_ns = _way(delay, offset.at(stream.bag_ns), sum(ages))
         stream.time_ns = stream.header_ns
         back = stream.header_ns[:-1] - stream.header_ns[1:]
         if len(back) and back.max() > CLOCK_RESET_NS:
@@ -98,6 +101,18 @@ def _check_apart(recording: Recording, what: str, delay: np.ndarray, max_age: fl
             f"{what}: header stamps are {ahead / 1e9:.1f} s ahead of those of the joint states; let the machines "
             "agree on the time (chrony, PTP), or set `clock: bag` in the robot file"
         )
+
+
+def _way(delay: np.ndarray, offset: np.ndarray, longest: float) -> int:
+    """How long frames are usually on their way, ns: the median. 0 where it is longer than the robot waits (`longest`,
+    s), which `_check_apart` tells of.
+
+    `delay` is what they take longer than joint states do. Clocks that differ by a little are one clock, and their
+    `offset` is what joint states take.
+    """
+    way = delay + (offset if abs(float(np.median(offset))) < APART_NS else 0)
+    usual = int(np.median(way))
+    return usual if 0 < usual <= longest * 1e9 else 0
 
 
 def _note_clocks(recording: Recording, robot: Robot) -> None:
