@@ -52,6 +52,15 @@ def test_goes_to_the_limit_and_stops_there():
     assert states[-1, 1] == pytest.approx(0.0, abs=1e-4)
 
 
+def test_a_motion_and_its_mirror_image_are_the_same():
+    targets = [0.9, -0.4, 5.0, 5.0, 0.2, -3.0, -3.0, 0.5]
+    limiter = Limiter(one(), STEP)
+    there = follow(limiter, 0.0, lambda k: targets[int(k) // 50 % 8], 400)
+    back = follow(limiter, 0.0, lambda k: -targets[int(k) // 50 % 8], 400)
+    np.testing.assert_allclose(there, -back, atol=1e-12)
+    assert there[:, 0].max() == pytest.approx(1.0, abs=1e-6) and there[:, 0].min() == pytest.approx(-1.0, abs=1e-6)
+
+
 def test_speed_cap_holds_in_approach():
     states = follow(Limiter(one(), STEP), -1.0, lambda k: 1.0, 800, speed=0.2)
     assert states[:, 1].max() == pytest.approx(0.4)
