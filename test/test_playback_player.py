@@ -120,6 +120,31 @@ def test_a_far_first_action_is_approached_at_limited_speed_then_played():
     check_limits(bench.trail)
 
 
+def test_an_ensemble_approaches_its_newest_chunk_alone():
+    bench = Bench(handover="ensemble")
+    bench.tick(2)
+    bench.offer(np.zeros((41, 3)))
+    bench.tick(30)
+    bench.offer(np.tile([0.8, 0.0, 0.0], (41, 1)))
+    bench.tick()
+    assert bench.player.state == APPROACHING
+    while bench.player.state == APPROACHING:
+        bench.tick()
+    assert bench.seen == (PLAYING, "") and bench.arm[0] > 0.7
+
+
+def test_an_ensemble_plays_until_its_newest_chunk_ends():
+    bench = Bench(handover="ensemble")
+    bench.tick(2)
+    for _ in range(2):  # until 2 s, and until 3 s
+        bench.offer(np.zeros((41, 3)))
+        bench.tick(100)
+    bench.tick(90)
+    assert bench.seen == (PLAYING, "") and bench.player.seconds_left(bench.now) == pytest.approx(0.1)
+    bench.tick(20)
+    assert bench.seen == (HOLDING, "the chunk ended and no new one came")
+
+
 def test_a_gripper_that_closes_at_once_is_no_approach():
     bench = Bench()
     bench.tick(2)
@@ -487,6 +512,11 @@ def test_joint_states_in_degrees_are_told_with_their_value():
         "no joint state of b for more than 0.1 s; 'b' reads 68.8, impossible with limits of -0.5 to 2: "
         "other units (degrees?)",
     )
+    bench.arm = np.zeros(3)
+    bench.tick(2)
+    bench.sensing = False
+    bench.tick(20)
+    assert bench.seen == (HOLDING, "no joint state for more than 0.1 s")  # of what was wrong once, no more
 
 
 @pytest.mark.parametrize("streamed", [NAMES, ()], ids=["positions", "trajectories"])
@@ -629,6 +659,25 @@ def test_trajectories_join_each_other_and_end_at_rest():
     check_limits(bench.trail)
     # Nobody plans any more: what was sent last ends at rest within window, lead and braking.
     assert bench.plans[-1][1].times[-1] - bench.now <= (0.3 + 0.03 + 1.0 / 4.0 + 0.02) * SECOND
+
+
+def test_a_trajectory_is_where_the_chunk_is_at_its_own_times():
+    bench = Bench(streamed=(), window=0.4)
+    bench.tick(5)
+    observed = bench.now - round(0.3 * SECOND)
+    bench.offer(np.stack([np.arange(41) * 0.02, np.zeros(41), np.zeros(41)], axis=1), age=0.3)  # 0.4 rad/s
+    bench.tick(60)
+    _, plan = bench.plans[-1]
+    np.testing.assert_allclose(plan.positions[:41, 0], 0.4 * (plan.times[:41] - observed) / SECOND, atol=1e-3)
+    assert bench.player.commanded[0] == pytest.approx(0.4 * (bench.now - observed) / SECOND, abs=1e-3)
+
+
+def test_a_trajectory_reaches_as_far_as_the_window():
+    bench = Bench(streamed=(), window=0.4)
+    bench.tick(2)
+    bench.offer(np.zeros((41, 3)))
+    bench.tick(30)
+    assert len(bench.plans) > 1 and all(np.ptp(plan.times) == 0.4 * SECOND for _, plan in bench.plans)
 
 
 def test_a_stop_sends_one_braking_trajectory():

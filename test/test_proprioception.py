@@ -1,5 +1,7 @@
 """Which joint states the player believes."""
 
+import math
+
 import numpy as np
 import pytest
 from playback_kit import NAMES, PERIOD, ROBOT, Bench
@@ -16,8 +18,9 @@ PLACE = [0.3, 0.2, 0.5]
 class Seen:
     """Joint states every 20 ms."""
 
-    def __init__(self):
-        self.seen = Proprioception(ROBOT, robot_limits(ROBOT, 1.0, 1.0), np.array([True, True, False]), np.ones(3))
+    def __init__(self, unit=1.0):
+        arm, units = np.array([True, True, False]), np.full(3, unit)
+        self.seen = Proprioception(ROBOT, robot_limits(ROBOT, 1.0, 1.0), arm, units)
         self.now = 10 * SECOND
 
     def take(self, positions, names=NAMES, stamp=None, later=20):
@@ -43,6 +46,10 @@ def test_one_message_in_which_the_arm_leaps_is_not_believed(seen):
     assert seen.take(PLACE) == PLACE and seen.fault == ""
 
 
+def test_of_two_messages_that_leap_to_different_places_neither_is_believed(seen):
+    assert seen.take([-0.9, 1.0, 0.5]) == seen.take([0.9, 0.2, 0.5]) == PLACE
+
+
 def test_where_the_next_message_agrees_the_arm_is_elsewhere(seen):
     assert seen.take([-0.9, 1.0, 0.5]) == PLACE
     assert seen.take([-0.89, 1.0, 0.5]) == [-0.89, 1.0, 0.5] and seen.fault == ""
@@ -51,6 +58,13 @@ def test_where_the_next_message_agrees_the_arm_is_elsewhere(seen):
 def test_an_arm_that_goes_as_fast_as_it_may_leaps_not(seen):
     for k in range(1, 30):  # 2 rad/s
         assert seen.take([0.3 - 0.04 * k, 0.2, 0.5])[0] == 0.3 - 0.04 * k
+
+
+@pytest.mark.parametrize(("unit", "leaps"), [(1.0, False), (0.2, True)], ids=["radians", "metres"])
+def test_what_a_linear_joint_may_be_off_by_is_a_fifth_in_metres(unit, leaps):
+    seen = Seen(unit)
+    seen.take(PLACE)
+    assert (seen.take([0.46, 0.2, 0.5]) == PLACE) == leaps  # 0.12 by speed, and 0.05 or 0.01 of noise
 
 
 def test_a_gripper_may_leap(seen):
@@ -85,6 +99,23 @@ def test_an_older_message_does_not_replace_a_newer(seen):
     for _ in range(20):  # a bag is played beside the arm
         seen.take([0.9, 0.2, 0.5], stamp=seen.now - 10 * SECOND, later=10)
         assert seen.take(PLACE, later=10) == PLACE and seen.fault == ""
+
+
+def test_joint_states_are_as_old_as_the_oldest_joints_and_at_time_0_none_has_come_yet():
+    other = Seen()
+    other.seen.take(NAMES[:2], PLACE[:2], 0, 0)
+    assert other.seen.age(0) == math.inf and "no joint state of g for more" in other.seen.fault(0)
+    other.seen.take(NAMES[2:], PLACE[2:], 40 * MS, 40 * MS)
+    assert other.seen.age(50 * MS) == 0.05 and other.seen.fault(50 * MS) == ""
+    other.seen.take(NAMES[:2], PLACE[:2], 20 * MS, 50 * MS)
+    assert other.seen.age(50 * MS) == 0.03
+    other.seen.forget()
+    assert other.seen.age(60 * MS) == math.inf and other.seen.fault(60 * MS) != ""
+
+
+@pytest.mark.parametrize(("position", "believed"), [(4.5, True), (4.51, False), (-3.0, True), (-3.01, False)])
+def test_a_position_is_possible_within_the_width_of_the_limits_around_them(position, believed):
+    assert (Seen().take([position], ["b"])[1] == position) == believed  # limits of -0.5 to 2
 
 
 def test_what_came_instead_is_told():
