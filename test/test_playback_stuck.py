@@ -6,6 +6,8 @@ from playback_kit import NAMES, PERIOD, ROBOT, Bench, check_limits
 
 from pi0_ros.ros.judging import SECOND
 from pi0_ros.ros.player import APPROACHING, HOLDING, PLAYING, STOPPED
+from pi0_ros.ros.rest import Rest
+from pi0_ros.ros.stall import Stall
 
 BOTH = pytest.mark.parametrize("streamed", [NAMES, ()], ids=["positions", "trajectories"])
 STANDS = "the arm does not follow: joint 'a' stands still; call ~/start to resume"
@@ -282,3 +284,119 @@ def test_joint_states_that_come_late_by_their_stamps_are_told_from_none():
         bench.player.tick(bench.now)
     why = "no joint state for more than 0.1 s; they come, stamped 0.2 s before this node's clock"
     assert bench.seen == (HOLDING, why)
+
+
+def stands_still(unit=1.0, arm=True, until=1.0, skip=(0.0, 0.0), **ways) -> bool:
+    """Whether that is said of one joint, of whose ways in s some are other than those of one that stands still."""
+    ways = {
+        "measured": lambda t: 0.0,
+        "commanded": lambda t: 0.1 * t,
+        "meant": lambda t: 0.12,
+        "ahead": lambda t: 0.2,
+        "seen": lambda t: t,
+    } | ways
+    stall = Stall(np.array([arm]), np.array([unit]))
+    for k in range(round(until * 100) + 1):
+        t, now = k / 100, k * PERIOD  # simulated time begins at 0
+        if skip[0] < t < skip[1]:
+            continue
+        at = np.array([round(ways["seen"](t) * SECOND)])
+        measured, commanded, ahead = (unit * np.array([0.5 + ways[w](t)]) for w in ("measured", "commanded", "ahead"))
+        if stall.watch(now, measured, at, commanded, unit * np.array([ways["meant"](t)]), ahead) is not None:
+            return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, True),
+        ({"unit": 0.2}, True),
+        ({"until": 0.99}, False),
+        ({"arm": False}, False),  # a gripper
+        ({"meant": lambda t: 0.09}, False),  # chunks hardly move it
+        ({"meant": lambda t: -0.12, "ahead": lambda t: -0.2, "commanded": lambda t: -0.1 * t}, True),
+        ({"meant": lambda t: 1.0 if t < 0.5 else -1.0}, False),  # to and fro
+        ({"ahead": lambda t: 0.09 if 0.4 < t < 0.5 else 0.2}, False),  # it was at its goal for a moment
+        ({"commanded": lambda t: 0.05 * t}, False),  # 0.025 from its command on average
+        ({"commanded": lambda t: 0.07 * t}, True),
+        ({"measured": lambda t: 0.02 * t}, True),
+        ({"measured": lambda t: 0.03 * t}, False),  # a quarter of the way that was meant
+        ({"measured": lambda t: 0.01 * t, "commanded": lambda t: 0.05 + 0.03 * t}, True),
+        ({"measured": lambda t: 0.02 * t, "commanded": lambda t: 0.05 + 0.03 * t}, False),  # as far as its command
+        ({"seen": lambda t: min(t, 0.4)}, False),
+        ({"seen": lambda t: min(t, 0.6)}, True),
+        ({"skip": (0.3, 0.45)}, True),
+        ({"skip": (0.3, 0.6)}, False),  # nobody looked
+    ],
+)
+def test_what_is_said_of_a_joint_that_stands_still_while_chunks_move_it(changes, said):
+    assert stands_still(**changes) == said
+
+
+class AtRest:
+    """A joint of the arm and a gripper, commanded to 0, that may settle 0.25 from there."""
+
+    def __init__(self, unit=1.0):
+        self.rest, self._unit = Rest(np.array([True, False]), np.full(2, 0.25 * unit), np.full(2, unit)), unit
+
+    def lags(self, seconds, arm):
+        self.rest.lags(round(seconds * SECOND), self._unit * np.array([arm, 0.0]), np.zeros(2))
+
+    def moved(self, seconds, arm, gripper=0.0):
+        self.rest.watch(round(seconds * SECOND), self._unit * np.array([arm, gripper]), np.zeros(2))
+        return self.rest.moved
+
+    def off(self, arm):
+        return self.rest.off(self._unit * np.array([arm, 9.0]), np.zeros(2))
+
+    def far(self, arm):
+        return self.rest.far(self._unit * np.array([arm, 9.0]), np.zeros(2))
+
+
+@pytest.mark.parametrize("unit", [1.0, 0.2])
+def test_until_it_settled_an_arm_comes_no_further_from_its_command_than_under_way(unit):
+    at_rest = AtRest(unit)
+    at_rest.lags(0.0, -0.1)
+    assert not at_rest.moved(0.1, -0.14) and not at_rest.moved(0.2, 0.1)
+    assert at_rest.moved(0.3, -0.16) and at_rest.moved(0.4, -0.1)  # and so it stays
+    at_rest.rest.begin_anew()
+    assert not at_rest.moved(0.5, -0.1)
+
+
+@pytest.mark.parametrize("unit", [1.0, 0.2])
+@pytest.mark.parametrize(("there", "moved"), [(0.16, False), (0.24, False), (0.14, True), (0.26, True)])
+def test_once_it_settled_an_arm_stays_where_that_was(unit, there, moved):
+    at_rest = AtRest(unit)
+    at_rest.lags(0.0, 0.2)
+    assert not at_rest.moved(0.0, 0.0) and not at_rest.moved(1.0, 0.1)  # on its way for a second
+    assert not at_rest.moved(1.01, 0.2)
+    assert at_rest.moved(1.02, there) == moved
+
+
+def test_a_gripper_that_is_opened_is_no_moved_arm_but_has_not_stayed():
+    at_rest = AtRest()
+    assert not at_rest.moved(0.0, 0.0, 0.1) and at_rest.rest.stayed.tolist() == [True, True]
+    at_rest.moved(1.01, 0.0, 0.1)
+    assert not at_rest.moved(1.02, 0.0, 0.14) and at_rest.rest.stayed.tolist() == [True, True]
+    assert not at_rest.moved(1.03, 0.0, 0.16) and at_rest.rest.stayed.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("pace", "stands"), [(0.0, 0.21), (0.02, 0.21), (0.03, 1.01)])
+def test_an_arm_is_on_its_way_until_it_stood_still_for_a_moment(pace, stands):
+    at_rest = AtRest()
+    for k in range(120):
+        at_rest.moved(k / 100, pace * k / 100)
+        assert at_rest.rest.on_its_way == (k / 100 < stands)
+
+
+@pytest.mark.parametrize("unit", [1.0, 0.2])
+def test_what_an_arm_lagged_by_for_seconds_is_its_way_and_no_more(unit):
+    at_rest = AtRest(unit)
+    assert at_rest.off(0.051) and not at_rest.off(0.049)
+    for k in range(501):  # 5 s: 63 % of it
+        at_rest.lags(k / 100, -0.1)
+    assert not at_rest.off(0.11) and at_rest.off(0.115) and at_rest.off(-0.115)
+    at_rest.lags(105.0, 0.3)  # one message after a pause counts as a tenth of a second
+    assert not at_rest.off(0.117) and at_rest.off(0.119)
+    assert at_rest.far(-0.251) and not at_rest.far(0.249)
