@@ -134,8 +134,11 @@ def test_ensemble_has_no_step_where_chunks_come_and_go():
         ({"joint_names": ("a", "b")}, "joints ['a', 'b'] are not ['a']"),
         ({"horizon": 3}, "2 values are not horizon 3 times 1 joints"),
         ({"horizon": 0}, "2 values are not horizon 0 times 1 joints"),
+        ({"horizon": 0, "actions": np.zeros(0)}, "0 values are not horizon 0 times 1 joints"),
         ({"dt": 0.0}, "dt is 0.0 s"),
         ({"dt": -0.1}, "dt is -0.1 s"),
+        ({"dt": 0.0009}, "dt is 0.0009 s, must be from 0.001 to 10"),
+        ({"dt": 10.1}, "dt is 10.1 s, must be from 0.001 to 10"),
         ({"dt": math.nan}, "dt is nan s"),
         ({"dt": math.inf}, "dt is inf s"),
         ({"actions": np.array([0.0, math.nan])}, "action 1 of joint 'a' is nan"),
@@ -151,13 +154,29 @@ def test_a_bad_chunk_is_refused_with_the_reason(change, words):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [{"stamp": -S}, {"stamp": S // 20}, {"dt": 0.001}, {"dt": 10.0}, {"actions": np.zeros(1), "horizon": 1}],
+    ids=["oldest", "furthest ahead", "shortest dt", "longest dt", "one action"],
+)
+def test_a_chunk_just_within_what_is_allowed_is_played(change):
+    assert fault_of(replace(offer([0.0, 0.1]), **change), ("a",), WIDE, SETTINGS, 0) is None
+
+
+@pytest.mark.parametrize(
     ("actions", "words"),
     [
-        ([0.0, 11.0], "position of joint 'a' at action 1 is 11, beyond"),
-        ([0.0, 0.5], "velocity of joint 'a' at action 0 is 5/s, beyond"),
-        ([0.0, 0.15, 0.0], "acceleration of joint 'a' at action 0 is -30/s^2, beyond"),
+        ([0.0, 10.01], "position of joint 'a' at action 1 is 10.01, beyond"),
+        ([0.0, -10.01], "position of joint 'a' at action 1 is -10.01, beyond"),
+        ([0.0, 0.201], "velocity of joint 'a' at action 0 is 2.01/s, beyond"),
+        ([0.0, -0.201], "velocity of joint 'a' at action 0 is -2.01/s, beyond"),
+        ([0.0, 0.0501, 0.0], "acceleration of joint 'a' at action 0 is -10.02/s^2, beyond"),
+        ([0.0, -0.0501, 0.0], "acceleration of joint 'a' at action 0 is 10.02/s^2, beyond"),
         ([1e308, -1e308], "position of joint 'a' at action 0"),
         ([0.0, 0.05, 0.1], None),
+        ([10.0, 10.0], None),  # the limits themselves
+        ([-10.0, -10.0], None),
+        ([0.0, 0.2, 0.4], None),
+        ([0.0, 0.1, 0.1], None),
     ],
 )
 def test_limits_refuse_judges_the_actions_themselves(actions, words):
