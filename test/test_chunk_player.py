@@ -17,6 +17,8 @@ from rclpy.parameter import Parameter  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
 from sensor_msgs.msg import JointState  # noqa: E402
 
+from pi0_ros.ros.chunk_player import SPECS, settings_from  # noqa: E402
+from pi0_ros.ros.judging import Settings  # noqa: E402
 from pi0_ros.ros.outputs import trajectory_message  # noqa: E402
 
 STOPPED, HOLDING, PLAYING, APPROACHING, DRY_RUN = range(5)
@@ -51,6 +53,10 @@ def check_follows(stage: Stage, recent: list) -> None:
     """The arm is where the policy wants it; the median, since a machine may be busy for a moment."""
     times, positions = np.array([time for time, _ in recent]), np.array([position for _, position in recent])
     assert (np.median(np.abs(positions - stage.policy.motion(times)), axis=0) < 0.02).all()
+
+
+def test_the_player_without_the_node_has_the_nodes_defaults():
+    assert settings_from({spec.name: spec.default for spec in SPECS}) == Settings()
 
 
 def test_a_trajectory_message_leaves_out_what_is_past():

@@ -14,6 +14,7 @@ def test_follows_a_chunk_by_its_stamps_however_late_it_comes():
     ramp = np.stack([np.arange(41) * 0.02, np.arange(41) * 0.01, np.full(41, 0.2)], axis=1)  # 0.4 and 0.2 rad/s
     observed = bench.now - round(0.3 * SECOND)
     assert bench.offer(ramp, age=0.3) == ""
+    assert bench.player.seconds_left(bench.now) == pytest.approx(1.7)
     bench.tick(60)
     assert bench.seen == (PLAYING, "")
     elapsed = (bench.now - observed) / SECOND
@@ -39,6 +40,19 @@ def test_holds_when_the_chunk_runs_out_and_says_so():
     check_limits(bench.trail)
 
 
+def test_the_last_action_may_stand_for_a_while_before_that_counts_as_a_hold():
+    bench = Bench(hold_after=1.0)
+    bench.tick(2)
+    bench.offer(np.tile([0.1, 0.0, 0.5], (21, 1)))  # until 1 s
+    bench.tick(199)
+    assert bench.seen == (PLAYING, "") and bench.player.holds == 0
+    bench.tick(3)
+    assert bench.seen == (HOLDING, "the chunk ended and no new one came") and bench.player.holds == 1
+    assert bench.offer(np.tile([0.1, 0.0, 0.5], (2, 1)), age=0.5) == ""  # over since 0.45 s
+    bench.tick(2)
+    assert bench.seen == (PLAYING, "")
+
+
 def test_a_policy_that_says_that_it_lives_may_let_a_chunk_be_played_to_its_end():
     bench = Bench(policy_timeout=0.5)
     bench.tick(2)
@@ -47,8 +61,20 @@ def test_a_policy_that_says_that_it_lives_may_let_a_chunk_be_played_to_its_end()
         bench.tick(10)
         assert bench.seen == (PLAYING, "")
         assert bench.offer(np.empty((0, 3)), sequence=0) == ""
+    assert "its sequence is not above 0" in bench.offer(np.zeros((41, 3)), sequence=0)
     bench.tick(20)
-    assert bench.seen == (HOLDING, "the chunk ended and no new one came")
+    assert bench.seen[0] == HOLDING and bench.seen[1].startswith("the chunk ended and no new one came")
+
+
+def test_a_chunk_without_actions_of_an_older_epoch_says_nothing():
+    bench = Bench(policy_timeout=0.5)
+    bench.tick(2)
+    bench.offer(np.zeros((41, 3)), epoch=4)
+    for _ in range(6):
+        bench.tick(10)
+        assert bench.offer(np.empty((0, 3)), epoch=3) == ""
+    assert bench.seen == (HOLDING, "no chunk from the policy for 0.5 s")
+    assert "its epoch 3 is older than 4" in bench.offer(np.zeros((41, 3)), epoch=3)
 
 
 def test_holds_when_the_policy_is_silent_for_too_long():
@@ -76,7 +102,19 @@ def test_holds_while_joint_states_are_missing_and_goes_on_after():
     bench.sensing = True
     bench.tick(50)
     assert bench.seen == (PLAYING, "")
+    # It is still the same chunk, taken over a period after its stamp.
+    assert bench.player.played == 1 and bench.player.handover_delay == pytest.approx(0.2)
     check_limits(bench.trail)
+
+
+def test_an_arm_that_sags_far_is_played_to_within_the_following_error():
+    bench = Bench()
+    bench.sag = np.array([-0.3, 0.0, 0.0])
+    bench.tick(2)
+    bench.offer(np.zeros((41, 3)))
+    for _ in range(190):
+        bench.tick()
+        assert bench.seen == (PLAYING, "")
 
 
 def test_names_the_joint_whose_state_is_missing():
@@ -118,6 +156,31 @@ def test_a_far_first_action_is_approached_at_limited_speed_then_played():
     bench.tick(35)
     assert bench.arm[0] == pytest.approx(0.8, abs=0.01)
     check_limits(bench.trail)
+
+
+def test_chunks_that_come_during_an_approach_do_not_hasten_it():
+    bench = Bench(approach_speed=0.2)
+    bench.tick(2)
+    for _ in range(12):
+        bench.offer(np.tile([0.8, 0.0, 0.5], (41, 1)))
+        bench.tick(10)
+        assert bench.player.state == APPROACHING
+    assert np.diff(np.array(bench.trail)[:, 0]).max() <= 0.2 * 2.0 * 0.01 + 1e-9
+    assert bench.arm[0] > 0.45
+
+
+def test_from_the_approach_to_playing_an_arm_goes_on_at_its_speed():
+    bench = Bench(streamed=())
+    bench.tick(2)
+    bench.offer(np.tile([0.8, 0.0, 0.5], (81, 1)))
+    bench.tick()
+    while bench.player.state == APPROACHING:
+        bench.tick()
+    begun = len(bench.trail) - 2
+    bench.tick(60)
+    speeds = np.diff(np.array(bench.trail)[begun:, 0]) / 0.01
+    assert speeds[0] == pytest.approx(0.4) and np.diff(speeds).max() < 0.02
+    assert bench.arm[0] == pytest.approx(0.8, abs=1e-4)
 
 
 def test_an_ensemble_approaches_its_newest_chunk_alone():
@@ -546,7 +609,7 @@ def test_refused_chunks_are_counted_and_the_old_one_plays_on():
     assert bench.seen == (PLAYING, "refused chunk 1: action 0 of joint 'b' is nan")
     assert bench.player.refused_sequence == 1
     assert "its sequence is not above 0" in bench.offer(np.zeros((41, 3)), sequence=0)
-    assert "all its actions are past" in bench.offer(np.zeros((4, 3)), age=0.5, sequence=2)
+    assert "all its actions are past" in bench.offer(np.zeros((4, 3)), age=0.16, sequence=2)
     assert bench.player.refused == 3 and bench.player.played == 1
     bench.lively()
     bench.tick(1)
@@ -615,6 +678,30 @@ def test_a_clock_that_jumps_back_drops_the_chunk_and_holds():
     check_limits(bench.trail)
 
 
+def test_an_arm_that_is_not_seen_either_when_the_clock_jumps_back_comes_to_rest():
+    bench = Bench()
+    bench.tick(2)
+    bench.lively()
+    bench.tick(30)
+    bench.sensing = False
+    bench.now -= 8 * SECOND
+    bench.tick(60)
+    assert bench.player.at_rest
+    check_limits(bench.trail)
+
+
+def test_a_policy_that_restarts_after_the_clock_jumped_back_counts_from_zero_again():
+    bench = Bench(policy_timeout=1.5)
+    bench.tick(2)
+    bench.offer(np.zeros((41, 3)), epoch=3, sequence=70)
+    bench.tick(30)
+    bench.now -= 8 * SECOND
+    bench.tick(140)
+    assert "older than 3" in bench.offer(np.zeros((11, 3)), epoch=0, sequence=0)
+    bench.tick(20)
+    assert bench.offer(np.zeros((11, 3)), epoch=0, sequence=0) == ""
+
+
 def test_after_a_simulators_reset_the_arm_is_held_where_it_is_then():
     bench = Bench()
     bench.tick(2)
@@ -647,6 +734,17 @@ def test_dry_run_judges_and_samples_from_where_the_arm_is():
     assert state == DRY_RUN and "joint 'a' is 0.8 from where" in reason
 
 
+def test_a_dry_run_goes_on_though_the_arm_does_not_follow():
+    bench = Bench(dry_run=True)
+    bench.tick(2)
+    time = np.arange(41) * 0.05
+    bench.offer(np.stack([0.9 * np.minimum(time, 1), 0 * time, 0 * time], axis=1))
+    for _ in range(180):
+        bench.tick()
+        bench.arm = np.zeros(3)
+        assert bench.seen == (DRY_RUN, "")
+
+
 def test_trajectories_join_each_other_and_end_at_rest():
     bench = Bench(streamed=["g"], resend=0.1, window=0.3)
     bench.tick(2)
@@ -672,12 +770,15 @@ def test_a_trajectory_is_where_the_chunk_is_at_its_own_times():
     assert bench.player.commanded[0] == pytest.approx(0.4 * (bench.now - observed) / SECOND, abs=1e-3)
 
 
-def test_a_trajectory_reaches_as_far_as_the_window():
-    bench = Bench(streamed=(), window=0.4)
+def test_a_trajectory_begins_ahead_by_the_lead_and_reaches_as_far_as_the_window():
+    bench = Bench(streamed=(), window=0.4, lead=0.1)
     bench.tick(2)
     bench.offer(np.zeros((41, 3)))
     bench.tick(30)
-    assert len(bench.plans) > 1 and all(np.ptp(plan.times) == 0.4 * SECOND for _, plan in bench.plans)
+    assert len(bench.plans) > 1
+    for now, plan in bench.plans:
+        assert plan.times[0] - now == 0.1 * SECOND and np.ptp(plan.times) == 0.4 * SECOND
+    assert set(np.diff([now for now, _ in bench.plans])) == {SECOND // 10}  # and is sent again
 
 
 def test_a_stop_sends_one_braking_trajectory():
@@ -719,3 +820,24 @@ def test_handover_between_disagreeing_chunks_is_smoother_than_a_switch(handover)
         largest[kind] = np.abs(np.diff(np.array(bench.trail)[:, 0], n=2)).max() / 0.01**2
     assert largest["switch"] == pytest.approx(10.0, rel=0.1)  # the limit
     assert largest[handover] < 6.0
+
+
+@pytest.mark.parametrize("handover", ["blend", "ensemble"])
+def test_a_first_chunk_a_little_away_is_faded_into(handover):
+    bench = Bench(handover=handover)
+    bench.tick(2)
+    bench.offer(np.tile([0.02, 0.0, 0.0], (41, 1)))
+    bench.tick(50)
+    assert bench.arm[0] == pytest.approx(0.02, abs=1e-4)
+    assert np.abs(np.diff(np.array(bench.trail)[:, 0], n=2)).max() / 0.01**2 < 6.0
+
+
+@pytest.mark.parametrize(("epoch", "place"), [(0, 0.2 * np.exp(-0.01) / (1 + np.exp(-0.01))), (1, 0.2)])
+def test_an_ensemble_is_of_the_chunks_of_one_epoch(epoch, place):
+    bench = Bench(handover="ensemble")
+    bench.tick(2)
+    bench.offer(np.zeros((41, 3)))
+    bench.tick(30)
+    bench.offer(np.tile([0.2, 0.0, 0.0], (41, 1)), epoch=epoch)
+    bench.tick(60)
+    assert bench.seen == (PLAYING, "") and bench.arm[0] == pytest.approx(place, abs=1e-4)
