@@ -41,6 +41,15 @@ def test_committed_is_what_the_last_chunk_commands_for_the_measured_delay_and_wh
     np.testing.assert_allclose(committed.following[:, 0], [5.5, 6.5, 7.5, 8.5], atol=1e-6)
 
 
+@pytest.mark.parametrize(("delay", "kept"), [(0.7, 2), (1.0, 2), (1.3, 3), (20.0, 9)])
+def test_what_is_committed_is_the_delay_and_one_more_but_never_a_whole_chunk(delay, kept):
+    handover = Handover()
+    handover.published(published())
+    handover.heard(status(handover_delay=delay), NOW)
+    committed = handover.committed(NOW, NOW, 1, "go")
+    assert (len(committed.executed), len(committed.following)) == (kept, 10 - kept)
+
+
 def test_another_prompt_leaves_the_committed_actions_and_nothing_after_them():
     handover = Handover()
     handover.published(published())
@@ -78,7 +87,9 @@ def test_the_first_chunk_and_the_time_after_a_reset_are_free():
     handover.published(published())
     assert handover.committed(NOW, NOW, 1, "go") is None  # the player has not spoken
     handover.heard(status(handover_delay=1.3), NOW)
+    assert handover.delay() == 2
     handover.forget_all()
+    assert handover.delay() == 0 and handover.seconds_left(NOW) is None
     handover.published(published())
     assert handover.committed(NOW, NOW, 1, "go") is None
 
@@ -130,6 +141,8 @@ def test_what_is_played_is_told_of_the_past_that_a_late_camera_shows():
     handover.heard(status(now, handover_delay=1.3), now)
     committed = handover.committed(NOW + 250 * MS, now, 1, "go")
     np.testing.assert_allclose(committed.executed[:, 0], [2.5, 3.5, 4.5], atol=1e-6)
+    for silent in (1001, -1001):  # gone, or of another time
+        assert handover.committed(NOW + 250 * MS, now + silent * MS, 1, "go") is None
 
 
 def test_of_a_dry_run_nothing_is_kept():
@@ -174,9 +187,12 @@ def test_seconds_left_run_down_between_the_players_words():
 
 def test_a_chunk_on_its_way_counts_as_left_for_a_moment():
     handover = Handover()
+    handover.published(published(NOW - SECOND, sequence=6))
     handover.heard(status(seconds_left=0.05, sequence=6), NOW)
     handover.published(published(sequence=7))
     assert handover.seconds_left(NOW + 100 * MS) == pytest.approx(0.8)
+    handover.heard(status(NOW + 200 * MS, seconds_left=0.6, sequence=7), NOW + 200 * MS)
+    assert handover.seconds_left(NOW + 300 * MS) == pytest.approx(0.5)  # by its own word, once it has it
     handover.heard(status(NOW + 600 * MS, seconds_left=0.0, sequence=6), NOW + 600 * MS)
     assert handover.seconds_left(NOW + 600 * MS) == 0.0  # it never took it
 
