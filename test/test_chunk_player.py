@@ -19,7 +19,9 @@ from sensor_msgs.msg import JointState  # noqa: E402
 
 from pi0_ros.ros.chunk_player import SPECS, settings_from  # noqa: E402
 from pi0_ros.ros.judging import Settings  # noqa: E402
-from pi0_ros.ros.outputs import trajectory_message  # noqa: E402
+from pi0_ros.ros.motion import Commands, Plan  # noqa: E402
+from pi0_ros.ros.outputs import Outputs, streamed_joints, trajectory_message  # noqa: E402
+from pi0_ros.ros.player import Player  # noqa: E402
 
 STOPPED, HOLDING, PLAYING, APPROACHING, DRY_RUN = range(5)
 VELOCITY = np.array([2.0, 1.0, 3.0])
@@ -69,6 +71,41 @@ def test_a_trajectory_message_leaves_out_what_is_past():
     assert [point.positions[0] for point in message.points] == [3.0, 4.0]
     late = trajectory_message(["a"], times, rows, None, now + 2_000_000_000, 10 * ms)
     assert [(p.positions[0], p.time_from_start.nanosec, len(p.velocities)) for p in late.points] == [(4.0, 10 * ms, 0)]
+
+
+class Ear:
+    """Stands in for a node and its publishers: keeps what is published, by topic."""
+
+    def __init__(self) -> None:
+        self.heard: dict[str, list] = {}
+
+    def create_publisher(self, kind, topic, qos):
+        class Publisher:
+            publish = self.heard.setdefault(topic, []).append
+
+        return Publisher()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_each_controller_gets_its_own_joints_in_its_own_order(stream):
+    robot = robot_of(
+        [
+            {"topic": "/first", "type": "Float64MultiArray", "joints": ["a"]},
+            {"topic": "/rest", "type": "JointTrajectory", "joints": ["g", "b"]},
+        ]
+    )
+    player = Player(robot, Settings(), streamed_joints(robot))
+    player.commanded = np.array([0.1, 0.2, 0.3])
+    ear = Ear()
+    outputs = Outputs(ear, robot, player, 0.01, velocities=True)
+    plan = Plan(np.array([20, 30]) * 10**6, np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[5.0, 6.0], [0.0, 0.0]]))
+    outputs.send(Commands(stream, plan), 0)
+    outputs.send(Commands(False, None), 0)
+    assert [list(message.data) for message in ear.heard["/first"]] == [[0.1]] * stream
+    (message,) = ear.heard["/rest"]
+    assert message.joint_names == ["g", "b"]
+    assert [list(point.positions) for point in message.points] == [[2.0, 1.0], [4.0, 3.0]]
+    assert [list(point.velocities) for point in message.points] == [[6.0, 5.0], [0.0, 0.0]]
 
 
 def test_position_commands_follow_the_chunks(streamed):
