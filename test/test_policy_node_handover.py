@@ -1,10 +1,12 @@
 """What policy_node knows of the player: seconds left, delay, actions that will have been executed."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from pi0_ros.msg import PlayerStatus
-from pi0_ros.ros.conversions import SECOND, actions_from, chunk_actions, to_stamp
+from pi0_ros.ros.conversions import SECOND, actions_from, chunk_actions, chunk_message, to_stamp
 from pi0_ros.ros.handover import Handover, Published
 
 MS = 1_000_000
@@ -205,3 +207,12 @@ def test_a_chunk_message_of_the_wrong_size_is_an_error():
     message.horizon = 3
     with pytest.raises(ValueError, match="chunk 4: 4 values are not horizon 3 times 2 joints"):
         chunk_actions(message)
+
+
+def test_a_chunk_message_holds_the_actions_step_by_step_however_they_lie_in_memory():
+    robot = SimpleNamespace(name="two", joint_names=("a", "b"), dt=0.05)
+    rows = np.array([[0, 2, 4], [1, 3, 5]], np.float32).T  # not contiguous, and not float64
+    chunk = SimpleNamespace(actions=rows, prefix_reused=False, cameras_encoded=2, num_steps=10, frozen=1)
+    times = {"observed": NOW, "begin": NOW, "end": NOW}
+    message = chunk_message(chunk, robot, **times, sequence=7, epoch=2, prompt="go", checkpoint="")
+    assert chunk_actions(message).tolist() == [[0, 1], [2, 3], [4, 5]]
