@@ -152,7 +152,7 @@ def test_limits_become_statistics_in_model_space():
     assert stats.state.q01.tolist()[0] == -1.91
     assert stats.state.q99[5] == pytest.approx(1.0)  # the gripper's limits are its ends: 0 open, 1 closed
     assert stats.state.mean[5] == pytest.approx(0.5)
-    assert stats.actions.mean[0] == 0.0  # relative
+    assert stats.state.mean[4] == pytest.approx(0.05) and stats.actions.mean[4] == 0.0  # relative
     assert stats.actions.std[0] == pytest.approx(3.82 / 4)
     assert stats.actions.q99[5] == pytest.approx(1.0)
 

@@ -108,6 +108,14 @@ def test_aloha_equals_openpi(fixture):
     np.testing.assert_allclose(outputs, fixture["aloha.outputs.adapt"], atol=1e-6)
 
 
+def test_the_adapter_chooses_the_maps():
+    state = np.linspace(0.1, 1.4, 14)
+    settings = dataclasses.replace(NANO, adapter="aloha")
+    adapted = build_transforms(BIMANUAL, None, settings).encode(state)["state"]
+    np.testing.assert_array_equal(adapted, aloha.to_pi({"state": state})["state"])
+    assert np.abs(adapted - build_transforms(BIMANUAL, None, NANO).encode(state)["state"]).max() > 0.1
+
+
 def test_aloha_needs_its_fourteen_joints():
     settings = dataclasses.replace(NANO, adapter="aloha")
     assert "aloha adapter is for two arms of six joints and a gripper" in misfit(settings, ROBOT)
@@ -129,6 +137,10 @@ def test_grippers_are_zero_when_open_and_one_when_closed():
     data = group.encode(state, actions)
     np.testing.assert_allclose(data["state"], [0.1, 0.2, 0.3, 0.4, 0.5, 0.0])
     np.testing.assert_allclose(data["actions"], np.tile([0.2, 0, 0, 0, -0.1, 1.0], (2, 1)), atol=1e-12)
+    back = group.decode(data["state"], data["actions"])
+    np.testing.assert_allclose(back, np.tile([0.3, 0.2, 0.3, 0.4, 0.4, -0.174], (2, 1)))
+    # Nothing in place.
+    assert (state[5], actions[0, 5], data["state"][5], data["actions"][0, 5]) == (1.745, -0.174, 0.0, 1.0)
 
 
 def test_a_robot_is_normalised_and_padded_for_the_model():
