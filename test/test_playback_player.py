@@ -739,10 +739,13 @@ def test_a_dry_run_goes_on_though_the_arm_does_not_follow():
     bench.tick(2)
     time = np.arange(41) * 0.05
     bench.offer(np.stack([0.9 * np.minimum(time, 1), 0 * time, 0 * time], axis=1))
-    for _ in range(180):
+    for k in range(230):
         bench.tick()
         bench.arm = np.zeros(3)
-        assert bench.seen == (DRY_RUN, "")
+        assert bench.seen == (DRY_RUN, "" if k < 200 else "the chunk ended and no new one came")
+    bench.offer(np.zeros((41, 3)))
+    bench.tick()
+    assert bench.seen == (DRY_RUN, "")
 
 
 def test_trajectories_join_each_other_and_end_at_rest():
@@ -804,6 +807,32 @@ def test_a_late_tick_is_a_pause_not_a_jump():
     bench.now += SECOND // 2
     bench.player.tick(bench.now)
     assert (np.abs(bench.player.commanded - before) <= VELOCITY * 0.05 + 1e-9).all()
+
+
+def test_a_pause_neither_wakes_a_stopped_player_nor_harms_one_that_saw_nothing_yet():
+    bench = Bench(start=False)
+    bench.sensing = False
+    for told in ("not started", "stop service"):
+        bench.tick(2)
+        bench.now += SECOND
+        bench.tick(2)
+        assert bench.seen == (STOPPED, told)
+        bench.sensing = True
+        bench.player.start()
+        bench.tick(2)
+        bench.player.stop("stop service")
+
+
+def test_an_arm_that_sags_at_a_hold_is_gone_on_with_without_a_following_error_too():
+    bench = Bench(following_error=0.0)
+    bench.sag = np.array([-0.1, 0.0, 0.0])
+    bench.tick(2)
+    bench.offer(np.zeros((21, 3)))
+    bench.tick(250)
+    assert bench.player.state == HOLDING
+    bench.offer(np.zeros((21, 3)))
+    bench.tick(2)
+    assert bench.seen == (PLAYING, "")
 
 
 @pytest.mark.parametrize("handover", ["blend", "ensemble"])

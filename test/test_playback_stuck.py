@@ -100,9 +100,10 @@ def test_following_error_0_switches_that_off():
 
 @pytest.mark.parametrize("pause", [0.3, 10.0])
 @pytest.mark.parametrize("moved", [0.0, -0.8])
-def test_after_a_pause_positions_go_on_from_where_the_arm_is(pause, moved):
+@pytest.mark.parametrize("max_age", [0.1, 20.0])
+def test_after_a_pause_positions_go_on_from_where_the_arm_is(pause, moved, max_age):
     """The process was suspended in mid-motion: what takes positions stood still meanwhile, or others moved it."""
-    bench = Bench()
+    bench = Bench(robot=ROBOT.model_copy(update={"state": ROBOT.state.model_copy(update={"max_age": max_age})}))
     bench.tick(2)
     time = np.arange(41) * 0.05
     bench.offer(np.stack([np.minimum(1.9 * time, 0.9), 0 * time, 0 * time], axis=1))
