@@ -40,6 +40,14 @@ def test_openpi_statistics_come_in_and_go_out_the_same(tmp_path):
 def test_what_never_changed_in_the_data_is_reported():
     stats = NormStats.from_dict(OPENPI)
     assert stats.constant() == ["state[1]"]
+    low, high = np.zeros(3), np.array([1.0, 0.0, 1.0])  # the second is the same in 98 % of the data
+    seldom = Stats(np.zeros(3), np.array([1.0, 1.0, 0.0]), low, high)
+    assert NormStats(seldom, stats.actions).constant() == ["state[1]", "state[2]"]
+
+
+def test_statistics_are_equal_where_all_their_numbers_are():
+    assert Stats([0.0], [1.0]) == Stats([0.0], [1.0])
+    assert Stats([0.0], [1.0]) not in (Stats([0.5], [1.0]), Stats([0.0], [2.0]), Stats([0.0], [1.0], [-1.0], [1.0]))
 
 
 def test_the_statistics_of_one_robot_are_chosen_among_several(tmp_path):
@@ -56,6 +64,15 @@ def test_the_statistics_of_one_robot_are_chosen_among_several(tmp_path):
         load_statistics(tmp_path, "ur5")
     with pytest.raises(StatisticsError, match="no asset '../../etc'"):
         load_statistics(tmp_path, "../../etc")
+
+
+def test_a_robot_that_is_named_counts_before_the_folders_own_statistics(tmp_path):
+    other = json.loads(json.dumps(OPENPI))
+    other["norm_stats"]["state"]["mean"] = [9.0, 9.0]
+    write(tmp_path / "norm_stats.json", OPENPI)
+    write(tmp_path / "assets/droid/norm_stats.json", other)
+    assert load_statistics(tmp_path).state.mean.tolist() == [0.5, -1.0]
+    assert load_statistics(tmp_path, "droid").state.mean.tolist() == [9.0, 9.0]
 
 
 def test_assets_beside_the_jax_params_folder_are_found(tmp_path):
@@ -81,7 +98,10 @@ def lerobot(folder, state_file="policy_preprocessor_step_2_normalizer_processor.
     }
     save_file(tensors, folder / "policy_preprocessor_step_2_normalizer_processor.safetensors")
     save_file(tensors, folder / "policy_postprocessor_step_0_unnormalizer_processor.safetensors")
-    steps = [{"registry_name": "rename_observations_processor", "config": {}}]
+    steps = [
+        {"registry_name": "rename_observations_processor", "config": {}, "state_file": "names.safetensors"},
+        {"registry_name": "normalizer_processor", "config": {}},
+    ]
     pre = [*steps, {"registry_name": "normalizer_processor", "config": {}, "state_file": state_file}]
     post = {"registry_name": "unnormalizer_processor", "config": {}}
     post["state_file"] = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
@@ -96,14 +116,28 @@ def test_lerobot_statistics_are_read_from_the_files_that_its_processors_name(tmp
     assert stats.actions.to_dict() == {"mean": [3.0], "std": [4.0], "q01": None, "q99": None}
 
 
+def test_processor_files_with_statistics_of_one_side_alone_are_refused(tmp_path):
+    weights = lerobot(tmp_path) / "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
+    save_file({"observation.state.mean": torch.zeros(2)}, weights)
+    with pytest.raises(StatisticsError, match="the processor files hold no statistics of action"):
+        load_statistics(tmp_path)
+    write(tmp_path / "policy_preprocessor.json", {"steps": []})
+    assert find_statistics(tmp_path) is None
+    weights = lerobot(tmp_path) / "policy_preprocessor_step_2_normalizer_processor.safetensors"
+    save_file({"action.mean": torch.zeros(2)}, weights)
+    with pytest.raises(StatisticsError, match="the processor files hold no statistics of observation.state"):
+        load_statistics(tmp_path)
+
+
 def test_a_processor_file_cannot_name_a_file_outside_its_folder(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(CheckpointError, match="leads outside the folder"):
         load_statistics(lerobot(tmp_path / "a", state_file="../secret.safetensors"))
 
 
-def test_a_processor_file_without_steps_is_refused(tmp_path):
-    write(tmp_path / "policy_preprocessor.json", {"steps": "none"})
+@pytest.mark.parametrize("steps", ["none", [{}, 3]])
+def test_a_processor_file_without_steps_is_refused(tmp_path, steps):
+    write(tmp_path / "policy_preprocessor.json", {"steps": steps})
     with pytest.raises(StatisticsError, match="'steps' must be a list"):
         load_statistics(tmp_path)
 
@@ -113,6 +147,9 @@ def test_transformers_statistics_are_in_its_processor_config(tmp_path):
     write(tmp_path / "processor_config.json", data)
     stats = load_statistics(tmp_path)
     assert (stats.state.mean[0], stats.state.std[0], stats.actions.mean[0], stats.actions.std[0]) == (1, 2, 3, 4)
+    write(tmp_path / "processor_config.json", {"state_mean": [1.0]})
+    with pytest.raises(StatisticsError, match="state: std missing"):
+        load_statistics(tmp_path)
     write(tmp_path / "processor_config.json", {"state_mean": None})
     assert find_statistics(tmp_path) is None
 
