@@ -56,6 +56,27 @@ def test_points_that_are_past_on_arrival_are_entered_without_a_bridge():
     assert values == [9.0, 1.0, 1.5, 2.0]
 
 
+def test_a_command_to_stay_holds_positions_too_and_before_any_other_says_nothing():
+    stay = command(10, [10], [np.nan])
+    assert column([command(0, [0], [1.0]), stay, command(20, [20], [2.0])], [0, 10, 15, 20])[0] == [1.0, 1.0, 1.0, 2.0]
+    values, known = column([stay], [0, 20])
+    assert np.isnan(values).all() and known == [False, False]
+
+
+def test_commands_within_a_span_are_those_of_its_ends_too():
+    both = [command(begin, [begin], [1.0]).within(10, 20).begin_ns.tolist() for begin in (9, 10, 20, 21)]
+    assert both == [[], [10], [20], []]
+
+
+@pytest.mark.parametrize("apart", [0, 1])
+def test_a_joint_that_is_also_commanded_alone_goes_by_its_newest_command(apart):
+    arm, again = (command(begin, [begin], [[1.0, 2.0]], joints=(0, 1)) for begin in (0, 30))
+    alone = command(20, [20], [7.0], joints=(apart,))
+    values, known = commanded([arm, again, alone], np.array([0, 20, 30]), 2)
+    assert values[:, apart].tolist() == [1.0 + apart, 7.0, 1.0 + apart]
+    assert values[:, 1 - apart].tolist() == [2.0 - apart] * 3 and known.all()
+
+
 def test_joints_commanded_apart_keep_their_own_targets():
     arm = command(0, [0], [[1.0, 2.0]], joints=(0, 1))
     hand = command(10, [10], [5.0], joints=(2,))

@@ -26,6 +26,7 @@ STORE = get_typestore(Stores.ROS2_KILTED)
 Time, Header = STORE.types["builtin_interfaces/msg/Time"], STORE.types["std_msgs/msg/Header"]
 HEADER = Header(Time(0, 0), "camera")
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+DEEP = np.minimum(RGB * 257.0 + 20, 65535).astype(np.uint16)  # the same in 16 bits, but not with its bytes swapped
 
 
 def raw(encoding, pixels, step=None, is_bigendian=0):
@@ -57,14 +58,18 @@ def huge_png():
         ("rgba8", np.dstack([RGB, RGB[..., 0]]), RGB),
         ("bgra8", np.dstack([RGB[..., ::-1], RGB[..., 0]]), RGB),
         ("mono8", RGB[..., 1], RGB[..., [1, 1, 1]]),
-        ("rgb16", RGB.astype(np.uint16) * 257, RGB),
-        ("mono16", RGB[..., 1].astype(np.uint16) * 257, RGB[..., [1, 1, 1]]),
+        ("rgb16", DEEP, RGB),
+        ("bgr16", DEEP[..., ::-1], RGB),
+        ("rgba16", np.dstack([DEEP, DEEP[..., 0]]), RGB),
+        ("bgra16", np.dstack([DEEP[..., ::-1], DEEP[..., 0]]), RGB),
+        ("mono16", DEEP[..., 1], RGB[..., [1, 1, 1]]),
     ],
 )
 def test_plain_encodings_keep_every_pixel(encoding, pixels, expected):
-    decoded = decode_image(raw(encoding, pixels))
-    assert decoded.dtype == np.uint8
-    np.testing.assert_array_equal(decoded, expected)
+    for step in (None, 70):  # with and without unused bytes at the end of a row
+        decoded = decode_image(raw(encoding, pixels, step))
+        assert decoded.dtype == np.uint8
+        np.testing.assert_array_equal(decoded, expected)
 
 
 @pytest.mark.parametrize(("encoding", "offset"), [("yuv422", 1), ("uyvy", 1), ("yuv422_yuy2", 0), ("yuyv", 0)])
@@ -78,10 +83,12 @@ def test_yuv_takes_luma_from_the_right_bytes(encoding, offset):
 
 
 @pytest.mark.parametrize("order", ["rggb", "bggr", "gbrg", "grbg"])
-def test_bayer_gives_back_a_plain_colour(order):
+@pytest.mark.parametrize("bits", [8, 16])
+def test_bayer_gives_back_a_plain_colour(order, bits):
     colour = {"r": 200, "g": 120, "b": 30}
     tile = np.array([[colour[order[0]], colour[order[1]]], [colour[order[2]], colour[order[3]]]], np.uint8)
-    decoded = decode_image(raw(f"bayer_{order}8", np.tile(tile, (4, 4))))
+    mosaic = np.tile(tile, (4, 4)) if bits == 8 else np.tile(tile, (4, 4)).astype(np.uint16) * 257
+    decoded = decode_image(raw(f"bayer_{order}{bits}", mosaic))
     np.testing.assert_array_equal(decoded, np.broadcast_to(np.uint8([200, 120, 30]), (8, 8, 3)))
 
 
@@ -137,6 +144,7 @@ def test_cv_bridge_sees_the_same_pixels(encoding):
         (raw("8UC3", RGB), "image encoding '8UC3' is not supported"),
         (raw("yuv422", RGB[:, :5, :2]), "5x6 image in yuv422 does not convert to rgb8"),
         (SimpleNamespace(encoding="rgb8", height=0, width=8, step=24, data=b""), "empty image: 8x0"),
+        (SimpleNamespace(encoding="rgb8", height=8, width=0, step=0, data=b""), "empty image: 0x8"),
         (
             SimpleNamespace(encoding="rgb8", height=2, width=8, step=16, data=bytes(32)),
             "8x2 image in rgb8: step 16 is shorter than a row of 24 bytes",
@@ -245,7 +253,7 @@ def test_a_flipped_view_resizes_as_its_copy():
     np.testing.assert_array_equal(resize_with_pad(RGB[:, ::-1], 4), resize_with_pad(RGB[:, ::-1].copy(), 4))
 
 
-@pytest.mark.parametrize("image", [np.zeros((4, 4, 3)), np.zeros(4, np.uint8), np.zeros((0, 4, 3), np.uint8)])
+@pytest.mark.parametrize("image", [np.zeros((4, 4, 3)), *(np.zeros(s, np.uint8) for s in (4, (0, 4, 3), (4, 4, 4)))])
 def test_resizing_refuses_what_is_no_rgb_image(image):
     with pytest.raises(ImageError, match="expected a uint8 image"):
         resize_with_pad(image, 8)
