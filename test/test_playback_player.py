@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from playback_kit import NAMES, PERIOD, ROBOT, VELOCITY, Bench, check_limits, check_plans
 
+from pi0_ros.robot import State
 from pi0_ros.ros.judging import SECOND
 from pi0_ros.ros.player import APPROACHING, DRY_RUN, HOLDING, PLAYING, STOPPED
 
@@ -807,6 +808,17 @@ def test_a_late_tick_is_a_pause_not_a_jump():
     bench.now += SECOND // 2
     bench.player.tick(bench.now)
     assert (np.abs(bench.player.commanded - before) <= VELOCITY * 0.05 + 1e-9).all()
+
+
+@pytest.mark.parametrize(("late", "state"), [(0.3, PLAYING), (0.5, HOLDING)])
+def test_a_late_tick_is_no_pause_of_an_arm_on_trajectories_until_its_trajectory_has_ended(late, state):
+    bench = Bench(streamed=(), window=0.4, robot=ROBOT.model_copy(update={"state": State(max_age=1.0)}))
+    bench.tick(2)
+    bench.offer(np.zeros((41, 3)))
+    bench.tick(30)
+    bench.now += round(late * SECOND)
+    bench.player.tick(bench.now)  # before the joint states of meanwhile
+    assert bench.player.state == state
 
 
 def test_a_pause_neither_wakes_a_stopped_player_nor_harms_one_that_saw_nothing_yet():
