@@ -271,6 +271,9 @@ def test_joint_states_without_stamps_are_left_out_where_others_have_them(cut):
     recording, (episode,) = cut([*items, *hand], robot)
     assert "/hand: every header stamp is 0; left out, the other joint states have its joints, too" in recording.notes
     assert episode.usable.all()
+    both = kit.joint_state(at(0.5), [0.1, 0.2, 0.3], topic="/hand")
+    both.message.header = kit.header(0)
+    assert cut([*items, both], robot)[1][0].usable.all()
     arm = [kit.joint_state(i.time, i.message.position[:2], kit.JOINTS[:2]) for i in items if i.topic == "/joint_states"]
     recording, episodes = cut([*other("/joint_states", items), *arm, *hand], robot)
     assert not episodes and recording.problems[0].startswith("/hand: every header stamp is 0; set `clock: bag`")
@@ -313,6 +316,24 @@ def test_header_and_bag_clock_differ_and_the_robot_file_chooses(cut):
     np.testing.assert_allclose(header.actions[5:35, 0], np.arange(5, 35) / 40, atol=0.005)
     _, (bag,) = cut(drifting, kit.robot(clock="bag"))
     assert len(bag.ticks_ns) == 55 and bag.ticks_ns[0] == kit.START + 5 * kit.SECOND
+
+
+@pytest.mark.parametrize("lag", [0.0, 1000.0])
+def test_a_recorder_whose_clock_is_another_is_nothing_to_be_told(cut, lag):
+    recording, (episode,) = cut(slowed(kit.episode(seconds=1.0), 1.0, lag))
+    assert recording.notes == recording.warnings == recording.problems == []
+    assert episode.usable.all() and episode.known.all()
+
+
+def test_a_stream_may_be_late_by_what_others_are_looked_back_for_and_not_by_its_own_latency(cut):
+    camera = {"topic": "/cam/image_raw", "transport": "compressed", "latency": 0.3}
+    for late, topic in (("/joint_states", "/joint_states"), (CAMERA, "base_0_rgb")):
+        items = kit.episode(seconds=1.0)
+        for item in items:
+            if item.topic == late:
+                item.message.header = kit.header(item.time - round(0.4 * kit.SECOND))
+        recording, _ = cut(items, kit.robot(cameras={"base_0_rgb": camera}, state={"topics": ["/joint_states"]}))
+        assert [line.startswith(topic) for line in recording.warnings] == [True] * (late == CAMERA), recording.warnings
 
 
 def test_stamped_trajectories_are_timed_from_their_stamp(cut):
@@ -515,11 +536,12 @@ def test_commands_of_another_clock_are_refused_with_their_distance(cut, kind, ap
     assert episode.actions[:, 0].tolist() == list(range(10))
 
 
-def test_commands_that_are_stamped_a_little_apart_are_told(cut):
-    items = commands_of_another_clock("JointState", -0.4, kit.episode(seconds=1.0))
+@pytest.mark.parametrize(("apart", "told", "first"), [(-0.4, "behind", 4), (0.4, "ahead of", 0)])
+def test_commands_that_are_stamped_a_little_apart_are_told(cut, apart, told, first):
+    items = commands_of_another_clock("JointState", apart, kit.episode(seconds=1.0))
     recording, (episode,) = cut(items, kit.robot(actions={"topic": "/command", "type": "JointState"}))
-    assert "actions (/command): header stamps are 0.4 s behind the time of recording" in recording.notes[0]
-    assert episode.actions[:6, 0].tolist() == [4, 5, 6, 7, 8, 9]
+    assert f"actions (/command): header stamps are 0.4 s {told} the time of recording" in recording.notes[0]
+    assert episode.actions[[0, 5], 0].tolist() == [first, first + 5 if apart < 0 else 1]
 
 
 def test_one_absurd_stamp_of_a_command_counts_as_none(cut):
