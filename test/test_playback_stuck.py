@@ -383,9 +383,10 @@ def test_a_gripper_that_is_opened_is_no_moved_arm_but_has_not_stayed():
     assert not at_rest.moved(1.03, 0.0, 0.16) and at_rest.rest.stayed.tolist() == [True, False]
 
 
+@pytest.mark.parametrize("unit", [1.0, 0.2])
 @pytest.mark.parametrize(("pace", "stands"), [(0.0, 0.21), (0.02, 0.21), (0.03, 1.01)])
-def test_an_arm_is_on_its_way_until_it_stood_still_for_a_moment(pace, stands):
-    at_rest = AtRest()
+def test_an_arm_is_on_its_way_until_it_stood_still_for_a_moment(unit, pace, stands):
+    at_rest = AtRest(unit)
     for k in range(120):
         at_rest.moved(k / 100, pace * k / 100)
         assert at_rest.rest.on_its_way == (k / 100 < stands)
