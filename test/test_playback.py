@@ -78,6 +78,18 @@ def test_blend_begins_at_the_old_motion_and_ends_at_the_new_chunk():
     assert at(playback, 0.6)[1] == pytest.approx(slope, rel=1e-4)
 
 
+def test_a_blend_that_is_blended_over_has_no_step():
+    playback = Playback(WIDE.velocity, "blend", blend_time=0.3, decay=0.0)
+    playback.push(chunk(np.zeros(21)), 0)
+    for k, value in enumerate((0.1, -0.1, 0.2), start=1):  # every 0.1 s
+        moment = round(0.1 * k * S)
+        before = playback.at(moment)
+        playback.push(chunk(np.full(21, value)), moment)
+        playback.join(moment, *before)
+        assert at(playback, 0.1 * k) == pytest.approx((float(before[0][0]), float(before[1][0])))
+    assert at(playback, 0.6) == pytest.approx((0.2, 0.0))
+
+
 def test_a_chunk_with_the_same_actions_as_the_old_one_changes_nothing():
     # Real-time chunking: what was frozen from the previous chunk joins it without a seam.
     path = np.linspace(0, 2, 21)
@@ -102,10 +114,10 @@ def test_switch_takes_the_new_chunk_at_once():
 def test_ensemble_weights_chunks_exponentially_oldest_first():
     playback = Playback(WIDE.velocity, "ensemble", blend_time=0.1, decay=0.5)
     for k, value in enumerate((1.0, 2.0, 4.0)):
-        playback.push(chunk(np.full(41, value)), round(0.3 * k * S))
+        playback.push(chunk(0.1 * value * np.arange(41)), round(0.3 * k * S))  # `value` rad/s
     w = [math.exp(-0.5 * i) for i in range(3)]
     expected = (w[0] * 1.0 + w[1] * 2.0 + w[2] * 4.0) / sum(w)
-    assert at(playback, 1.0)[0] == pytest.approx(expected)
+    assert at(playback, 1.5) == pytest.approx((1.5 * expected, expected))
 
 
 def test_ensemble_stands_where_the_newest_chunk_ends_once_all_are_over():
@@ -124,7 +136,8 @@ def test_ensemble_has_no_step_where_chunks_come_and_go():
     positions = np.array(first + rest)
     assert np.abs(np.diff(positions)).max() < 0.02
     assert positions[0] == 1.0 and positions[-1] == 2.0
-    assert positions[[615, 700]] == pytest.approx(1.4975, abs=1e-3)  # once it has grown a chunk weighs no more
+    # Three quarters grown, and once it has grown a chunk weighs no more.
+    assert positions[[575, 615, 700]] == pytest.approx([1.4261, 1.4975, 1.4975], abs=1e-3)
 
 
 @pytest.mark.parametrize(
