@@ -225,9 +225,10 @@ def test_stop_brakes_within_the_limits_and_only_start_goes_on():
     bench.tick(30)
     moving = bench.trail[-1] - bench.trail[-2]
     assert np.abs(moving[0]) > 0.005
+    before = bench.sends
     bench.player.stop("stop service")
     bench.tick(40)
-    assert bench.player.at_rest
+    assert bench.player.at_rest and 8 <= bench.sends - before < 20  # b goes at 0.33 rad/s: each step of it is sent
     sent = bench.sends
     bench.lively()
     bench.tick(30)
@@ -772,6 +773,7 @@ def test_a_trajectory_is_where_the_chunk_is_at_its_own_times():
     _, plan = bench.plans[-1]
     np.testing.assert_allclose(plan.positions[:41, 0], 0.4 * (plan.times[:41] - observed) / SECOND, atol=1e-3)
     assert bench.player.commanded[0] == pytest.approx(0.4 * (bench.now - observed) / SECOND, abs=1e-3)
+    assert not bench.player.at_rest
 
 
 def test_a_trajectory_begins_ahead_by_the_lead_and_reaches_as_far_as_the_window():
@@ -785,15 +787,18 @@ def test_a_trajectory_begins_ahead_by_the_lead_and_reaches_as_far_as_the_window(
     assert set(np.diff([now for now, _ in bench.plans])) == {SECOND // 10}  # and is sent again
 
 
-def test_a_stop_sends_one_braking_trajectory():
+@pytest.mark.parametrize("again", [False, True], ids=["stop", "stop and start at once"])
+def test_a_stop_sends_one_braking_trajectory(again):
     bench = Bench(streamed=["g"])
     bench.tick(2)
     bench.lively()
     bench.tick(40)
     bench.player.stop("stop service")
+    if again:
+        bench.player.start()
     before = len(bench.plans)
     bench.tick(60)
-    assert len(bench.plans) == before + 1
+    assert len(bench.plans) == before + 1 and bench.player.at_rest
     check_plans(bench.plans)
     check_limits(bench.trail)
 

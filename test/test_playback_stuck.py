@@ -40,6 +40,13 @@ def test_an_arm_that_stands_still_under_a_policy_that_plans_from_where_it_sees_i
     assert bench.seen == (STOPPED, STANDS) and (bench.sends, len(bench.plans)) == sent
 
 
+def test_an_arm_that_stands_still_from_the_start_at_0_is_stopped_too():
+    bench = Bench()
+    bench.tick(2)
+    closed_loop(bench, 0.3, 250, stuck=True)
+    assert bench.seen == (STOPPED, STANDS)
+
+
 @BOTH
 @pytest.mark.parametrize("error", [0.03, 0.05, 0.08])
 @pytest.mark.parametrize("speed", [0.2, 0.4, 1.0])
