@@ -170,8 +170,9 @@ def test_chunks_that_come_during_an_approach_do_not_hasten_it():
     assert bench.arm[0] > 0.45
 
 
-def test_from_the_approach_to_playing_an_arm_goes_on_at_its_speed():
-    bench = Bench(streamed=())
+@pytest.mark.parametrize("streamed", [NAMES, (), ("a",)], ids=["positions", "trajectories", "both"])
+def test_from_the_approach_to_playing_an_arm_goes_on_at_its_speed(streamed):
+    bench = Bench(streamed)
     bench.tick(2)
     bench.offer(np.tile([0.8, 0.0, 0.5], (81, 1)))
     bench.tick()

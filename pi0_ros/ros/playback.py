@@ -116,12 +116,12 @@ class Playback:
         u = (time - self._joined) / self._fade
         if u >= 1.0 or self._handover == "switch":
             return position, velocity
-        u, span = max(u, 0.0), self._fade / SECOND
+        u, span, before = max(u, 0.0), self._fade / SECOND, min(time - self._joined, 0) / SECOND
         # Hermite basis from (offset, offset velocity) at u = 0 to rest at u = 1, and its derivatives.
         h0, h1 = 1.0 + u * u * (2.0 * u - 3.0), u * (1.0 + u * (u - 2.0)) * span
         d0, d1 = 6.0 * u * (u - 1.0) / span, 1.0 + u * (3.0 * u - 4.0)
         return (
-            position + h0 * self._offset + h1 * self._offset_velocity,
+            position + h0 * self._offset + (h1 + before) * self._offset_velocity,
             velocity + d0 * self._offset + d1 * self._offset_velocity,
         )
 

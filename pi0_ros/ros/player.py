@@ -388,7 +388,10 @@ class Player:
 
     def _commanded_at_lead(self) -> tuple[np.ndarray, np.ndarray]:
         position, velocity = self.commanded.copy(), np.zeros(len(self.commanded))
-        position[self.stream.joints], velocity[self.stream.joints] = self.stream.q, self.stream.v
+        # The stream's state is that of the tick before: so it would come to the lead.
+        ahead = (self._lead + 1) * self._period / SECOND
+        position[self.stream.joints] = self.stream.q + self.stream.v * ahead
+        velocity[self.stream.joints] = self.stream.v
         position[self.window.joints], velocity[self.window.joints] = self.window.state(self._lead)
         return position, velocity
 
