@@ -11,7 +11,7 @@ import pytest
 rclpy = pytest.importorskip("rclpy", reason="needs ROS 2")
 pytest.importorskip("pi0_ros.msg", reason="needs the built messages")
 
-from chunk_player_kit import MIXED, START, STREAMED, Arm, Policy, Stage, Watch, robot_text  # noqa: E402
+from chunk_player_kit import MIXED, START, STREAMED, Arm, Policy, Stage, Watch, robot_of, robot_text  # noqa: E402
 from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
