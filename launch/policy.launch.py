@@ -30,6 +30,12 @@ ARGUMENTS = [
         description="play random weights too: on a simulated arm",
     ),
     DeclareLaunchArgument(
+        "only",
+        default_value="",
+        choices=["", "policy_node", "chunk_player"],
+        description="this node alone, where GPU and arm have machines of their own",
+    ),
+    DeclareLaunchArgument(
         "autostart",
         default_value="",
         choices=["", "true", "false"],
@@ -56,20 +62,11 @@ def nodes(context: LaunchContext) -> list[Node]:
     common = {"package": "pi0_ros", "namespace": given["namespace"], "output": "screen"}
     if not (given["robot"] or given["checkpoint"] or given["params_file"]):
         raise RuntimeError("give robot:=FILE (config/ has examples to copy), checkpoint:=FOLDER, or both")
-    return [
-        Node(
-            executable="policy_node",
-            name="policy_node",
-            parameters=[*files, told],
-            **common,
-        ),
-        Node(
-            executable="chunk_player",
-            name="chunk_player",
-            parameters=[*files, told | played],
-            **common,
-        ),
+    both = [
+        Node(executable="policy_node", name="policy_node", parameters=[*files, told], **common),
+        Node(executable="chunk_player", name="chunk_player", parameters=[*files, told | played], **common),
     ]
+    return [node for node in both if given["only"] in ("", node.node_executable)]
 
 
 def generate_launch_description() -> LaunchDescription:

@@ -118,6 +118,12 @@ def test_policy_launch_starts_node_and_player():
 
 
 @needs_launch
+@pytest.mark.parametrize("only", ["policy_node", "chunk_player"])
+def test_policy_launch_starts_one_of_them_where_arm_and_gpu_have_machines_of_their_own(only):
+    assert started(ROOT / "launch/policy.launch.py", robot=str(DEMO_ROBOT), only=only) == [only]
+
+
+@needs_launch
 def test_demo_launch_adds_the_demo_robot():
     assert started(ROOT / "launch/demo.launch.py") == ["demo_robot", "policy_node", "chunk_player"]
 

@@ -8,6 +8,8 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for path in ROOT.glob("pi0_ros/**/*.py") if not {"msg", "srv"} & set(path.parts))
 PROGRAMS = dict(
@@ -111,6 +113,18 @@ def test_rooms_below_ros_import_in_a_process_that_cannot_import_rclpy():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert {"pi0_ros.model.pi0", "pi0_ros.policy.sampler", "pi0_ros.training.train"} <= set(done.stdout.split())
+
+
+def test_the_player_imports_no_more_than_the_machine_of_an_arm_has():
+    """Beside ROS numpy, pydantic and PyYAML: docs/robot.md says so for arms that have a machine of their own."""
+    pytest.importorskip("rclpy", reason="needs ROS 2")
+    lines = (ROOT / "requirements/run.txt").read_text(encoding="utf-8").splitlines()
+    there = {"numpy", "pydantic", "PyYAML"}
+    absent = {line.split("==")[0] for line in lines if "==" in line} - there
+    absent |= {module for module, distribution in DISTRIBUTIONS.items() if distribution in absent}
+    code = f"import sys; sys.modules.update(dict.fromkeys({sorted(absent)}))\nimport pi0_ros.ros.chunk_player"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and {"torch", "cv2"} <= absent, done.stderr
 
 
 def test_every_program_is_a_function_that_is_there():
