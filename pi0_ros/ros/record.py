@@ -9,6 +9,7 @@ Each kept episode is looked at by inspect_bags at once, so that what is wrong sh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -17,12 +18,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
+from rclpy.clock import Clock
+from rclpy.clock_type import ClockType
 from rclpy.node import Node
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
@@ -51,44 +55,51 @@ class Options:
 
 
 class Looks:
-    """inspect_bags over kept episodes, each in a process of its own beside the recording."""
+    """inspect_bags over kept episodes, one after another, in a process of its own that leaves the recording the way."""
 
     def __init__(self, robot: Path) -> None:
         self._robot = robot
         self._folder = tempfile.TemporaryDirectory(prefix="pi0_ros_record_")
-        self._running: list[tuple[str, Path, subprocess.Popen]] = []
+        self._numbers = Path(self._folder.name, "numbers.json")
+        self._waiting: deque[Path] = deque()
+        self._process: subprocess.Popen | None = None  # over the first that waits
 
     def begin(self, episode: Path) -> None:
-        """Look at one."""
-        numbers = Path(self._folder.name, f"{episode.name}.json")
-        command = [sys.executable, "-m", "pi0_ros.training.inspect_bags", str(episode), "--jobs", "1"]
-        command += ["--robot", str(self._robot), "--json", str(numbers)]
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        self._running.append((episode.name, numbers, process))
+        """Look at one when those before are done."""
+        self._waiting.append(episode)
 
     def done(self) -> list[str]:
         """What was found since the last call, a line each."""
-        lines, ended = [], [entry for entry in self._running if entry[2].poll() is not None]
-        for name, numbers, process in ended:
-            errors = process.stderr.read()
-            self._running.remove((name, numbers, process))
-            found = json.loads(numbers.read_text()) if numbers.is_file() else None
-            lines += [f"{name}: {line}" for line in (verdict(found) if found else errors.strip().splitlines()[-1:])]
-        return lines
+        if self._process is None:
+            if self._waiting:
+                self._process = self._start(self._waiting[0])
+            return []
+        if self._process.poll() is None:
+            return []
+        errors = self._process.stderr.read().strip().splitlines()
+        found = json.loads(self._numbers.read_text()) if self._numbers.is_file() else None
+        self._numbers.unlink(missing_ok=True)
+        self._process, name = None, self._waiting.popleft().name
+        return [f"{name}: {line}" for line in (verdict(found) if found else errors[-1:])]
+
+    def _start(self, episode: Path) -> subprocess.Popen:
+        command = ["nice", sys.executable, "-m", "pi0_ros.training.inspect_bags", str(episode), "--jobs", "1"]
+        command += ["--robot", str(self._robot), "--json", str(self._numbers)]
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
 
     @property
     def busy(self) -> bool:
-        """Whether some are still looked at."""
-        return bool(self._running)
+        """Whether some are still to be looked at."""
+        return bool(self._waiting)
 
     def close(self) -> None:
         """Stop looking."""
-        for _, _, process in self._running:
-            process.kill()
-            process.wait()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
         self._folder.cleanup()
 
 
@@ -135,8 +146,9 @@ class Recorder(Node):
             self.create_subscription(String, self._robot.prompt.topic, self._prompt_came, LATCHED)
         for name, act in (("start", self._begin), ("keep", self._keep), ("discard", self._discard)):
             self.create_service(Trigger, f"~/{name}", self._answerer(act))
-        self.create_timer(LOOK, self._look)
-        self.create_timer(SHOW, self._show)
+        steady = Clock(clock_type=ClockType.STEADY_TIME)  # simulated time may stand still
+        self.create_timer(LOOK, self._look, clock=steady)
+        self.create_timer(SHOW, self._show, clock=steady)
         self._say(f"records {self._robot.name} into {options.output}")
         self._say(HELP if self._keys.there else "services: recorder/start, recorder/keep, recorder/discard")
 
@@ -208,9 +220,7 @@ class Recorder(Node):
     def _draw(self) -> None:
         """The running episode, where there is a terminal."""
         if self._episodes.episode and sys.stdout.isatty():
-            print(
-                f"\r\033[K{self._episodes.episode}: {self._episodes.seconds:.0f} s, {self._rates()}", end="", flush=True
-            )
+            self._print(f"\r\033[K{self._episodes.episode}: {self._episodes.seconds:.0f} s, {self._rates()}", end="")
             self._drawn = True
 
     def _show(self) -> None:
@@ -227,8 +237,12 @@ class Recorder(Node):
         return ", ".join(f"{name} {rate:.0f} Hz" for name, rate in self._episodes.rates().items())
 
     def _say(self, text: str) -> None:
-        print("\r\033[K" * self._drawn + text, flush=True)
+        self._print("\r\033[K" * self._drawn + text)
         self._drawn = False
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        with contextlib.suppress(OSError):  # who closed the terminal still has the episode kept
+            print(text, end=end, flush=True)
 
     def destroy_node(self) -> None:
         """Keep the episode that is being recorded, and wait until all have been looked at."""
