@@ -80,6 +80,18 @@ def test_a_frame_counts_from_when_it_had_come(cut):
     assert episode.frames["base_0_rgb"][:2].tolist() == [0, 1]
 
 
+def test_what_is_over_before_its_frames_have_come_is_left_out_with_a_note(cut):
+    short = [item for item in frames_after(60, period=50) if item.time < at(0.1)]
+    recording, episodes = cut(short)
+    assert not episodes
+    assert recording.notes[-1] == "episode '': left out, it was over before every camera and joint had come"
+    marks = [(0.0, "first"), (0.4, "blink"), (0.47, "last")]
+    items = [*frames_after(60, period=50), *(kit.text(at(s), name, "/episode") for s, name in marks)]
+    recording, episodes = cut(items, kit.robot(episode_topic="/episode"))
+    assert [episode.label for episode in episodes] == ["first", "last"]
+    assert "episode 'blink': left out" in recording.notes[-1]
+
+
 def test_frames_that_are_older_when_they_come_than_the_robot_takes_are_stale(cut):
     camera = {"topic": "/cam/image_raw", "transport": "compressed", "max_age": 0.07}
     _, (episode,) = cut(frames_after(30), kit.robot(cameras={"base_0_rgb": camera}))

@@ -112,6 +112,9 @@ def cut_episodes(recording: Recording, robot: Robot, selection: Selection = Sele
         # there or not there for the robot, at every tick of a camera as fast as the ticks.
         half = round(0.5e9 / robot.control_rate) if any(stream.held_ns for stream in here) else 0
         start = max(spoken.values()) + half
+        if start > max(int(stream.times[-1]) for stream in here):
+            recording.notes.append(f"episode {label!r}: left out, it was over before every camera and joint had come")
+            continue
         episodes.append(_episode(recording, robot, selection, here, commands, (begin, start), label))
     return episodes
 
