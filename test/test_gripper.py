@@ -1,6 +1,7 @@
 """Grippers that an action server drives: which goals they get, and what is said of servers that do not take them."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,18 +10,18 @@ rclpy = pytest.importorskip("rclpy", reason="needs ROS 2")
 actions = pytest.importorskip("control_msgs.action", reason="needs control_msgs")
 pytest.importorskip("pi0_ros.msg", reason="needs the built messages")
 
-from chunk_player_kit import DRY_RUN, MIXED, PLAYING, START, Stage  # noqa: E402
+from chunk_player_kit import DRY_RUN, MIXED, PLAYING, START, STOPPED, Stage  # noqa: E402
 from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
 from rclpy.action import ActionServer, GoalResponse  # noqa: E402
 from rclpy.task import Future  # noqa: E402
 
 from pi0_ros.robot import Command, Joint  # noqa: E402
 from pi0_ros.ros import gripper  # noqa: E402
-from pi0_ros.ros.conversions import SECOND  # noqa: E402
 from pi0_ros.ros.gripper import GripperGoals  # noqa: E402
 
 ACTION = "/gripper/gripper_cmd"
 MS = 1_000_000
+SUCCEEDED, ABORTED = 4, 6  # of action_msgs/GoalStatus
 JOINT = Joint(name="g", kind="gripper", position=(0, 0.8), velocity=3.0, acceleration=20.0, open=0.0, closed=0.8)
 
 
@@ -66,13 +67,17 @@ class Warnings:
 
 
 class Client:
-    """Stands in for rclpy's: goals as they go out, answered when the test says."""
+    """Stands in for rclpy's, and for the node: goals as they go out, answered when the test says."""
 
-    def __init__(self, node, kind, name) -> None:
-        self.goals, self.answers, self.ready = [], [], True
+    def __init__(self, *_: object) -> None:
+        self.goals, self.answers, self.ends, self.ready, self.servers = [], [], [], True, [b"one"]
 
     def server_is_ready(self) -> bool:
         return self.ready
+
+    def get_publishers_info_by_topic(self, topic: str) -> list:
+        assert topic == f"{ACTION}/_action/status"
+        return [SimpleNamespace(endpoint_gid=server) for server in self.servers]
 
     def send_goal_async(self, goal) -> Future:
         self.goals.append(goal.command)
@@ -80,105 +85,136 @@ class Client:
         return self.answers[-1]
 
     def answer(self, accepted: bool = True) -> None:
-        self.answers[-1].set_result(type("Handle", (), {"accepted": accepted}))
+        self.ends.append(Future())
+        end = self.ends[-1]
+        self.answers[-1].set_result(SimpleNamespace(accepted=accepted, get_result_async=lambda: end))
+
+    def end(self, status: int, stalled: bool = False) -> None:
+        self.ends[-1].set_result(
+            SimpleNamespace(status=status, result=SimpleNamespace(stalled=stalled, reached_goal=False))
+        )
+
+    @property
+    def told(self) -> list[float]:
+        return [goal.position for goal in self.goals]
 
 
-def goals(monkeypatch, **command) -> tuple[GripperGoals, Client]:
-    monkeypatch.setattr(gripper, "ActionClient", Client)
-    made = GripperGoals(None, Command(**{"topic": ACTION, "type": "GripperCommand", "joints": ["g"]} | command), JOINT)
-    return made, made._client
+@pytest.fixture
+def goals(monkeypatch):
+    """Makes (goals, client). A way of 0.8: a hundredth of it is 0.008."""
+
+    def make(**command) -> tuple[GripperGoals, Client]:
+        client = Client()
+        monkeypatch.setattr(gripper, "ActionClient", lambda *_: client)
+        entry = {"topic": ACTION, "type": "GripperCommand", "joints": ["g"]} | command
+        return GripperGoals(client, Command(**entry), JOINT), client
+
+    return make
 
 
-def at(made: GripperGoals, times: list[int], position: float) -> None:
-    for time in times:
-        made.send(position, time * MS)
-
-
-def test_a_goal_goes_out_where_the_position_has_changed_by_a_hundredth_of_the_way(monkeypatch):
-    made, client = goals(monkeypatch)
-    for k, position in enumerate([0.4, 0.4079, 0.4081, 0.416]):
-        made.send(position, k * SECOND)
-        if k in (0, 2):
-            client.answer()
-    assert [goal.position for goal in client.goals] == [0.4, 0.4081]
-
-
-def test_a_small_change_goes_out_when_the_position_stands_still(monkeypatch):
-    made, client = goals(monkeypatch)
-    made.send(0.4, 0)
-    client.answer()
-    at(made, [1000, 1010, 1020], 0.401)
-    assert [goal.position for goal in client.goals] == [0.4, 0.401]
-
-
-def test_goals_are_a_tenth_of_a_second_apart(monkeypatch):
-    made, client = goals(monkeypatch)
-    for k in range(31):
+def play(made: GripperGoals, client: Client, ms: range, position, answer: bool = True) -> None:
+    """Each 10 ms from `ms`: the position, or the one at that time; goals are accepted at once."""
+    for time in ms:
         before = len(client.goals)
-        made.send(0.02 * k, 10 * k * MS)
-        if len(client.goals) > before:
+        made.send(position(time) if callable(position) else position, time * MS)
+        if answer and len(client.goals) > before:
             client.answer()
-    assert [goal.position for goal in client.goals] == pytest.approx([0.0, 0.2, 0.4, 0.6])
 
 
-def test_nothing_new_is_asked_before_the_server_has_answered_or_a_second_is_over(monkeypatch):
-    made, client = goals(monkeypatch)
-    at(made, [0], 0.4)
-    at(made, [100, 500, 990], 0.6)
-    assert [goal.position for goal in client.goals] == [0.4]
-    at(made, [1000], 0.7)
-    assert [goal.position for goal in client.goals] == [0.4, 0.7]
-    assert client.answers[0].cancelled()
+def test_a_jump_is_one_goal_for_where_it_ends(goals):
+    """A chunk's jump is a ramp between two actions: half ways on it are nowhere to go."""
+    made, client = goals()
+    play(made, client, range(0, 500, 10), 0.0)
+    play(made, client, range(500, 1000, 10), lambda t: min(0.8, 0.8 * (t - 500) / 50))
+    assert client.told == [0.0, 0.8]
 
 
-def test_a_refused_goal_is_asked_again(monkeypatch):
-    made, client = goals(monkeypatch)
-    at(made, [0], 0.4)
+def test_on_a_long_way_goals_are_a_tenth_of_a_second_apart(goals):
+    made, client = goals()
+    play(made, client, range(0, 410, 10), lambda t: 0.8 * t / 400)
+    assert client.told == pytest.approx([0.2, 0.42, 0.64])  # a tenth after it was seen to move on
+
+
+def test_a_change_below_a_hundredth_of_the_way_waits_until_the_position_stands(goals):
+    made, client = goals()
+    play(made, client, range(0, 200, 10), 0.4)
+    play(made, client, range(200, 1000, 10), lambda t: 0.4 + 0.007 * ((t // 10) % 2))
+    assert client.told == [0.4]
+    play(made, client, range(1000, 1200, 10), 0.407)
+    assert client.told == [0.4, 0.407]
+
+
+def test_rounding_is_no_change(goals):
+    made, client = goals()
+    play(made, client, range(0, 3000, 10), lambda t: 0.4 + 1e-16 * (t % 3))
+    assert client.told == pytest.approx([0.4])
+
+
+def test_a_goal_that_is_not_answered_within_a_second_is_asked_again(goals):
+    made, client = goals()
+    play(made, client, range(0, 900, 10), 0.4, answer=False)
+    assert client.told == [0.4]
+    play(made, client, range(900, 1500, 10), 0.4)
+    assert client.told == [0.4, 0.4]
+    client.answers[0].set_result(SimpleNamespace(accepted=False))  # far too late
+    assert not made.fault
+
+
+def test_a_refused_goal_is_asked_again(goals):
+    made, client = goals()
+    play(made, client, range(0, 50, 10), 0.4, answer=False)
     client.answer(accepted=False)
-    assert made.refuses
-    at(made, [50, 100], 0.4)
-    client.answer()
-    assert not made.refuses
-    at(made, [200, 300], 0.4)
-    assert [goal.position for goal in client.goals] == [0.4, 0.4]
+    assert made.fault == f"{ACTION} refuses the gripper's goals"
+    play(made, client, range(50, 500, 10), 0.4)
+    assert client.told == [0.4, 0.4] and not made.fault
 
 
-def test_nothing_is_sent_where_no_server_is(monkeypatch):
-    made, client = goals(monkeypatch)
-    client.ready = False
-    at(made, [0, 100], 0.4)
-    assert not client.goals and not made.heard
-    client.ready = True
-    at(made, [200], 0.4)
-    assert [goal.position for goal in client.goals] == [0.4]
+def test_an_aborted_goal_is_asked_twice_more_a_second_later_each(goals):
+    made, client = goals()
+    for second in range(5):
+        play(made, client, range(1000 * second, 1000 * second + 500, 10), 0.4)
+        if second < 3:
+            client.end(ABORTED)
+        play(made, client, range(1000 * second + 500, 1000 * second + 1000, 10), 0.4)
+    assert client.told == [0.4] * 3
+    assert made.fault == f"{ACTION} aborts the gripper's goal 0.4"
+    play(made, client, range(5000, 5200, 10), 0.8)  # another one goes out at once
+    client.end(SUCCEEDED)
+    assert client.told == [0.4] * 3 + [0.8] and not made.fault
 
 
-def test_a_server_that_was_started_again_is_told_anew(monkeypatch):
-    made, client = goals(monkeypatch)
-    at(made, [0], 0.4)
-    client.answer()
-    client.ready = False
-    at(made, [500], 0.4)
-    client.ready = True
-    at(made, [1000], 0.4)
-    assert [goal.position for goal in client.goals] == [0.4, 0.4]
+def test_a_grasp_that_ends_on_the_object_is_no_failure(goals):
+    made, client = goals()
+    play(made, client, range(0, 200, 10), 0.8)
+    client.end(ABORTED, stalled=True)
+    play(made, client, range(200, 3000, 10), 0.8)
+    assert client.told == [0.8] and not made.fault
 
 
-def test_a_clock_that_jumps_back_does_not_silence_the_gripper(monkeypatch):
-    made, client = goals(monkeypatch)
-    at(made, [10_000], 0.4)
-    client.answer()
-    at(made, [20], 0.6)
-    assert [goal.position for goal in client.goals] == [0.4, 0.6]
+@pytest.mark.parametrize("how", ["silence", "a motion begins", "another server", "no server for a while", "clock"])
+def test_where_others_may_have_moved_the_gripper_it_is_told_again(goals, how):
+    made, client = goals()
+    play(made, client, range(5000, 6000, 10), 0.4)
+    begin = {"silence": 6500, "clock": 20}.get(how, 6000)
+    if how == "a motion begins":
+        made.forget()
+    if how == "another server":
+        client.servers = [b"one", b"two"]  # the first was killed a moment ago, and counts for some seconds still
+    if how == "no server for a while":
+        client.ready, client.servers = False, []
+        play(made, client, range(6000, 7000, 10), 0.4)
+        client.ready, client.servers, begin = True, [b"one"], 7000
+    play(made, client, range(begin, begin + 1000, 10), 0.4)
+    assert client.told == [0.4, 0.4]
 
 
-def test_goals_have_what_their_type_has(monkeypatch):
-    made, client = goals(monkeypatch, max_effort=40)
-    at(made, [0], 0.4)
+def test_goals_have_what_their_type_has(goals):
+    made, client = goals(max_effort=40)
+    play(made, client, range(0, 50, 10), 0.4)
     assert (client.goals[0].position, client.goals[0].max_effort) == (0.4, 40)
     for effort in (0, 40):
-        made, client = goals(monkeypatch, type="ParallelGripperCommand", max_effort=effort)
-        at(made, [0], 0.4)
+        made, client = goals(type="ParallelGripperCommand", max_effort=effort)
+        play(made, client, range(0, 50, 10), 0.4)
         goal = client.goals[0]
         assert (list(goal.name), list(goal.position), list(goal.velocity)) == (["g"], [0.4], [])
         assert list(goal.effort) == ([40] if effort else [])
@@ -228,6 +264,20 @@ def test_a_dry_run_sends_no_goals(ros, tmp_path, serve):
     ros.spin_until(lambda: stage.watch.status.chunks_played > 5)
     assert not server.goals
     assert player.get_name() and stage.arm.position.tolist() == list(START)
+
+
+def test_a_gripper_that_somebody_opened_during_a_stop_closes_again(ros, tmp_path, serve):
+    """The policy says the same as before."""
+    stage = Stage(ros, tmp_path, commands())
+    serve(stage)
+    stage.policy.motion = lambda time: np.tile([0.1, 0.5, 0.0], (len(np.atleast_1d(time)), 1))
+    stage.player()
+    ros.spin_until(lambda: stage.arm.position[2] < 0.01, what="the gripper has closed")
+    stage.call("stop")
+    ros.spin_until(stage.watch.is_in(STOPPED))
+    stage.arm.position[2] = 0.7
+    stage.call("start")
+    ros.spin_until(lambda: stage.arm.position[2] < 0.01, what="it closes again")
 
 
 def test_after_a_stop_the_gripper_gets_no_goals(ros, tmp_path, serve):

@@ -28,6 +28,7 @@ DISTRIBUTIONS = {
 }
 # What a ROS 2 distribution or its wheels bring; package.xml names them.
 ROS_MODULES = {
+    "action_msgs",
     "ament_index_python",
     "builtin_interfaces",
     "control_msgs",

@@ -1,7 +1,7 @@
 """A gripper that an action server drives: positions as goals (control_msgs, GripperCommand or ParallelGripperCommand).
 
 A goal is a move that ends at rest, so a stream of them is no stream of positions: one goes out where the position has
-changed by a share of the gripper's way, at 10 Hz at most, and the next one when the server has answered.
+changed by a share of the gripper's way, and stands or has moved on for a tenth of a second.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+from action_msgs.msg import GoalStatus
 from rclpy.action import ActionClient
 from rclpy.node import Node
 from rclpy.task import Future
@@ -16,9 +17,14 @@ from rclpy.task import Future
 from pi0_ros.robot import Command, Joint
 from pi0_ros.ros.conversions import SECOND
 
-PERIOD = SECOND // 10  # ns between two goals, at least
+PERIOD = SECOND // 10  # ns between two goals, at least; so long a change may go on before one goes out for it
 ANSWER = SECOND  # ns; a server that takes longer to accept a goal is asked again
+SILENCE = SECOND // 2  # ns without a position: meanwhile others may have moved the gripper
+LOOK = SECOND // 2  # ns between two looks at which servers there are
+AGAIN = SECOND  # ns until a goal that was aborted goes out again
+TRIES = 3  # times; servers abort a grasp, too, that ends elsewhere than at the goal
 LEAST = 0.01  # of the way from open to closed; a smaller change waits until the position stands still
+SAME = 0.001  # of that way: no change at all
 
 
 class GripperError(RuntimeError):
@@ -37,33 +43,57 @@ class GripperGoals:
     """
 
     def __init__(self, node: Node, command: Command, joint: Joint) -> None:
-        self._command, self._joint = command, joint
+        self._node, self._command, self._joint = node, command, joint
         self._kind = getattr(_actions(command), command.type)
         self._client = ActionClient(node, self._kind, command.topic)
-        self._least = LEAST * abs(joint.closed - joint.open)
-        self._told = self._last = None  # the newest goal that was not refused, and the position at the last call
-        self._sent_at = -PERIOD  # ns
+        self._way = abs(joint.closed - joint.open)
+        self._told: float | None = None  # the newest goal, while it stands
+        self._last: float | None = None  # the position at the last call
+        self._called = self._looked = self._sent_at = -SECOND  # ns
+        self._changed: int | None = None  # ns, since when the position is another than the goal
         self._answer: Future | None = None
-        self.refuses = False  # the newest goal was not accepted
+        self._servers: set[bytes] = set()
+        self._refused = False  # the newest goal
+        self._aborted: float | None = None  # the goal that was, the newest that ended
+        self._tries, self._again = 0, 0  # how often in a row, and ns, when it may go out again
+
+    def forget(self) -> None:
+        """What was told no longer counts: others may have moved the gripper since."""
+        self._told = None
 
     def send(self, position: float, now: int) -> None:
         """Have the gripper be at `position` (message units) at `now` (ns); what is too early or too little waits for a
         later call."""
-        if not self._client.server_is_ready():
-            self._told = None  # the next one has heard nothing
+        if not 0 <= now - self._called < SILENCE or self._another_server(now):
+            self._told = self._aborted = None
+        stands = self._last is not None and self._near(position, self._last, SAME)
+        self._called, self._last = now, position
+        if self._answer is not None and not 0 <= now - self._sent_at < ANSWER:
+            self._answer = self._told = None  # never answered
+        waits = self._near(position, self._aborted, LEAST) and 0 <= self._again - now < AGAIN
+        if waits or self._near(position, self._told, SAME) or not self._client.server_is_ready():
+            self._changed = None
             return
-        stands, self._last = position == self._last, position
-        if 0 <= now - self._sent_at < (PERIOD if self._answer is None else ANSWER):
+        if self._changed is None or now < self._changed:
+            self._changed = now
+        if self._answer is not None or 0 <= now - self._sent_at < PERIOD:
             return
-        gap = abs(position - self._told) if self._told is not None else self._least
-        if gap < self._least and not (stands and gap):
+        if not stands and (self._near(position, self._told, LEAST) or now - self._changed < PERIOD):
             return
-        given_up, self._answer = self._answer, None
-        if given_up is not None:
-            given_up.cancel()
-        self._told, self._sent_at = position, now
+        self._told, self._sent_at, self._changed = position, now, None
         self._answer = self._client.send_goal_async(self._goal(position))
         self._answer.add_done_callback(self._answered)
+
+    def _near(self, position: float, other: float | None, share: float) -> bool:
+        return other is not None and abs(position - other) <= share * self._way
+
+    def _another_server(self, now: int) -> bool:
+        """Whether there is one that was not there before, and has heard nothing."""
+        if 0 <= now - self._looked < LOOK:
+            return False
+        offers = self._node.get_publishers_info_by_topic(f"{self._command.topic}/_action/status")
+        before, self._servers, self._looked = self._servers, {bytes(offer.endpoint_gid) for offer in offers}, now
+        return bool(self._servers - before)
 
     def _goal(self, position: float) -> Any:
         goal, effort = self._kind.Goal(), self._command.max_effort
@@ -77,10 +107,31 @@ class GripperGoals:
     def _answered(self, answer: Future) -> None:
         if answer is not self._answer:  # given up
             return
-        self._answer = None
-        self.refuses = not answer.result().accepted
-        if self.refuses:
+        self._answer, position, handle = None, self._told, answer.result()
+        self._refused = not handle.accepted
+        if self._refused:
             self._told = None  # asks again
+        else:
+            handle.get_result_async().add_done_callback(lambda done: self._ended(position, done.result()))
+
+    def _ended(self, position: float, end: Any) -> None:
+        """A goal that was accepted came to its end. One that ended short of it by force has done what it could."""
+        if position != self._told:  # a newer one is on its way
+            return
+        if end.status != GoalStatus.STATUS_ABORTED or end.result.stalled or end.result.reached_goal:
+            self._aborted = None
+            return
+        self._tries = self._tries + 1 if self._near(position, self._aborted, LEAST) else 1
+        self._aborted, self._again = position, self._called + AGAIN
+        if self._tries < TRIES:
+            self._told = None
+
+    @property
+    def fault(self) -> str:
+        """What the server does instead of moving the gripper, or ""."""
+        if self._refused:
+            return f"{self.name} refuses the gripper's goals"
+        return f"{self.name} aborts the gripper's goal {self._aborted:g}" if self._aborted is not None else ""
 
     @property
     def name(self) -> str:

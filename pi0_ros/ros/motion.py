@@ -34,6 +34,7 @@ class Commands:
 
     stream: bool  # the position of `Player.commanded` to the joints of `Player.stream`
     plan: Plan | None
+    begins: bool = False  # a motion, after a hold or a stop
 
 
 class Stream:

@@ -89,15 +89,17 @@ class Outputs:
                 publisher.publish(
                     trajectory_message(names, plan.times, plan.positions[:, places], velocities, now, self._ahead)
                 )
-        if commands.stream:
-            for gripper, place in self._grippers:
+        for gripper, place in self._grippers:
+            if commands.begins:
+                gripper.forget()
+            if commands.stream:
                 gripper.send(float(self._player.commanded[place]), now)
 
     def faults(self) -> list[str]:
         """What keeps commands from having an effect, one line each."""
         unheard = [publisher.topic_name for _, publisher, _ in self._groups if not publisher.get_subscription_count()]
         unheard += [gripper.name for gripper, _ in self._grippers if not gripper.heard]
-        faults = [f"{gripper.name} refuses the gripper's goals" for gripper, _ in self._grippers if gripper.refuses]
+        faults = [gripper.fault for gripper, _ in self._grippers if gripper.fault]
         if unheard:
             faults.append(f"no controller listens on {', '.join(unheard)}: is it loaded, and is that its topic?")
         return faults
