@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,6 +196,55 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_recorded(
     (tmp_path / "file").touch()
     with pytest.raises(RecordingError, match="file cannot be written to: Not a directory"):
         recorder_of(ros, tmp_path / "file")
+
+
+def test_two_recorders_do_not_write_to_one_folder(ros, tmp_path):
+    first = recorder_of(ros, tmp_path)
+    with pytest.raises(RecordingError, match="another recorder writes to .*: give a folder of its own"):
+        recorder_of(ros, tmp_path)
+    first.close()
+    recorder_of(ros, tmp_path).close()
+
+
+def test_an_episode_that_came_to_be_there_meanwhile_stays(ros, arm, tmp_path):
+    recorder = recorder_of(ros, tmp_path)
+    record(ros, recorder, arm, ticks=3)
+    (tmp_path / "episode_0001").mkdir()
+    (tmp_path / "episode_0001/theirs").touch()
+    assert recorder.keep().name == "episode_0002"
+    assert [path.name for path in (tmp_path / "episode_0001").iterdir()] == ["theirs"]
+    assert [files.path.name for files in find_bags(tmp_path)] == ["episode_0002"]
+
+
+def test_without_room_on_the_disk_nothing_begins(ros, arm, tmp_path, monkeypatch):
+    recorder = recorder_of(ros, tmp_path)
+    ready(ros, recorder)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * 10**8))
+    with pytest.raises(RecordingError, match="has room for 300 MB only"):
+        recorder.begin("wave")
+
+
+def test_a_clock_that_jumps_back_ends_the_episode_with_the_reason(ros, arm, tmp_path):
+    recorder = recorder_of(ros, tmp_path)
+    record(ros, recorder, arm, ticks=3)
+    now = recorder._now
+    recorder._now = lambda: now() - 10**9
+    ros.spin_until(lambda: recorder.fault)
+    assert recorder.fault == "episode_0001: discarded, the clock jumped back"
+    with pytest.raises(RecordingError, match=r"no episode is being recorded \(episode_0001: discarded, the clock"):
+        recorder.keep()
+    recorder.begin("wave")
+    assert recorder.episode == "episode_0001" and not recorder.fault
+
+
+def test_a_remapped_topic_is_recorded_under_its_name_in_the_robot_file(ros, arm, tmp_path):
+    node = ros.node("recorder", cli_args=["--ros-args", "-r", "/js:=/joint_states"])
+    recorder = EpisodeRecorder(node, parse_robot(ROBOT.replace("[joint_states]", "[/js]")), tmp_path)
+    node.create_timer(0.1, recorder.listen)
+    record(ros, recorder, arm, ticks=3)
+    (files,) = find_bags(recorder.keep())
+    with Bag(files) as bag:
+        assert bag.topics["/js"].count >= 2
 
 
 def test_a_topic_of_another_type_is_not_taken_for_the_camera(ros, arm, tmp_path):

@@ -34,6 +34,11 @@ def end() -> None:
     _ending.set()
 
 
+def forget_ending() -> None:
+    """What told the process to end has been heard: from now on `ending` tells of another time."""
+    _ending.clear()
+
+
 class RosLog(logging.Handler):
     """Passes on to a node's log what the package's rooms without ROS warn of."""
 

@@ -9,7 +9,6 @@ Each kept episode is looked at by inspect_bags at once, so that what is wrong sh
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import queue
@@ -32,7 +31,7 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from pi0_ros.robot import RobotFileError, load_robot, robot_path
-from pi0_ros.ros.program import end, run_node
+from pi0_ros.ros.program import end, ending, forget_ending, run_node
 from pi0_ros.ros.qos import LATCHED
 from pi0_ros.ros.recorder import EpisodeRecorder, RecordingError
 
@@ -119,7 +118,10 @@ class Keys:
     def __init__(self) -> None:
         self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         # A process in the background would be stopped for reading.
-        self.there = sys.stdin is not None and sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+        try:
+            self.there = sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+        except (OSError, AttributeError):  # a terminal of somebody else, or none at all
+            self.there = False
         if self.there:
             threading.Thread(target=self._read, daemon=True).start()
 
@@ -141,6 +143,7 @@ class Recorder(Node):
         self._keys = Keys()
         self._lacking: list[str] | None = None  # what was told to be missing
         self._noticed: list[str] | None = None  # at the last look
+        self._fault = ""  # the last one told
         self._drawn = False  # whether a line of `_draw` stands in the terminal
         if options.prompt is None:
             self.create_subscription(String, self._robot.prompt.topic, self._prompt_came, LATCHED)
@@ -229,9 +232,10 @@ class Recorder(Node):
             self._typed(self._keys.lines.get())
         for line in self._looks.done():
             self._say(line)
-        if self._episodes.fault:
-            self._say(self._episodes.fault)
-            self._episodes.fault = ""
+        if self._episodes.fault != self._fault:
+            self._fault = self._episodes.fault
+            if self._fault:
+                self._say(self._fault)
 
     def _rates(self) -> str:
         return ", ".join(f"{name} {rate:.0f} Hz" for name, rate in self._episodes.rates().items())
@@ -241,18 +245,22 @@ class Recorder(Node):
         self._drawn = False
 
     def _print(self, text: str, end: str = "\n") -> None:
-        with contextlib.suppress(OSError):  # who closed the terminal still has the episode kept
+        try:
             print(text, end=end, flush=True)
+        except OSError:  # the terminal was closed: nobody reads, and the episode is kept all the same
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
 
     def destroy_node(self) -> None:
-        """Keep the episode that is being recorded, and wait until all have been looked at."""
+        """Keep the episode that is being recorded, and wait until all have been looked at, or a second Ctrl-C."""
         if self._episodes.episode:
             self._act(self._keep)
+        forget_ending()
         deadline = time.monotonic() + LOOKED_AT
-        while self._looks.busy and time.monotonic() < deadline:
+        while self._looks.busy and time.monotonic() < deadline and not ending():
             time.sleep(SHOW)
             self._show()
         self._looks.close()
+        self._episodes.close()
         super().destroy_node()
 
 

@@ -7,7 +7,11 @@ trainer must know of it.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
+import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +30,10 @@ from pi0_ros.ros.diagnostics import Window
 from pi0_ros.ros.streams import camera_topic, whereabouts
 
 ACTIONS = {"JointState": JointState, "JointTrajectory": JointTrajectory, "Float64MultiArray": Float64MultiArray}
-DEPTH = 50  # messages that wait while others are written
-ALIVE = SECOND  # ns; a needed stream that is silent for longer is missing
+FRAMES, OTHERS = 50, 1000  # messages that wait while others are written: half a MB a frame, 1 kB of all else
+ALIVE = 1.0  # s; a needed stream that is silent for longer is missing
+JUMP_BACK = SECOND // 10  # ns; a clock that is set back by more tells of another time
+ROOM = 10**9  # bytes; with less on the disk no episode begins
 EPISODE = re.compile(r"episode_(\d+)")
 
 
@@ -44,8 +50,8 @@ class Stream:
     kind: type
     needed: bool  # no episode begins without it
     window: Window = field(default_factory=lambda: Window(seconds=2.0))
-    heard: int | None = None  # ns
-    told: bytes | None = None  # the newest message, of one that tells controllers
+    heard: float | None = None  # s, monotonic
+    told: tuple[int, bytes] | None = None  # when and what controllers were told last, ns
     subscription: Subscription | None = None
     qos: tuple[ReliabilityPolicy, DurabilityPolicy] | None = None
 
@@ -53,8 +59,11 @@ class Stream:
 class EpisodeRecorder:
     """Listens to all topics of a robot file, and writes episodes of them into `folder`.
 
+    Topics are recorded under their names in the robot file, whatever they are remapped from.
+
     Raises:
-        RecordingError: the robot file does not say where recorded actions come from; `folder` cannot be written to.
+        RecordingError: the robot file does not say where recorded actions come from; `folder` cannot be written to, or
+            another recorder writes to it.
     """
 
     def __init__(self, node: Node, robot: Robot, folder: Path) -> None:
@@ -62,9 +71,9 @@ class EpisodeRecorder:
             raise RecordingError(f"{robot.name}: the robot file has no `actions`, where recorded actions come from")
         self._node, self._folder = node, folder
         self._bag: BagFile | None = None
-        self._begun = 0  # ns
+        self._begun = self._newest = 0  # ns, of the episode and of its newest message
         self.fault = ""  # why the newest episode was given up
-        self._marks = node.resolve_topic_name(robot.episode_topic) if robot.episode_topic else ""
+        self._marks = self._name(robot.episode_topic) if robot.episode_topic else ""
         self.streams: dict[str, Stream] = {}
         for slot, camera in robot.present_cameras.items():
             kind = CompressedImage if camera.transport == "compressed" else Image
@@ -76,9 +85,17 @@ class EpisodeRecorder:
         # The first bag takes a third of a second to open, in which messages would wait. And a folder that cannot be
         # written to is better known now.
         self._open("opened", {}).discard()
+        self._lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecordingError(f"another recorder writes to {folder}: give a folder of its own") from None
+
+    def _name(self, topic: str) -> str:
+        return self._node.resolve_topic_name(topic, only_expand=True)
 
     def _add(self, name: str, topic: str, kind: type, needed: bool) -> None:
-        topic = self._node.resolve_topic_name(topic)
+        topic = self._name(topic)
         self.streams.setdefault(topic, Stream(name, topic, kind, needed))
 
     def listen(self) -> None:
@@ -103,14 +120,17 @@ class EpisodeRecorder:
         tells = not stream.needed
 
         def came(data: bytes) -> None:
-            stream.heard = now = self._now()
-            stream.window.add(now / SECOND)
+            now, stream.heard = self._now(), time.monotonic()
+            stream.window.add(stream.heard)
             if tells:
-                stream.told = data
-            if self._bag is not None:
-                self._write(stream.topic, now, data)
+                stream.told = now, data
+            if self._bag is not None and now < self._newest - JUMP_BACK:
+                self._give_up("the clock jumped back")
+            self._newest = now
+            self._write(stream.topic, now, data)
 
-        profile = QoSProfile(depth=DEPTH, reliability=reliability, durability=durability)
+        depth = FRAMES if stream.kind in (Image, CompressedImage) else OTHERS
+        profile = QoSProfile(depth=depth, reliability=reliability, durability=durability)
         stream.subscription = self._node.create_subscription(stream.kind, stream.topic, came, profile, raw=True)
         stream.qos = reliability, durability
 
@@ -118,24 +138,29 @@ class EpisodeRecorder:
         return self._node.get_clock().now().nanoseconds
 
     def _write(self, topic: str, now: int, data: bytes) -> None:
+        if self._bag is None:
+            return
         try:
             self._bag.write(topic, now, data)
         except OSError as error:
-            self.fault = f"{self._bag.path.name}: discarded, {self._folder} cannot be written to: {error.strerror}"
-            self.discard()
+            self._give_up(f"{self._folder} cannot be written to: {error.strerror}")
+
+    def _give_up(self, why: str) -> None:
+        self.fault = f"{self.episode}: discarded, {why}"
+        self.discard()
 
     def _mark(self, text: str, now: int) -> None:
         """Begin (a text) or end ("") of an episode."""
-        if self._marks and self._bag is not None:
+        if self._marks:
             self._write(self._marks, now, serialize_message(String(data=text)))
 
     def lacking(self) -> list[str]:
         """Why no episode can begin: what is missing, one line for each stream."""
-        now, lacking = self._now(), []
+        now, lacking = time.monotonic(), []
         for stream in self.streams.values():
-            if not stream.needed or (stream.heard is not None and 0 <= now - stream.heard <= ALIVE):
+            if not stream.needed or (stream.heard is not None and now - stream.heard <= ALIVE):
                 continue
-            what = "no message" if stream.heard is None else f"no message for {(now - stream.heard) / SECOND:.1f} s"
+            what = "no message" if stream.heard is None else f"no message for {now - stream.heard:.1f} s"
             lacking.append(
                 f"{stream.name}: {what} on {stream.topic}{whereabouts(self._node, stream.topic, stream.kind)}"
             )
@@ -143,7 +168,7 @@ class EpisodeRecorder:
 
     def rates(self) -> dict[str, float]:
         """Messages a second of each stream, Hz, by its name."""
-        now = self._now() / SECOND
+        now = time.monotonic()
         return {stream.name: stream.window.rate(now) for stream in self.streams.values()}
 
     # Episodes
@@ -166,14 +191,24 @@ class EpisodeRecorder:
             raise RecordingError("there is no prompt: what is the arm to do?")
         if lacking := self.lacking():
             raise RecordingError("; ".join(lacking))
-        self._bag = bag = self._open(f"episode_{self._next():04d}", {"prompt": prompt})
-        self._begun, self.fault = self._now(), ""
-        self._mark(bag.path.name, self._begun)
-        for stream in self.streams.values():
-            # A position controller holds what it was told, however long ago; a trajectory ends.
-            holds = stream.kind is Float64MultiArray or self._begun - (stream.heard or 0) < ALIVE
-            if stream.told is not None and holds:
-                self._write(stream.topic, self._begun, stream.told)
+        if self._folder.is_dir() and (left := shutil.disk_usage(self._folder).free) < ROOM:
+            raise RecordingError(f"{self._folder} has room for {left / 1e6:.0f} MB only")
+        self._bag = bag = self._open(self._next(), {"prompt": prompt})
+        self._begun = self._newest = self._now()
+        self.fault = ""
+        told = []
+        for stream in (stream for stream in self.streams.values() if stream.told):
+            # A position controller holds what it was told, however long ago; a trajectory runs from when it came.
+            at, data = stream.told
+            if stream.kind is Float64MultiArray:
+                told.append((self._begun, stream.topic, data))
+            elif 0 <= self._begun - at < ALIVE * SECOND:
+                told.append((at, stream.topic, data))
+        self._mark(bag.path.name, min([self._begun, *(at for at, _, _ in told)]))
+        for at, topic, data in told:
+            self._write(topic, at, data)
+        if self._bag is None:
+            raise RecordingError(self.fault)
         return bag.path.name
 
     def _open(self, name: str, custom_data: dict[str, str]) -> BagFile:
@@ -184,14 +219,17 @@ class EpisodeRecorder:
         except OSError as error:
             raise RecordingError(f"{self._folder} cannot be written to: {error.strerror}") from None
 
-    def _next(self) -> int:
+    def _next(self) -> str:
         taken = [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else []
-        return 1 + max((int(found[1]) for name in taken if (found := EPISODE.fullmatch(name))), default=0)
+        newest = max((int(found[1]) for name in taken if (found := EPISODE.fullmatch(name))), default=0)
+        return f"episode_{newest + 1:04d}"
 
     def keep(self) -> Path:
         """End the episode; where it is now. RecordingError: there is none, or it cannot be written."""
         self._mark("", self._now())
         bag = self._taken()
+        if bag.path.exists():  # somebody else put one there meanwhile
+            bag.path = self._folder / self._next()
         try:
             bag.keep()
         except OSError as error:
@@ -204,8 +242,12 @@ class EpisodeRecorder:
         bag.discard()
         return bag.path.name
 
+    def close(self) -> None:
+        """Let others write to the folder."""
+        os.close(self._lock)
+
     def _taken(self) -> BagFile:
         bag, self._bag = self._bag, None
         if bag is None:
-            raise RecordingError("no episode is being recorded")
+            raise RecordingError(f"no episode is being recorded{self.fault and f' ({self.fault})'}")
         return bag
