@@ -120,7 +120,12 @@ def test_when_clocks_differ_only_what_frames_take_longer_than_joint_states_count
     for item in items:
         item.time += (5 * MS - 5 * kit.SECOND) if item.topic == "/joint_states" else -5 * kit.SECOND
     recording, _ = cut(items)  # one clock, and joint states take 5 ms
-    assert recording.cameras["base_0_rgb"].way_ns == 30 * MS
+    assert recording.cameras["base_0_rgb"].way_ns == 30 * MS and not recording.notes
+    for item in items:
+        item.time += 95 * MS
+    recording, _ = cut(items)
+    assert recording.cameras["base_0_rgb"].way_ns == 25 * MS
+    assert recording.notes[0].startswith("joint states are recorded 0.1 s after their stamps: taken for two clocks")
 
 
 def test_latency_moves_a_stream_back_in_time(cut):

@@ -285,12 +285,13 @@ class Program:
         self.said, self.folder = "", folder / "bags"
         arguments = ["--robot", str(folder / "robot.yaml"), "--output", str(self.folder), *more]
         ours, theirs = pty.openpty()
+        environment = os.environ | {"TMPDIR": str(folder)}
         self.process = subprocess.Popen(
             ["setsid", "--ctty", sys.executable, "-m", "pi0_ros.ros.record", *arguments],
-            stdin=theirs if terminal else subprocess.DEVNULL, stdout=theirs, stderr=theirs,
+            stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
         ) if terminal else subprocess.Popen(
             [sys.executable, "-m", "pi0_ros.ros.record", *arguments],
-            stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
+            stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=environment,
         )  # fmt: skip
         os.close(theirs)
         self._terminal = ours

@@ -78,8 +78,8 @@ class Verdict:
 
     @property
     def same(self) -> bool:
-        """Whether the node and the trainer saw the same."""
-        return not (self.unusable or self.prompts or (self.difference > SAME * self.ranges).any())
+        """Whether the node and the trainer saw the same, where that could be told."""
+        return bool(self.chunks) and not (self.unusable or self.prompts or (self.difference > SAME * self.ranges).any())
 
 
 class _Watched(PolicyNode):
@@ -149,7 +149,8 @@ def _step_through(bag: Bag, robot: Robot, replay: Replay, node: _Watched, wait: 
                 if told and (text := decode(message[2], STRING).data):
                     wait(lambda text=text: node._worker.prompt == text, f"prompt {text!r} to arrive")
                 sent += message[0] in replay.streams and _counts(bag, robot, message)
-            wait(lambda due=sent - replay.damaged: node.stored >= due, "recorded messages to arrive")
+                # One by one: the node keeps the newest frame that waits, and two may fall into one step.
+                wait(lambda due=sent - replay.damaged: node.stored >= due, "recorded messages to arrive")
             replay.announce(clock)
             wait(lambda clock=clock: node.get_clock().now().nanoseconds == clock, "/clock to arrive")
             wait(lambda: node.ticked, "policy_node to finish")
@@ -286,6 +287,9 @@ def run(options: Options) -> bool:
         print(f"{verdict.unusable} chunks at instants that the trainer drops")
     if verdict.prompts:
         print(f"{verdict.prompts} chunks for another prompt than the trainer reads")
+    if not verdict.chunks:
+        print("NOTHING COULD BE COMPARED")
+        return False
     print("the node and the trainer see the same" if verdict.same else "THE NODE AND THE TRAINER DIFFER")
     return verdict.same
 

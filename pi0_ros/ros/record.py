@@ -37,6 +37,7 @@ from pi0_ros.ros.recorder import EpisodeRecorder, RecordingError
 
 LOOK, SHOW = 0.5, 0.1  # s between two looks at the graph, and at the keys
 LOOKED_AT = 60.0  # s that the program waits at its end for the last episodes to be looked at
+NUMBERS = "numbers.json"
 ALONE = " (1 recordings)"  # what inspect_bags counts
 HELP = "Enter: begin an episode, then keep it; d: discard it; p TEXT: prompt; q: end"
 
@@ -58,8 +59,7 @@ class Looks:
 
     def __init__(self, robot: Path) -> None:
         self._robot = robot
-        self._folder = tempfile.TemporaryDirectory(prefix="pi0_ros_record_")
-        self._numbers = Path(self._folder.name, "numbers.json")
+        self._folder: tempfile.TemporaryDirectory | None = None
         self._waiting: deque[Path] = deque()
         self._process: subprocess.Popen | None = None  # over the first that waits
 
@@ -76,14 +76,16 @@ class Looks:
         if self._process.poll() is None:
             return []
         errors = self._process.stderr.read().strip().splitlines()
-        found = json.loads(self._numbers.read_text()) if self._numbers.is_file() else None
-        self._numbers.unlink(missing_ok=True)
+        numbers = Path(self._folder.name, NUMBERS)
+        found = json.loads(numbers.read_text()) if numbers.is_file() else None
+        numbers.unlink(missing_ok=True)
         self._process, name = None, self._waiting.popleft().name
         return [f"{name}: {line}" for line in (verdict(found) if found else errors[-1:])]
 
     def _start(self, episode: Path) -> subprocess.Popen:
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="pi0_ros_record_")
         command = ["nice", sys.executable, "-m", "pi0_ros.training.inspect_bags", str(episode), "--jobs", "1"]
-        command += ["--robot", str(self._robot), "--json", str(self._numbers)]
+        command += ["--robot", str(self._robot), "--json", str(Path(self._folder.name, NUMBERS))]
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
@@ -99,7 +101,8 @@ class Looks:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 def verdict(found: dict[str, Any]) -> list[str]:

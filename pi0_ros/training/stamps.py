@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 AWAY_NS = 60 * 1_000_000_000  # a stamp this far from where its neighbours put it is wrong
 APART_NS = 200_000_000  # more than jitter: stamps of another machine's clock
+SOON_NS = 30_000_000  # so long joint states may take to be recorded; beyond, clocks differ
 WAY_OUT = "set `clock: bag` in the robot file to align by time of recording"
 YEAR_NS = 365 * 86_400 * 1_000_000_000
 
@@ -54,6 +55,8 @@ def set_times(recording: Recording, robot: Robot, offset: ClockOffset) -> None:
                 "recording there or set `clock: bag` in the robot file"
             )
     recording.faults = +recording.faults
+    if robot.clock == "header":
+        _note_offset(recording, offset)
     _note_clocks(recording, robot)
 
 
@@ -107,12 +110,22 @@ def _way(delay: np.ndarray, offset: np.ndarray, longest: float) -> int:
     """How long frames are usually on their way, ns: the median. 0 where it is longer than the robot waits (`longest`,
     s), which `_check_apart` tells of.
 
-    `delay` is what they take longer than joint states do. Clocks that differ by a little are one clock, and their
-    `offset` is what joint states take.
+    `delay` is what they take longer than joint states do. By one clock `offset` is what joint states take, too; by two
+    it is how far these are apart.
     """
-    way = delay + (offset if abs(float(np.median(offset))) < APART_NS else 0)
+    way = delay + (offset if 0 <= float(np.median(offset)) <= SOON_NS else 0)
     usual = int(np.median(way))
     return usual if 0 < usual <= longest * 1e9 else 0
+
+
+def _note_offset(recording: Recording, offset: ClockOffset) -> None:
+    """Where it is open whether clocks differ or joint states are slow. By more it is the clocks, which does no harm."""
+    apart = float(np.median(offset.offsets))
+    if SOON_NS < abs(apart) < APART_NS:
+        recording.notes.append(
+            f"joint states are recorded {abs(apart) / 1e9:.2g} s {'after' if apart > 0 else 'before'} their stamps: "
+            "taken for two clocks, and frames count from when they come later than that"
+        )
 
 
 def _note_clocks(recording: Recording, robot: Robot) -> None:
