@@ -24,6 +24,11 @@ def test_time_is_beta_distributed_and_stays_above_zero():
     assert abs(time.mean().item() - (0.6 * 0.999 + 0.001)) < 0.005  # mean of Beta(1.5, 1) is 0.6
 
 
+def test_time_goes_from_a_thousandth_to_one(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([0.0, 0.125, 1.0], dtype=torch.float64))
+    np.testing.assert_allclose(flow.sample_time(3, generator=generator()), [0.001, 0.25075, 1.0], rtol=1e-6)
+
+
 def test_time_repeats_with_its_generator():
     assert torch.equal(flow.sample_time(5, generator=generator(3)), flow.sample_time(5, generator=generator(3)))
     assert not torch.equal(flow.sample_time(5, generator=generator(3)), flow.sample_time(5, generator=generator(4)))
@@ -78,7 +83,7 @@ def test_cold_starts_are_the_degradations_written_out():
 
     assert degrade("downsample", 2 / 9) == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9]
     assert degrade("downsample", 1.0) == [0] * 10
-    assert degrade("mask", 0.3) == [0, 1, 2, 3, 4, 5, 6, 0, 0, 0]
+    assert degrade("mask", 0.3) == degrade("mask", 0.27) == [0, 1, 2, 3, 4, 5, 6, 0, 0, 0]
     assert Cold("mask", 1.0).start((1, 10, 1), trajectory=ramp + 5).flatten().tolist() == [5] + [0] * 9
     smooth = torch.tensor(degrade("smooth", 0.5))
     assert (smooth.diff() > 0).all() and 0 < smooth[0] < smooth[-1] < 9  # still rising, less steep, same middle
@@ -151,6 +156,11 @@ def test_flow_from_a_cold_start_tells_trajectories_apart(kind):
 @pytest.mark.parametrize("source", SOURCES, ids=name_of)
 def test_sources_come_back_from_their_dict(source):
     assert flow.noise_source_from_dict(source.to_dict()) == source
+
+
+def test_what_a_source_s_dict_leaves_out_is_filled_in():
+    assert flow.noise_source_from_dict({"source": "pink"}) == Pink(1.0)
+    assert flow.noise_source_from_dict({"source": "cold"}) == Cold("smooth", 0.5)
 
 
 @pytest.mark.parametrize(
