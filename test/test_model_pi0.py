@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model_cases import TINY, generator, random_chunk, random_model, random_observation
 
 from pi0_ros.model.flow import interpolate, sample_time
-from pi0_ros.model.gemma import attend, gated_add, rope_table
+from pi0_ros.model.gemma import RMSNorm, attend, gated_add, rope_table
 from pi0_ros.model.pi0 import (
     Pi0,
     denoising_times,
@@ -305,6 +305,7 @@ def test_all_trainable_parameters_get_gradients_and_the_others_are_never_read(fa
     with torch.no_grad():
         for parameter in model.unread_parameters():
             parameter.fill_(torch.nan)
+    model.vlm.layers[-1].mlp.register_forward_hook(lambda *_: pytest.fail("computed and thrown away"))
     loss = model.compute_loss(observation, actions, noise=noise, time=TIME)
     loss.mean().backward()
     assert loss.isfinite().all() and model.sample_actions(observation, noise=noise).isfinite().all()
@@ -319,12 +320,15 @@ def test_gradient_checkpointing_changes_no_gradient(family):
     gradients = []
     for enabled in (False, True):
         model, observation, actions = case(family)
-        model.train().set_gradient_checkpointing(enabled)
+        model.train()
+        if enabled:
+            model.set_gradient_checkpointing(True)
         computed = []
-        for layer in model.expert.layers:
-            layer.mlp.gate_proj.register_forward_hook(lambda module, *_, computed=computed: computed.append(module))
+        layers = [*model.siglip.encoder["layers"], *model.vlm.layers, *model.expert.layers]
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda module, *_, computed=computed: computed.append(module))
         model.compute_loss(observation, actions, noise=random_chunk(TINY, 2), time=TIME).mean().backward()
-        assert len(computed) == len(model.expert.layers) * (2 if enabled else 1)
+        assert [computed.count(layer) for layer in layers] == [2 if enabled else 1] * len(layers)
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, recomputed in zip(*gradients, strict=True):
         close(plain, recomputed, 1e-6)
@@ -363,6 +367,12 @@ def test_initial_weights_repeat_with_their_generator_and_give_a_usable_start():
     assert 0.5 < prefix.std() < 2.0
     _, gate = model.expert.layers[0].input_layernorm(torch.randn(2, 3, 32), torch.randn(2, 1, 32))
     assert not gate.any()  # each layer of the pi0.5 expert starts as the identity
+    assert model.siglip.embeddings["position_embedding"].weight.std().item() == pytest.approx(0.35, rel=0.2)
+
+
+def test_a_norm_of_almost_nothing_is_held_down_by_its_epsilon():
+    norm = RMSNorm(4)  # 1e-3 / sqrt(1e-6 + 1e-6)
+    close(norm(torch.full((1, 1, 4), 1e-3))[0], torch.full((1, 1, 4), 0.70711), 1e-4)
 
 
 def test_preprocessing_scales_bytes_and_leaves_floats():
