@@ -175,6 +175,12 @@ def test_the_guidance_parameters_choose_the_method(jacobian):
     assert (guidance.max_weight, guidance.jacobian) == (3.0, jacobian)
 
 
+def test_guidance_that_would_not_pull_is_refused():
+    for weight in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="guidance max_weight must be above 0"):
+            GuidanceSettings(max_weight=weight)
+
+
 def test_impossible_actions_to_lean_on_are_refused():
     for following in (np.zeros((2, 5)), np.full((2, 6), np.nan)):
         with pytest.raises(ObservationError, match="following actions"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from sampler_kit import draw_inputs, make_model
 
 from pi0_ros.model.config import GemmaConfig, Pi0Config, VisionConfig
 from pi0_ros.model.pi0 import Observation, Pi0
-from pi0_ros.policy.guided import Guidance, velocity_differentiable
+from pi0_ros.policy import guided as guided_module
+from pi0_ros.policy.guided import Guidance, denoise_guided, velocity_differentiable
 from pi0_ros.policy.images import resize_with_pad
 from pi0_ros.policy.sampler import Sampler
 
@@ -69,12 +71,14 @@ def test_a_robot_with_fewer_cameras_gets_what_masking_them_gives(model):
     given = {slot: images[slot] for slot in sampler.cameras}
     want = expected(model, images, state, noise, masked=("left_wrist_0_rgb",))
     assert (sampler.sample(given, TOKENS, state, noise).actions - want).abs().max() < 2e-5
+    assert sampler.prefix_rows == 2 * 16 + 5  # nor is the prompt padded where no graph wants it so
 
 
 def test_nothing_new_reuses_the_prefix_and_a_new_state_still_counts(model):
     images, state, noise = draw()
     sampler, frames = Sampler(model), dict.fromkeys(TINY.cameras, 1)
     sampler.sample(images, TOKENS, state, noise, frames=frames)
+    sampler._run_prefix = lambda: pytest.fail("the prefix was computed again")
     again = sampler.sample(images, TOKENS, -state, noise, frames=frames)
     assert again.prefix_reused and again.cameras_encoded == 0
     assert (again.actions - expected(model, images, -state, noise)).abs().max() < 2e-5
@@ -147,12 +151,54 @@ def test_frozen_actions_stay_and_the_rest_follows_the_per_token_time_model(model
     assert torch.equal(sampler.sample(images, TOKENS, state, noise).actions, free)
 
 
+def test_a_chunk_with_frozen_actions_replays_another_graph_than_one_without(model):
+    images, state, noise = draw()
+    sampler, keys = Sampler(model), []
+    sampler.graphs = SimpleNamespace(enabled=True, run=lambda key, function: (keys.append(key), function()))
+    for frozen in (None, noise[:1]):
+        sampler.sample(images, TOKENS, state, noise, frames=dict.fromkeys(TINY.cameras, 1), frozen=frozen)
+    whole, kept = (key for key in keys if key[0] == "denoise")
+    assert whole != kept
+
+
 def test_guidance_with_no_weight_changes_nothing(model):
     images, state, noise = draw()
     sampler = Sampler(model)
     guidance = Guidance(torch.ones(TINY.action_horizon, TINY.action_dim), torch.zeros(TINY.action_horizon))
-    guided = sampler.sample(images, TOKENS, state, noise, guidance=guidance).actions
-    assert (guided - expected(model, images, state, noise)).abs().max() < 2e-5
+    for multiple in (1, 8):  # without and with padding of the prompt
+        sampler.reset()
+        sampler.prompt_multiple = multiple
+        guided = sampler.sample(images, TOKENS, state, noise, guidance=guidance).actions
+        assert (guided - expected(model, images, state, noise)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("jacobian", [True, False])
+def test_guidance_written_out(jacobian, monkeypatch):
+    """A velocity of 2 x: the action that it leads to is (1 - 2 t) x, and so is the Jacobian 1 - 2 t."""
+    monkeypatch.setattr(guided_module, "velocity_differentiable", lambda sampler, x, k, frozen: 2 * x)
+    sampler = SimpleNamespace(
+        config=TINY, run_state=lambda: None, velocity=lambda x, k, frozen: 2 * x, x=torch.ones(2, 3),
+        times=(1.0, 0.75, 0.5, 0.25), num_steps=4,
+    )  # fmt: skip
+    guidance = Guidance(torch.full((2, 3), 0.8), torch.tensor([1.0, 0.5]), 2.5, jacobian, dims=2)
+    denoise_guided(sampler, guidance, False)
+    expected = torch.ones(2, 3)
+    weights = torch.tensor([[1.0, 1.0, 0.0], [0.5, 0.5, 0.0]])
+    # t / (1 - t) * (t^2 + (1 - t)^2) / t^2 is without end, 10 / 3, 2 and 10 / 3; 2.5 is the most
+    for t, strength in ((1.0, 2.5), (0.75, 2.5), (0.5, 2.0), (0.25, 2.5)):
+        slope = 1 - 2 * t
+        correction = (0.8 - slope * expected) * weights * (slope if jacobian else 1)
+        expected = expected - (2 * expected - strength * correction) / 4
+    torch.testing.assert_close(sampler.x, expected, atol=1e-6, rtol=0)
+
+
+def test_frozen_actions_stay_whatever_guidance_pulls_at_the_others(model):
+    images, state, noise = draw()
+    frozen, weights = torch.full((2, TINY.action_dim), 0.25), torch.ones(TINY.action_horizon)
+    for jacobian in (True, False):
+        guidance = Guidance(noise + 1.0, weights, jacobian=jacobian)
+        sample = Sampler(model).sample(images, TOKENS, state, noise, frozen=frozen, guidance=guidance)
+        assert torch.equal(sample.actions[:2], frozen)
 
 
 @pytest.mark.parametrize("jacobian", [True, False])
@@ -241,6 +287,24 @@ def test_whoever_made_the_processor_the_numbers_are_the_same(intel, model, monke
     assert packed == [not intel and torch.backends.mkldnn.is_available()] * len(packed)
     actions = sampler.sample(images, TOKENS, state, noise).actions
     assert (actions - expected(model, images, state, noise)).abs().max() < 2e-5
+    with torch.no_grad():
+        apart = velocity_differentiable(sampler, noise, 2, False) - sampler.velocity(noise, 2, False)
+    assert apart.abs().max() < 2e-5
+    # What nothing reads is not kept, and of the rest one copy: guidance alone wants another, of the expert's.
+    siglip, vlm = model.siglip, [p for p in model.vlm.layers.parameters() if p.requires_grad]
+    assert numbers(sampler.weights.vision) <= sum(
+        p.numel() for p in (*siglip.parameters(), *model.projector.parameters())
+    )
+    assert numbers(sampler.weights.vlm) <= sum(p.numel() for p in vlm)
+
+
+def numbers(held) -> int:
+    """How many the tensors have that an object, a list or a mapping holds."""
+    if isinstance(held, torch.Tensor):
+        return held.numel()
+    if isinstance(held, (list, tuple)):
+        return sum(map(numbers, held))
+    return sum(map(numbers, vars(held).values())) if hasattr(held, "__dict__") else 0
 
 
 def test_frames_of_another_size_are_resized_on_the_device(model):
