@@ -64,8 +64,9 @@ def test_the_pi05_state_is_that_of_the_joints_alone_and_lerobot_pads_it_first():
     state = np.array([0.0, -1.0, 1.0])
     ours = PromptEncoder(ByteTokenizer(), "pi05", 200).encode("lift it", state)
     assert text(ours) == "Task: lift it, State: 128 0 255;\nAction: "
-    theirs = PromptEncoder(ByteTokenizer(), "lerobot_pi05", 200, action_dim=5).encode("lift it", state)
-    assert text(theirs) == "Task: lift it, State: 128 0 255 128 128;\nAction: "
+    for dims, padding in ((5, " 128 128"), (3, "")):
+        theirs = PromptEncoder(ByteTokenizer(), "lerobot_pi05", 200, action_dim=dims).encode("lift it", state)
+        assert text(theirs) == f"Task: lift it, State: 128 0 255{padding};\nAction: "
 
 
 def test_a_format_with_state_needs_one():
@@ -85,6 +86,12 @@ def test_truncation_warns_once_for_a_prompt(caplog):
         "prompt 'sort the screws' has 64 tokens, only the first 40 count: some of the state is cut",
         "prompt 'stack the boxes' has 64 tokens, only the first 40 count: some of the state is cut",
     ]
+
+
+def test_a_prompt_that_just_fits_is_no_news(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert len(PromptEncoder(ByteTokenizer(), "pi0", 9).encode("lift it")) == 9  # bos, 7 letters, newline
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(("kind", "max_len"), [("pi0", 10), ("pi05", 54)])
@@ -107,6 +114,13 @@ def test_a_prompt_is_tokenised_once():
     first = encoder.encode("lift it")
     assert encoder.encode("lift it") is first
     assert Counting.calls == 2  # the prompt and its newline
+    for number in range(64):  # those that were not asked for lately are forgotten: prompts come from outside
+        encoder.encode(f"lift {number}")
+    kept = Counting.calls
+    encoder.encode("lift 0")
+    assert Counting.calls == kept
+    encoder.encode("lift it")
+    assert Counting.calls == kept + 2
 
 
 @given(st.text())
