@@ -272,19 +272,25 @@ def test_without_onednn_the_numbers_are_the_same(model, monkeypatch):
 
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr("pi0_ros.policy.attention._attend_onednn", absent)
+    monkeypatch.setattr("pi0_ros.policy.fused.is_intel", lambda: False)
     images, state, noise = draw()
-    actions = Sampler(model).sample(images, TOKENS, state, noise).actions
+    sampler = Sampler(model)
+    assert sampler.weights.vlm[0].qkv.packed is None
+    actions = sampler.sample(images, TOKENS, state, noise).actions
     assert (actions - expected(model, images, state, noise)).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("intel", [False, True], ids=["AMD", "Intel"])
-def test_whoever_made_the_processor_the_numbers_are_the_same(intel, model, monkeypatch):
+@pytest.mark.parametrize(
+    ("intel", "small"), [(False, 1e9), (True, 1e9), (True, 0)], ids=["AMD", "Intel", "Intel, a large model"]
+)
+def test_whoever_made_the_processor_the_numbers_are_the_same(intel, small, model, monkeypatch):
+    monkeypatch.setattr("pi0_ros.policy.fused.SMALL_PRODUCT", small)
     for room in ("fused", "attention"):
         monkeypatch.setattr(f"pi0_ros.policy.{room}.is_intel", lambda: intel)
     images, state, noise = draw()
     sampler = Sampler(model)
     packed = [layer.qkv.packed is not None for layer in sampler.weights.expert]
-    assert packed == [not intel and torch.backends.mkldnn.is_available()] * len(packed)
+    assert packed == [(not intel or not small) and torch.backends.mkldnn.is_available()] * len(packed)
     actions = sampler.sample(images, TOKENS, state, noise).actions
     assert (actions - expected(model, images, state, noise)).abs().max() < 2e-5
     with torch.no_grad():
