@@ -36,9 +36,10 @@ TINY = Pi0Config(
 TINY05 = dataclasses.replace(TINY, pi05=True)
 STATE = np.array([0.1, -0.2, 0.3, -0.4, 0.5, 0.2])
 STEP = 50_000_000  # ns between two actions at 20 Hz
+NOW = 1_700_000_000_000_000_000  # ns
 
 
-def observation(seed=0, stamp=1000, frame=None, state=STATE, prompt="touch the red cube"):
+def observation(seed=0, stamp=NOW, frame=None, state=STATE, prompt="touch the red cube"):
     rng = np.random.default_rng(seed)
     images = {slot: rng.integers(0, 256, (30, 40, 3), dtype=np.uint8) for slot in ROBOT.present_cameras}
     frames = dict.fromkeys(images, seed if frame is None else frame)
@@ -277,9 +278,10 @@ def test_a_cold_start_holds_the_state_and_then_what_is_left_of_the_last_chunk():
     start = from_trajectory(first, np.tile(STATE, (10, 1)))
     np.testing.assert_array_equal(chunk.actions, tiny().infer(first, noise=start).actions)
 
-    later = observation(seed=1, stamp=1000 + 3 * STEP, state=STATE + 0.05)
-    second = policy.infer(later)
     left = chunk.actions[[3, 4, 5, 6, 7, 8, 9, 9, 9, 9]]
+    chunk.actions[:] = 0.0  # its new owner's business
+    later = observation(seed=1, stamp=NOW + 3 * STEP, state=STATE + 0.05)
+    second = policy.infer(later)
     np.testing.assert_array_equal(second.actions, tiny().infer(later, noise=from_trajectory(later, left)).actions)
 
 
@@ -291,7 +293,7 @@ def test_trained_in_conditioning_keeps_the_committed_actions(config):
     policy = tiny(config, rtc_max_delay=4)
     free = policy.infer(observation(), noise=start())
     committed = free.actions[2:5] + 0.03
-    kept = policy.infer(observation(seed=1, stamp=1000 + 2 * STEP), noise=start(), executed=committed)
+    kept = policy.infer(observation(seed=1, stamp=NOW + 2 * STEP), noise=start(), executed=committed)
     np.testing.assert_array_equal(kept.actions[:3], committed)
     assert kept.frozen == 3
     frozen = torch.from_numpy(policy.transforms.encode(STATE, committed)["actions"]).float()
@@ -311,7 +313,7 @@ def test_without_it_the_chunk_is_guided_towards_the_last_one(jacobian):
     policy = tiny()
     policy._guidance = GuidanceSettings(jacobian=jacobian)
     old = policy.infer(observation(), noise=start(1))
-    later = observation(seed=1, stamp=1000 + 2 * STEP)
+    later = observation(seed=1, stamp=NOW + 2 * STEP)
     apart = policy.infer(later, noise=start(2)).actions
     policy.reset()
     policy.infer(observation(), noise=start(1))
@@ -331,7 +333,7 @@ def test_padding_that_was_never_learnt_does_not_pull_at_the_joints():
             model, ROBOT, limit_statistics(ROBOT, settings), settings, ByteTokenizer(), digest="tiny", num_steps=4
         )
         old = policy.infer(observation(), noise=start(1))
-        return policy.infer(observation(seed=1, stamp=1000 + 2 * STEP), noise=noise, executed=old.actions[2:5]).actions
+        return policy.infer(observation(seed=1, stamp=NOW + 2 * STEP), noise=noise, executed=old.actions[2:5]).actions
 
     other = start(2)
     other[:, 6:] *= -5.0
@@ -341,10 +343,10 @@ def test_padding_that_was_never_learnt_does_not_pull_at_the_joints():
 def test_a_new_prompt_forgets_the_last_chunk():
     policy = tiny()
     policy.infer(observation(), noise=start())
-    assert len(policy._left_of_last(observation(stamp=1000 + 2 * STEP))) == 8
-    assert len(policy._left_of_last(observation(stamp=1000 + 2 * STEP, prompt="stop"))) == 0
-    assert len(policy._left_of_last(observation(stamp=1000 + 99 * STEP))) == 0
-    assert len(policy._left_of_last(observation(stamp=1000 - STEP))) == 0
+    assert len(policy._left_of_last(observation(stamp=NOW + 2 * STEP))) == 8
+    assert len(policy._left_of_last(observation(stamp=NOW + 2 * STEP, prompt="stop"))) == 0
+    assert len(policy._left_of_last(observation(stamp=NOW + 99 * STEP))) == 0
+    assert len(policy._left_of_last(observation(stamp=NOW - STEP))) == 0
 
 
 @pytest.mark.parametrize("executed", [np.zeros((10, 6)), np.zeros((2, 5)), np.full((2, 6), np.nan), np.zeros(6)])

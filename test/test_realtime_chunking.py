@@ -9,7 +9,7 @@ from playback_kit import ACCELERATION, NAMES, PERIOD
 from playback_kit import Bench as PlayerBench
 from policy_node_kit import Bench as NodeBench
 from rclpy.parameter import Parameter
-from test_policy import ROBOT, STATE, STEP, observation, start, tiny
+from test_policy import NOW, ROBOT, STATE, STEP, observation, start, tiny
 
 from pi0_ros.msg import PlayerStatus
 from pi0_ros.policy.policy import ObservationError
@@ -151,7 +151,7 @@ def test_guidance_follows_the_chunk_in_execution_and_not_the_one_inferred_last()
     np.testing.assert_allclose(targets, [0.1, 0.1, 0.2, 0.2, 0.2, 0, 0, 0, 0, 0], atol=1e-6)
     # c = 3/4, 2/4, 1/4 of the way; c * (e^c - 1) / (e - 1); nothing is known of the last five
     np.testing.assert_allclose(guidance.weights.numpy(), [1, 1, 0.487561, 0.188770, 0.041324, 0, 0, 0, 0, 0], atol=1e-5)
-    later = observation(seed=1, stamp=1000 + 2 * STEP)
+    later = observation(seed=1, stamp=NOW + 2 * STEP)
     policy._guidance = GuidanceSettings("ones")
     drawn = policy.infer(later, noise=start(2), executed=committed, following=following).actions
     policy.infer(observation(), noise=start(1))
