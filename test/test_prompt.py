@@ -167,7 +167,7 @@ def test_a_sentencepiece_file_and_a_folder_with_one(sentencepiece_model, tmp_pat
     for path in (sentencepiece_model, tmp_path):
         encoder = PromptEncoder(load_tokenizer(path, 1000), "pi0", 48)
         ids = encoder.encode("pick up the cube").tolist()
-        assert ids[0] == 2
+        assert ids[0] == 2 and ids.count(2) == 1
         assert processor.decode(ids) == "pick up the cube\n"
 
 
@@ -175,17 +175,34 @@ def test_a_hugging_face_folder(tmp_path):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "\n": 4, " ": 5, "lift": 6, "it": 7}
     tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Split(" ", "isolated")
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])  # as PaliGemma's
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
     ).save_pretrained(tmp_path)
     assert PromptEncoder(load_tokenizer(tmp_path, 8), "pi0", 48).encode("lift it").tolist() == [2, 6, 5, 7, 4]
     with pytest.raises(TokenizerError, match="8 tokens, but the model embeds only 7"):
         load_tokenizer(tmp_path, 7)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(tmp_path)
+    with pytest.raises(TokenizerError, match="has no bos token, and pi prompts begin with one"):
+        load_tokenizer(tmp_path, 8)
+
+
+def test_a_hugging_face_folder_is_neither_completed_from_the_net_nor_run(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    def read(folder, **options):
+        raise OSError(f"{options}")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(TokenizerError, match="'local_files_only': True, 'trust_remote_code': False"):
+        load_tokenizer(tmp_path, 8)
 
 
 def test_paligemmas_image_token_stands_behind_what_the_model_embeds_and_no_prompt_becomes_it(tmp_path):
