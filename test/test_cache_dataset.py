@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from types import SimpleNamespace
 
 import bag_kit as kit
 import numpy as np
@@ -13,7 +14,11 @@ from hypothesis import strategies as st
 
 from pi0_ros.model.config import PRESETS
 from pi0_ros.policy.bundle import BundleSettings
+from pi0_ros.policy.prompt import PromptEncoder
+from pi0_ros.policy.tokenizer import ByteTokenizer
+from pi0_ros.policy.transforms import build_transforms, limit_statistics
 from pi0_ros.training.bags import find_bags
+from pi0_ros.training.batches import collate
 from pi0_ros.training.build import build_cache
 from pi0_ros.training.dataset import Dataset, all_episodes, batch_indices, split, statistics
 from pi0_ros.training.episodes import Selection
@@ -66,6 +71,44 @@ def test_a_sample_begins_only_where_its_first_action_is_known(units):
 def test_cameras_come_in_the_order_asked_for(units):
     sample = Dataset(units, 4, cameras=("left_wrist_0_rgb", "base_0_rgb")).sample(0)
     assert sample["image_masks"].tolist() == [False, True]
+    assert Dataset(units, 4, cameras=("left_wrist_0_rgb",)).sample(0)["image_masks"].tolist() == [False]
+
+
+def test_a_chunk_stays_in_its_episode_where_a_bag_has_several(tmp_path):
+    marks = [(0.0, "first"), (1.0, "second"), (1.8, "")]
+    words = [kit.text(kit.START + round(s * kit.SECOND), word, "/episode") for s, word in marks]
+    kit.write_bag(tmp_path / "bag", [*kit.episode(seconds=2.0), *words])
+    robot, selection = kit.robot(episode_topic="/episode"), Selection(idle=0)
+    built = build_cache(
+        find_bags(tmp_path), robot, SIZE, tmp_path / ".cache", selection=selection, jobs=1, progress=False
+    )
+    dataset = Dataset(built.units, horizon=4)
+    assert [dataset.where(i) for i in (0, 9, 10, 17)] == [(0, 0, 0), (0, 0, 9), (0, 1, 0), (0, 1, 7)]
+    assert len(dataset) == 18
+    last, first, second = (dataset.sample(i) for i in (9, 10, 11))
+    np.testing.assert_allclose(last["actions"][:, 0], [0.45] * 4)
+    assert last["action_mask"].tolist() == [True, False, False, False]
+    np.testing.assert_allclose([last["state"][0], first["state"][0]], [0.45, 0.5])
+    np.testing.assert_allclose(second["actions"][:, 0], [0.55, 0.6, 0.65, 0.7])
+
+
+@pytest.mark.parametrize("prompt_format", ["pi0", "pi05"])
+def test_a_batch_is_encoded_as_the_policy_will_encode_it(units, prompt_format):
+    robot, settings = kit.robot(), BundleSettings(PRESETS["nano"])
+    group = build_transforms(robot, limit_statistics(robot, settings), settings)
+    dataset, encoder = Dataset(units, horizon=4), PromptEncoder(ByteTokenizer(), prompt_format, 60)
+    batch = collate(dataset, np.array([3, 12]), group, encoder)
+    observation = batch.observation
+    assert observation.images.shape == (2, 1, 3, SIZE, SIZE) and observation.image_masks.all()
+    for row, sample in enumerate((dataset.sample(3), dataset.sample(12))):
+        data = group.encode(sample["state"], sample["actions"])
+        tokens = encoder.encode(sample["prompt"], data["state"][:3])
+        assert observation.tokens[row][observation.token_masks[row]].tolist() == tokens.tolist()
+        np.testing.assert_allclose(observation.state[row], data["state"], atol=1e-6)
+        np.testing.assert_allclose(batch.actions[row], data["actions"], atol=1e-6)
+        np.testing.assert_allclose(
+            observation.images[row, 0, :, 8, 8], sample["images"][0, 8, 8] / 127.5 - 1, atol=1e-6
+        )
 
 
 def test_blocks_hold_the_same_chunks_as_samples(units):
@@ -114,6 +157,16 @@ def test_the_split_is_by_episode_and_repeats(units):
     assert len(Dataset(units, 4, episodes=held)) in (8, 10)
 
 
+def test_a_share_of_the_episodes_is_held_out_at_least_one_and_never_all():
+    unit = lambda i: SimpleNamespace(  # noqa: E731
+        index={"digest": str(i)},
+        episodes=[{"begin": 0, "end": 2}],
+        arrays={"known": np.ones(2, bool), "usable": np.ones(2, bool)},
+    )
+    ten = [unit(i) for i in range(10)]
+    assert [len(split(ten, share)[1]) for share in (0.0, 0.01, 0.2, 0.26, 0.99, 1.0)] == [0, 1, 2, 3, 9, 9]
+
+
 def test_a_recording_and_its_copy_are_never_on_both_sides_of_the_split(units):
     copied = [*units, units[0], units[1], units[0]]
     for seed in range(20):
@@ -149,7 +202,7 @@ def test_the_shuffle_depends_on_seed_and_epoch_alone():
         batch_indices(0, 0, 4, seed=0)
 
 
-def test_statistics_are_of_model_space_and_leave_padding_out(units):
+def test_statistics_are_of_model_space_and_leave_padding_out(units, monkeypatch):
     dataset = Dataset(units, horizon=4, episodes=[(0, 0)])
     stats = statistics(dataset, kit.robot(), BundleSettings(model=PRESETS["nano"]))
     np.testing.assert_allclose(stats.state.mean, [0.45, 0.5, 0.5], atol=1e-12)  # the gripper: 5 ticks open, 5 closed
@@ -163,4 +216,7 @@ def test_statistics_are_of_model_space_and_leave_padding_out(units):
     assert stats.actions.std[0] == pytest.approx(np.std(relative))
     assert stats.actions.q01[0] == pytest.approx(np.quantile(relative, 0.01))
     assert stats.actions.q99[0] == pytest.approx(np.quantile(relative, 0.99))
+    monkeypatch.setattr("pi0_ros.training.dataset.MOST_ROWS", 20)  # of 40: every third sample, of ticks 0, 3, 6, 9
+    fewer = statistics(dataset, kit.robot(), BundleSettings(model=PRESETS["nano"]))
+    assert fewer.state.std[0] == pytest.approx(np.std([0.0, 0.3, 0.6, 0.9]))
     assert 0 <= stats.actions.q01[2] <= stats.actions.q99[2] <= 1  # the gripper is absolute, 0 open to 1 closed

@@ -447,8 +447,9 @@ def test_the_average_follows_the_weights_and_lends_them_out():
             assert model.weight.item() == pytest.approx(1.1)
         assert model.weight.item() == 2.0
         without = Average(model, 0.0)
+        model.weight.fill_(3.0)
         without.update()
-        assert without.swapped(model.state_dict())["weight"].item() == 2.0
+        assert without.swapped(model.state_dict())["weight"].item() == 3.0
 
 
 def test_what_preparing_a_batch_raises_is_raised_where_the_batch_is_asked_for():
