@@ -20,7 +20,7 @@ from pi0_ros.policy.transforms import build_transforms, limit_statistics
 from pi0_ros.training.bags import find_bags
 from pi0_ros.training.batches import collate
 from pi0_ros.training.build import build_cache
-from pi0_ros.training.dataset import Dataset, all_episodes, batch_indices, split, statistics
+from pi0_ros.training.dataset import Dataset, _stats, all_episodes, batch_indices, split, statistics
 from pi0_ros.training.episodes import Selection
 
 SIZE = 16
@@ -220,3 +220,12 @@ def test_statistics_are_of_model_space_and_leave_padding_out(units, monkeypatch)
     fewer = statistics(dataset, kit.robot(), BundleSettings(model=PRESETS["nano"]))
     assert fewer.state.std[0] == pytest.approx(np.std([0.0, 0.3, 0.6, 0.9]))
     assert 0 <= stats.actions.q01[2] <= stats.actions.q99[2] <= 1  # the gripper is absolute, 0 open to 1 closed
+
+
+def test_a_spread_that_is_less_than_the_least_is_widened_about_its_middle():
+    rows = np.linspace([0.0, 0.0], [1.0, 100.0], 101)
+    stats = _stats(rows, np.array([1.0, 1.0]))
+    # the first joint: 0.01 to 0.99, where 2.33 to either side of the middle are the least
+    np.testing.assert_allclose(stats.q01, [0.5 - 2.33, 1.0])
+    np.testing.assert_allclose(stats.q99, [0.5 + 2.33, 99.0])
+    np.testing.assert_allclose(stats.std, [1.0, np.std(np.arange(101))])

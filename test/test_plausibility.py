@@ -7,7 +7,14 @@ import pytest
 from pi0_ros.training.bags import Bag, find_bags
 from pi0_ros.training.data import load_units
 from pi0_ros.training.episodes import cut_episodes
-from pi0_ros.training.plausibility import commands_apart, least_spread, limits_fault, measured_state, rate_fault
+from pi0_ros.training.plausibility import (
+    commands_apart,
+    judge,
+    least_spread,
+    limits_fault,
+    measured_state,
+    rate_fault,
+)
 from pi0_ros.training.recording import read_recording
 
 ROBOT = kit.robot()
@@ -96,6 +103,22 @@ def test_an_angle_that_wraps_in_commands_alone_is_found():
     wrapped = (ramp + np.pi) % (2 * np.pi) - np.pi
     (line,) = told([ramp, ZEROS, ZEROS], [wrapped, ZEROS, ZEROS], robot)
     assert line.startswith("actions of shoulder are a turn away from its state in ")
+
+
+def test_sound_numbers_are_neither_refused_nor_warned_of_and_what_is_odd_about_others_is_said():
+    sound = np.stack([SWING, 0.5 * np.cos(np.arange(T) / 9), (SWING > 0) * 1.0], axis=1)
+    judged = lambda state, actions: judge(state, actions, [(sound, actions, KNOWN)], ROBOT)  # noqa: E731
+    assert judged(sound, sound) == (None, [])
+    for outside, said in ((10, 0), (11, 1)):  # of 200: more than a twentieth
+        state = sound.copy()
+        state[:outside, 0] = 2.01
+        fault, warnings = judged(state, sound)
+        assert fault is None and [w.startswith("state of shoulder: ") for w in warnings] == [True] * said
+    still = sound * [1, 0, 1]
+    fault, (warning,) = judged(still, sound)
+    assert fault is None and warning.startswith("hardly changes: state of elbow (std 0); ")
+    fault, _ = judged(sound, np.repeat(sound[::2], 2, axis=0))
+    assert fault.startswith("actions on /command change 5 times a second")
 
 
 def test_recordings_most_of_whose_positions_are_outside_the_limits_are_refused():
