@@ -109,6 +109,8 @@ def test_a_robot_that_looks_back_waits_for_its_frames(cut):
     recording, (episode,) = cut(frames_after(30), robot)
     assert recording.cameras["base_0_rgb"].way_ns == 30 * MS
     assert episode.ticks_ns[0] == at(-0.02) and episode.frames["base_0_rgb"][:3].tolist() == [0, 1, 2]
+    _, (episode,) = cut(frames_after(40), robot)  # 10 ms more than it waits: from then and half a tick on
+    assert episode.ticks_ns[0] == at(-0.02 + 0.01 + 0.05)
 
 
 def test_when_clocks_differ_only_what_frames_take_longer_than_joint_states_counts(cut):
@@ -182,6 +184,7 @@ def test_the_prompt_comes_from_command_line_then_topic_then_metadata_then_robot_
     items = kit.episode(seconds=1.0)
     spoken = [*items, kit.text(at(0.02), "take it"), kit.text(at(0.5), "drop it")]
     custom = {"prompt": "from metadata"}
+    before = [*spoken, kit.text(at(-0.01), "wait")]
     prompts = [
         cut(spoken, selection=Selection(0, "mine"), custom=custom)[1][0].prompts,
         cut(spoken, custom=custom)[1][0].prompts,
@@ -192,6 +195,8 @@ def test_the_prompt_comes_from_command_line_then_topic_then_metadata_then_robot_
     assert prompts[1] == ["take it"] * 5 + ["drop it"] * 5
     assert prompts[2] == ["from metadata"] * 10
     assert prompts[3] == ["wave"] * 10
+    # only the first one may count from before it was said
+    assert cut(before)[1][0].prompts == ["wait"] + ["take it"] * 4 + ["drop it"] * 5
 
 
 def test_idle_start_and_end_are_trimmed_by_default(cut):
