@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from pi0_ros.model import layouts
 from pi0_ros.model.checkpoint import CheckpointError, from_state_dict, open_checkpoint, parameter_shapes
-from pi0_ros.model.config import PRESETS, GemmaConfig, Pi0Config, VisionConfig
-from pi0_ros.model.infer import infer_config
+from pi0_ros.model.config import CAMERA_SLOTS, PRESETS, GemmaConfig, Pi0Config, VisionConfig
+from pi0_ros.model.infer import infer_config, lerobot_cameras
 from pi0_ros.model.pi0 import Observation, Pi0
 
 FILES = {
@@ -87,6 +87,11 @@ def test_preset_widths_tell_the_heads(preset):
     assert replace(found, max_token_len=config.max_token_len) == config
 
 
+def test_heads_that_do_not_divide_the_weights_are_refused():
+    with pytest.raises(CheckpointError, match="config.json: 3 heads do not divide queries of 128"):
+        infer_config(parameter_shapes(PRESETS["nano"]), False, {"gemma": 3}, {}, "config.json")
+
+
 LEROBOT05 = {
     "type": "pi05",
     "chunk_size": 10,
@@ -124,6 +129,7 @@ def test_lerobot_pi05_with_its_config_and_with_or_without_the_prefix(tmp_path, p
         PI05, cameras=("right_wrist_0_rgb", "base_0_rgb")
     )  # its order, empty one left out
     assert "camera 'top' is slot base_0_rgb" in checkpoint.notes
+    assert not any("assumed" in note for note in checkpoint.notes)
     loaded = checkpoint.state_dict()
     assert all(torch.equal(loaded[k], weights[k]) for k in weights)
 
@@ -139,6 +145,9 @@ def test_lerobot_pi05_with_its_config_and_with_or_without_the_prefix(tmp_path, p
         ({"min_period": None}, "'min_period' must be a number, found None"),
         ({"min_period": 5.0}, "need 0 < min_period < max_period"),
         ({"input_features": [1]}, "'input_features' must be a mapping"),
+        ({"input_features": {"observation.images.top": 3}}, "'input_features' must be a mapping"),
+        ({"max_period": True}, "'max_period' must be a number, found True"),
+        ({"model": {"action_horizon": 0}}, "config.json: "),
     ],
 )
 def test_a_config_that_contradicts_the_weights_is_refused(tmp_path, change, message):
@@ -147,6 +156,23 @@ def test_a_config_that_contradicts_the_weights_is_refused(tmp_path, change, mess
     with pytest.raises(CheckpointError, match=message) as error:
         open_checkpoint(tmp_path)
     assert "config.json" in one_line(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "slots"),
+    [
+        (["top", "base_0_rgb"], ("left_wrist_0_rgb", "base_0_rgb")),  # a slot's own camera keeps it
+        (["b", "a", "c"], CAMERA_SLOTS),
+        (["empty_camera_0"], CAMERA_SLOTS),
+    ],
+)
+def test_every_camera_of_a_lerobot_config_has_a_slot_of_its_own(names, slots):
+    features = {f"observation.images.{name}": {"type": "VISUAL"} for name in names}
+    found, notes = lerobot_cameras({"input_features": features}, "config.json")
+    assert found == slots
+    assert notes[0] == {"top": "camera 'top' is slot left_wrist_0_rgb", "b": "camera 'b' is slot base_0_rgb"}.get(
+        names[0], "three cameras assumed, config.json names none"
+    )
 
 
 def test_four_cameras_have_no_slots(tmp_path):
