@@ -48,10 +48,9 @@ class StubPolicy:
     """Answers with the state plus 0.01 for each step; keeps what it was asked."""
 
     digest, num_steps, runs_on = "stub", 3, "nothing"
-    settings = SimpleNamespace(rtc_max_delay=0)
 
     def __init__(self, robot: Robot) -> None:
-        self.robot = robot
+        self.robot, self.settings = robot, SimpleNamespace(rtc_max_delay=0)
         self.asked: list[RobotObservation] = []
         self.executed: list[np.ndarray | None] = []
         self.following: list[np.ndarray | None] = []
@@ -158,11 +157,11 @@ class Bench:
         message.header.stamp = to_stamp((self.now() if stamp is None else stamp) + self.offset)
         self.joints[topic].publish(message)
 
-    def send(self) -> None:
+    def send(self, **positions: float) -> None:
         """A frame of every camera and a joint state."""
         for slot in self.cameras:
             self.send_frame(slot)
-        self.send_joints()
+        self.send_joints(**positions)
 
     def start(self) -> None:
         """Configure, activate, and wait until the first chunk is there."""

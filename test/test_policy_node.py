@@ -1,6 +1,7 @@
 """policy_node over real topics: observations in, chunks out; prompt, rate, services, clock, real-time chunking."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
 from pi0_ros.msg import PlayerStatus
+from pi0_ros.policy.policy import ObservationError
 from pi0_ros.ros.conversions import SECOND, chunk_actions, stamp_ns, to_stamp
 from pi0_ros.srv import SetPrompt
 
@@ -251,7 +253,8 @@ def test_on_demand_makes_a_chunk_only_when_the_player_runs_short(bench):
         b.status.publish(message)
         b.send()
 
-    b.start()  # without a player there is demand
+    b.start()
+    b.until(lambda: len(real(b.chunks)) > 3, doing=b.send)  # without a player there is demand
     b.until(lambda: b.node._worker.handover.seconds_left(b.now()) is not None, doing=lambda: status(9.0))
     count = len(real(b.chunks))
     begin, spoken = b.now(), len(b.chunks)
@@ -259,6 +262,9 @@ def test_on_demand_makes_a_chunk_only_when_the_player_runs_short(bench):
     assert len(real(b.chunks)) <= count + 1  # at most one that was under way
     b.until(lambda: len(b.chunks) > spoken + 3, doing=lambda: status(9.0))  # but it is seen to live
     assert {chunk.epoch for chunk in b.chunks} == {b.node._worker.epoch}
+    # what says so is no newer than the last chunk: the player would stop for it
+    sequences = [chunk.sequence for chunk in b.chunks]
+    assert sequences == sorted(sequences) and sequences[-1] == real(b.chunks)[-1].sequence
     count = len(real(b.chunks))
     b.until(lambda: len(real(b.chunks)) > count, doing=lambda: status(0.1))
 
@@ -362,7 +368,7 @@ def test_before_the_first_clock_message_the_clock_is_blamed(bench):
     assert not b.chunks
 
 
-def plays(b, delay):
+def plays(b, delay, **joints):
     """Sensors, and a player that plays the last chunk and took it over `delay` actions late."""
     last = real(b.chunks)[-1]
     message = PlayerStatus(
@@ -370,7 +376,7 @@ def plays(b, delay):
     )
     message.header.stamp = to_stamp(b.now())
     b.status.publish(message)
-    b.send()
+    b.send(**joints)
 
 
 def test_no_more_actions_are_kept_than_the_checkpoint_was_trained_to_continue(bench):
@@ -379,6 +385,26 @@ def test_no_more_actions_are_kept_than_the_checkpoint_was_trained_to_continue(be
     b.policy.settings.rtc_max_delay = 2
     b.until(lambda: b.chunks[-1].frozen == 2, doing=lambda: plays(b, 2.4))
     assert {chunk.frozen for chunk in real(b.chunks)} <= {0, 2}
+
+
+def test_nothing_is_kept_where_real_time_chunking_is_off(bench):
+    b = bench(rate=20.0, realtime_chunking="never")
+    b.start()
+    b.policy.settings.rtc_max_delay = 2
+    asked = len(b.policy.asked)
+    b.until(
+        lambda: b.node._worker.handover.delay() == 3 and len(b.policy.asked) > asked + 3, doing=lambda: plays(b, 2.4)
+    )
+    assert set(b.policy.executed) == set(b.policy.following) == {None}
+
+
+def test_what_is_kept_ends_at_the_position_limits_as_what_the_player_executes_does(bench):
+    b = bench(rate=20.0, realtime_chunking="guided")
+    b.start()
+    kept = lambda: [rows[:, 0].max() for rows in b.policy.executed if rows is not None]  # noqa: E731
+    b.until(lambda: max(kept(), default=0) > 1.9, doing=lambda: plays(b, 2.4, shoulder=1.995, elbow=0.0))
+    assert max(kept()) == 2.0
+    assert max(chunk_actions(chunk)[:, 0].max() for chunk in real(b.chunks)) > 2.0
 
 
 def test_real_time_chunking_hands_over_what_will_have_been_executed(bench):
@@ -414,6 +440,17 @@ def test_an_exception_in_inference_stops_the_node_visibly_and_leaves_it_controll
     assert b.node.trigger_activate().name == "SUCCESS"
     b.until(lambda: b.node._worker.health.chunks > count, doing=b.send)
     assert not b.node._worker.health.fault
+
+
+def test_an_observation_that_the_policy_cannot_take_is_a_rejection_and_no_fault(bench):
+    b = bench(rate=50.0)
+    b.start()
+    b.policy.error = ObservationError("camera 'base_0_rgb': no pixels")
+    b.until(lambda: b.node._worker.health.rejections > 1, doing=b.send)
+    assert b.node._worker.health.blame == "no observation: observation: camera 'base_0_rgb': no pixels"
+    b.policy.error, count = None, b.node._worker.health.chunks
+    b.until(lambda: b.node._worker.health.chunks > count, doing=b.send)
+    assert b.node.lifecycle == "active" and not b.node._worker.health.fault
 
 
 def test_a_gpu_that_a_fault_took_along_is_told_with_the_way_out(bench, monkeypatch):
@@ -452,7 +489,7 @@ def test_actions_that_are_not_finite_are_never_published(bench):
 
 
 def test_diagnostics_tell_rates_ages_latencies_and_what_runs(bench):
-    b = bench(rate=50.0)
+    b, begin = bench(rate=50.0), time.monotonic()
     b.start()
     b.until(lambda: int(b.values.get(POLICY, {}).get("chunks", 0)) > 20, doing=b.send)
     values = b.values[POLICY]
@@ -460,6 +497,8 @@ def test_diagnostics_tell_rates_ages_latencies_and_what_runs(bench):
         for part in ("p50", "p95", "max"):
             assert float(values[f"latency_{stage}_ms_{part}"]) > 0
     assert float(values["latency_vision_ms_p50"]) == pytest.approx(1.0)
+    lived = (time.monotonic() - begin) * 1e3  # ms; every stage is within it
+    assert all(float(value) < lived for key, value in values.items() if key.startswith("latency_"))
     assert (values["prompt"], values["checkpoint"], values["state"]) == ("wave", "stub", "active")
     assert values["player_seconds_left"] == "no player"
     for key in ("skew_ms_max", "observation_age_ms_p95", "deadline_misses", "prefix_reused", "prefix_reuse_share"):
