@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rclpy.parameter import Parameter
 
+from pi0_ros.ros.conversions import SECOND
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window, title
-from pi0_ros.ros.health import gpu_memory
+from pi0_ros.ros.health import THRESHOLDS, Health, gpu_memory
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
 
 
@@ -25,9 +26,10 @@ def test_a_window_forgets_what_is_older_than_its_length():
 
 def test_a_clock_set_back_empties_the_window():
     window = Window()
-    window.add(100.0, 1.0)
-    window.add(50.0, 2.0)
-    assert window.values(51.0).tolist() == [2.0]
+    for now, value in ((90.0, 1.0), (100.0, 2.0), (95.0, 3.0)):
+        window.add(now, value)
+    assert window.values(96.0).tolist() == [3.0]
+    assert window.values(101.0).tolist() == [3.0]  # nor does it come back when its time comes again
 
 
 @given(st.lists(st.floats(0, 100), max_size=40), st.floats(0, 120))
@@ -60,6 +62,31 @@ def test_the_worst_value_decides_the_level_and_comes_first():
     assert message.message == "bad is 3.5 s, above 3 s; odd is 2.5 s, above 2 s"
     assert {pair.key: pair.value for pair in message.values}["unjudged"] == "9"
     assert Report("x").message("").message == "OK"
+
+
+def test_the_health_of_policy_node_in_numbers():
+    health, limits = Health(), {spec.name: spec.default for spec in THRESHOLDS}
+    for k in range(5):
+        now = (100 + k) * SECOND
+        health.accept(now, 0.02)
+        health.publish(now + SECOND // 10, now - SECOND // 5, {"vision": 0.01, "total": 0.1}, k > 0)
+    health.reject(105 * SECOND, "no observation: it is dark")
+    report = health.report("policy", 105 * SECOND, limits, max_skew=0.1)
+    expected = {
+        "chunks": "5", "rejections": "1", "prefix_reused": "4", "prefix_reuse_share": "0.8", "chunk_rate_hz": "0.8163",
+        "latency_vision_ms_p50": "10", "latency_total_ms_p95": "100", "latency_p95_s": "0.1", "skew_ms_max": "20",
+        "observation_age_ms_p50": "300", "skew_share": "0.2", "rejected_share": "0.1667",
+        "blame": "no observation: it is dark",
+    }  # fmt: skip
+    assert report.values | expected == report.values
+    assert "misses_share" not in report.values and "latency_prefix_ms_p50" not in report.values
+    reasons = ["no observation: it is dark", "rejected_share is 0.1667, above 0.05"]
+    assert (report.level, report.reasons) == (1, reasons)
+    health.clear_windows()
+    left = health.report("policy", 105 * SECOND, limits, max_skew=0.1)
+    assert left.level == 0 and not [key for key in left.values if key.endswith(("_p50", "_share"))]
+    health.accept(106 * SECOND, 0.02)
+    assert "blame" not in health.report("policy", 106 * SECOND, limits, max_skew=0.1).values
 
 
 def test_two_arms_have_names_of_their_own(ros):

@@ -157,6 +157,17 @@ def test_a_stream_whose_clock_is_ahead_is_told_so(world):
     assert world.observe(NOW + 50 * MS).kind == "clock"
 
 
+def test_a_stream_ahead_of_the_clock_is_told_of_for_a_while_after_all_was_forgotten_for_it(world):
+    world.all(NOW)
+    world.joints("gripper/joint_states", NOW + 5 * SECOND, finger=0.5)
+    rejected = world.observe(NOW + 50 * MS)
+    world.streams.clear()
+    reasons = {report.name: report.reasons for report in world.streams.reports("node", NOW + 50 * MS, LIMITS)}
+    assert rejected.reason.startswith("stamped 4.950 s ahead")
+    assert reasons.pop("node: gripper/joint_states") == [rejected.reason]
+    assert list(reasons.values()) == [[], []]
+
+
 def test_fast_joint_states_reach_back_to_the_slowest_camera(world):
     world.frame(NOW)
     for k in range(600):  # 2 kHz
