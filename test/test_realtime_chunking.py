@@ -162,6 +162,7 @@ def test_guidance_follows_the_chunk_in_execution_and_not_the_one_inferred_last()
 
 def test_the_old_chunk_may_be_longer_than_the_new_one():
     np.testing.assert_allclose(guidance_weights(2, 40, 4, "linear"), [1, 1, 2 / 3, 1 / 3])
+    assert guidance_weights(2, 2, 4).tolist() == [1, 1, 0, 0]  # nor need it be any longer than what is committed
     policy = tiny()
     _, guidance = policy._conditions(STATE, np.tile(STATE, (2, 1)), np.tile(STATE, (30, 1)))
     assert guidance.previous.shape == (10, 8)

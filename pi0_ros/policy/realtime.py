@@ -36,10 +36,9 @@ def guidance_weights(committed: int, known: int, horizon: int, schedule: str = "
     committed = min(committed, known)
     weights = np.zeros(horizon)
     weights[:committed] = 1.0
-    between = known - committed
     if schedule == "ones":
         weights[:known] = 1.0
-    elif schedule != "zeros" and between:
-        ramp = np.linspace(1.0, 0.0, between + 2)[1:-1]
+    elif schedule != "zeros":
+        ramp = np.linspace(1.0, 0.0, known - committed + 2)[1:-1]
         weights[committed:known] = ramp * np.expm1(ramp) / np.expm1(1.0) if schedule == "exp" else ramp
     return weights
