@@ -18,6 +18,7 @@ from std_srvs.srv import SetBool, Trigger
 from pi0_ros.msg import PlayerStatus
 from pi0_ros.policy.policy import ObservationError
 from pi0_ros.ros.conversions import SECOND, chunk_actions, stamp_ns, to_stamp
+from pi0_ros.ros.policy_node import prompt_fault
 from pi0_ros.srv import SetPrompt
 
 POLICY = "policy_node: policy"
@@ -154,6 +155,10 @@ def test_the_prompt_comes_from_robot_file_parameter_topic_and_service_the_newest
     b.until(lambda: b.chunks[-1].prompt == "jump", doing=b.send)
     assert len({c.epoch for c in b.chunks}) == 1
     assert not b.call(SetPrompt, "set_prompt", SetPrompt.Request(prompt=" ")).success
+    assert [prompt_fault("a" * length) for length in (2000, 2001)] == [
+        "",
+        "the prompt has 2001 characters, at most 2000 are allowed",
+    ]
     b.other.create_publisher(String, "prompt", LATCHED).publish(String(data=" "))
     b.until(lambda: "the prompt is empty: ignored, it stays 'jump'" in capfd.readouterr().err, doing=b.send)
     assert b.node.get_parameter("prompt").value == "jump"
@@ -500,6 +505,7 @@ def test_diagnostics_tell_rates_ages_latencies_and_what_runs(bench):
     lived = (time.monotonic() - begin) * 1e3  # ms; every stage is within it
     assert all(float(value) < lived for key, value in values.items() if key.startswith("latency_"))
     assert (values["prompt"], values["checkpoint"], values["state"]) == ("wave", "stub", "active")
+    assert int(values["ticks"]) >= int(values["chunks"])
     assert values["player_seconds_left"] == "no player"
     for key in ("skew_ms_max", "observation_age_ms_p95", "deadline_misses", "prefix_reused", "prefix_reuse_share"):
         assert float(values[key]) >= 0
