@@ -93,6 +93,7 @@ def test_one_new_frame_is_the_only_one_encoded(model):
     sample = sampler.sample(images, TOKENS, state, noise, frames=frames)
     assert sample.cameras_encoded == 1 and not sample.prefix_reused
     assert (sample.actions - expected(model, images, state, noise)).abs().max() < 2e-5
+    assert sampler.sample(images, TOKENS, state, noise).cameras_encoded == 3  # frames that nobody names are all new
 
 
 @pytest.mark.parametrize("tokens", [TOKENS[:2], torch.arange(1, 13)])
@@ -240,8 +241,9 @@ def test_bfloat16_stays_within_what_rounding_explains(model):
 
 def test_a_prompt_that_does_not_fit_is_refused_with_its_length(model):
     images, state, noise = draw()
-    with pytest.raises(ValueError, match="1 to 12 tokens are allowed, found 13"):
-        Sampler(model).sample(images, torch.ones(13), state, noise)
+    for length in (0, 13):
+        with pytest.raises(ValueError, match=f"1 to 12 tokens are allowed, found {length}"):
+            Sampler(model).sample(images, torch.ones(length), state, noise)
 
 
 def test_nothing_of_a_refused_chunk_is_reused(model):
