@@ -161,9 +161,10 @@ def test_limits_become_statistics_in_model_space():
 def test_warming_up_leaves_no_trace():
     policy = tiny()
     policy.warm_up()
-    chunk = policy.infer(observation(), generator=torch.Generator().manual_seed(0))
+    seen = observation(frame=1)  # the warm-up's own
+    chunk = policy.infer(seen, generator=torch.Generator().manual_seed(0))
     assert chunk.cameras_encoded == 2
-    fresh = tiny().infer(observation(), generator=torch.Generator().manual_seed(0))
+    fresh = tiny().infer(seen, generator=torch.Generator().manual_seed(0))
     np.testing.assert_array_equal(chunk.actions, fresh.actions)
 
 
@@ -343,6 +344,7 @@ def test_padding_that_was_never_learnt_does_not_pull_at_the_joints():
 def test_a_new_prompt_forgets_the_last_chunk():
     policy = tiny()
     policy.infer(observation(), noise=start())
+    assert len(policy._left_of_last(observation())) == 10
     assert len(policy._left_of_last(observation(stamp=NOW + 2 * STEP))) == 8
     assert len(policy._left_of_last(observation(stamp=NOW + 2 * STEP, prompt="stop"))) == 0
     assert len(policy._left_of_last(observation(stamp=NOW + 99 * STEP))) == 0

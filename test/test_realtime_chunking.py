@@ -140,6 +140,9 @@ def test_committed_actions_are_taken_relative_to_the_state_as_it_is_now():
     assert ROBOT.joints[0].relative
     frozen, guidance = policy._conditions(now, committed, np.empty((0, 6)), guided=True)  # asked for, it is guided
     assert frozen is None and guidance.weights[:2].tolist() == [1, 1]
+    for count, trained in ((4, True), (5, False)):  # as many as were trained, and one more
+        frozen, guidance = policy._conditions(now, np.tile(STATE, (count, 1)), np.empty((0, 6)))
+        assert (frozen is not None, guidance is None) == (trained, trained)
 
 
 def test_guidance_follows_the_chunk_in_execution_and_not_the_one_inferred_last():
