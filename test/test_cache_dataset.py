@@ -74,6 +74,11 @@ def test_cameras_come_in_the_order_asked_for(units):
     assert Dataset(units, 4, cameras=("left_wrist_0_rgb",)).sample(0)["image_masks"].tolist() == [False]
 
 
+def test_the_prompts_of_a_dataset_are_those_of_its_samples(units):
+    assert Dataset(units, horizon=4).prompts() == {"open", "close"}
+    assert Dataset(units, horizon=4, episodes=[(1, 0)]).prompts() == {"close"}
+
+
 def test_a_chunk_stays_in_its_episode_where_a_bag_has_several(tmp_path):
     marks = [(0.0, "first"), (1.0, "second"), (1.8, "")]
     words = [kit.text(kit.START + round(s * kit.SECOND), word, "/episode") for s, word in marks]
@@ -208,6 +213,8 @@ def test_statistics_are_of_model_space_and_leave_padding_out(units, monkeypatch)
     np.testing.assert_allclose(stats.state.mean, [0.45, 0.5, 0.5], atol=1e-12)  # the gripper: 5 ticks open, 5 closed
     np.testing.assert_allclose(stats.state.std[:2], [np.std(np.arange(10) / 10), 0.004], atol=1e-12)  # a resting joint
     np.testing.assert_allclose([stats.state.q01[1], stats.state.q99[1]], [0.5 - 0.0093, 0.5 + 0.0093], atol=1e-4)
+    with pytest.raises(ValueError, match="no samples to take statistics of"):
+        statistics(Dataset(units, horizon=4, episodes=[]), kit.robot(), BundleSettings(model=PRESETS["nano"]))
     relative = []
     action = [0.1, *(k / 10 for k in range(1, 10))]
     for tick in range(10):
