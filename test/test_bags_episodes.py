@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pi0_ros.policy.alignment import Aligned, StreamBuffer, align
 from pi0_ros.training.bags import Bag, BagError, find_bags
-from pi0_ros.training.episodes import Selection, cut_episodes
+from pi0_ros.training.episodes import Selection, cut_episodes, observe_at
 from pi0_ros.training.recording import read_recording
 
 MS = 1_000_000
@@ -197,6 +197,16 @@ def test_the_prompt_comes_from_command_line_then_topic_then_metadata_then_robot_
     assert prompts[3] == ["wave"] * 10
     # only the first one may count from before it was said
     assert cut(before)[1][0].prompts == ["wait"] + ["take it"] * 4 + ["drop it"] * 5
+
+
+def test_at_any_instant_it_is_told_what_was_known_then_and_nothing_before_the_first_message(cut):
+    items = [*kit.episode(seconds=1.0), kit.text(at(0.3), "take it"), kit.text(at(0.4), "")]
+    recording, _ = cut(items)
+    verdict, state, frames, prompts = observe_at(recording, kit.robot(), np.array([at(-0.5), at(0.2), at(0.5)]))
+    assert verdict.ok.tolist() == [False, True, True]
+    assert frames["base_0_rgb"].tolist() == [-1, 4, 10]
+    np.testing.assert_allclose(state[:, 0], [np.nan, 0.2, 0.5])
+    assert prompts == ["wave", "wave", "take it"]  # an empty one is none
 
 
 def test_idle_start_and_end_are_trimmed_by_default(cut):
