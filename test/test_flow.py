@@ -105,6 +105,8 @@ def test_a_cold_start_draws_nothing_and_needs_its_trajectory():
     assert torch.equal(state.get_state(), before)
     with pytest.raises(NoiseSourceError, match=r"trajectory of shape \[1, 4, 2\]"):
         Cold().start((1, 4, 2), generator=state, trajectory=None)
+    with pytest.raises(NoiseSourceError, match=r"shape \[1, 4, 2\] to degrade, found \[1, 4, 3\]"):
+        Cold().start((1, 4, 2), generator=state, trajectory=torch.ones(1, 4, 3))
 
 
 def integrate(velocity, start, num_steps):
