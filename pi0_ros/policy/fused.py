@@ -206,7 +206,7 @@ def fuse(model: Pi0, dtype: torch.dtype, device: torch.device, prefix_rows: int)
 def _fold(weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None):
     # W (n * scale + shift) + b = (W * scale) n + (W shift + b)
     if shift is not None:
-        bias = weight @ shift if bias is None else bias + weight @ shift
+        bias = bias + weight @ shift  # whatever has a shift before it has a bias
     return (weight if scale is None else weight * scale), bias
 
 
