@@ -183,6 +183,17 @@ def test_an_aborted_goal_is_asked_twice_more_a_second_later_each(goals):
     assert client.told == [0.4] * 3 + [0.8] and not made.fault
 
 
+def test_the_end_of_a_goal_that_no_longer_counts_says_nothing(goals):
+    made, client = goals()
+    play(made, client, range(0, 50, 10), 0.4, answer=False)
+    made.forget()
+    client.answer()
+    client.end(ABORTED)
+    assert not made.fault
+    play(made, client, range(50, 500, 10), 0.4)
+    assert client.told == [0.4, 0.4]
+
+
 def test_a_grasp_that_ends_on_the_object_is_no_failure(goals):
     made, client = goals()
     play(made, client, range(0, 200, 10), 0.8)

@@ -82,7 +82,7 @@ class GripperGoals:
             return
         self._told, self._sent_at, self._changed = position, now, None
         self._answer = self._client.send_goal_async(self._goal(position))
-        self._answer.add_done_callback(self._answered)
+        self._answer.add_done_callback(lambda answer: self._answered(answer, position))
 
     def _near(self, position: float, other: float | None, share: float) -> bool:
         return other is not None and abs(position - other) <= share * self._way
@@ -104,10 +104,10 @@ class GripperGoals:
             goal.command.effort = [effort] if effort else []
         return goal
 
-    def _answered(self, answer: Future) -> None:
+    def _answered(self, answer: Future, position: float) -> None:
         if answer is not self._answer:  # given up
             return
-        self._answer, position, handle = None, self._told, answer.result()
+        self._answer, handle = None, answer.result()
         self._refused = not handle.accepted
         if self._refused:
             self._told = None  # asks again
