@@ -140,8 +140,22 @@ def test_a_change_below_a_hundredth_of_the_way_waits_until_the_position_stands(g
     play(made, client, range(0, 200, 10), 0.4)
     play(made, client, range(200, 1000, 10), lambda t: 0.4 + 0.007 * ((t // 10) % 2))
     assert client.told == [0.4]
-    play(made, client, range(1000, 1200, 10), 0.407)
+    play(made, client, range(1000, 1490, 10), 0.407)
+    assert client.told == [0.4]
+    play(made, client, range(1490, 1600, 10), 0.407)
     assert client.told == [0.4, 0.407]
+
+
+def test_what_creeps_gets_a_goal_for_each_hundredth_of_the_way(goals):
+    made, client = goals()
+    play(made, client, range(0, 20_000, 10), lambda t: 0.8 * t / 40_000)
+    assert 48 <= len(client.told) <= 51
+
+
+def test_a_policy_that_wavers_does_not_move_the_gripper(goals):
+    made, client = goals()
+    play(made, client, range(0, 10_000, 10), lambda t: 0.4 + 0.002 * ((t // 50) % 3))
+    assert len(client.told) == 1
 
 
 def test_rounding_is_no_change(goals):
@@ -158,6 +172,16 @@ def test_a_goal_that_is_not_answered_within_a_second_is_asked_again(goals):
     assert client.told == [0.4, 0.4]
     client.answers[0].set_result(SimpleNamespace(accepted=False))  # far too late
     assert not made.fault
+
+
+def test_a_server_that_takes_long_to_accept_is_not_asked_for_ever(goals):
+    made, client = goals()
+    play(made, client, range(0, 900, 10), 0.4, answer=False)
+    play(made, client, range(900, 1500, 10), 0.4, answer=False)
+    assert made.fault == f"{ACTION} does not answer the gripper's goals" and len(client.told) == 2
+    client.answers[0].set_result(SimpleNamespace(accepted=True, get_result_async=Future))
+    play(made, client, range(1500, 10_000, 10), 0.4, answer=False)
+    assert len(client.told) == 2 and not made.fault
 
 
 def test_a_refused_goal_is_asked_again(goals):

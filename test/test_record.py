@@ -23,6 +23,7 @@ from std_srvs.srv import Trigger  # noqa: E402
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint  # noqa: E402
 
 from pi0_ros.robot import parse_robot  # noqa: E402
+from pi0_ros.ros.bag import BagFile  # noqa: E402
 from pi0_ros.ros.recorder import EpisodeRecorder, RecordingError  # noqa: E402
 from pi0_ros.training.bags import Bag, find_bags  # noqa: E402
 from pi0_ros.training.data import load_units  # noqa: E402
@@ -194,8 +195,16 @@ def test_a_robot_file_without_actions_records_nothing_to_learn_from(ros, tmp_pat
 
 def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_recorded(ros, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RecordingError, match="file cannot be written to: Not a directory"):
+    with pytest.raises(RecordingError, match="file is a file, not a folder"):
         recorder_of(ros, tmp_path / "file")
+
+
+def test_a_disk_that_is_full_when_the_buffer_is_written_leaves_nothing(tmp_path):
+    """What is buffered fails once more as the file is closed."""
+    bag = BagFile(tmp_path / "episode_0001", {"/joint_states": JointState})
+    bag._writer.abort = lambda: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    bag.discard()
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_recorders_do_not_write_to_one_folder(ros, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,10 +62,11 @@ class BagFile:
 
     def discard(self) -> None:
         """Leave nothing."""
-        self._writer.abort()
+        with contextlib.suppress(OSError):  # of what is buffered still, on a full disk
+            self._writer.abort()
         shutil.rmtree(self._partial, ignore_errors=True)
         self._clear()
 
     def _clear(self) -> None:
-        if not any(self._partial.parent.iterdir()):
+        with contextlib.suppress(OSError):  # others are in it
             self._partial.parent.rmdir()

@@ -23,7 +23,8 @@ SILENCE = SECOND // 2  # ns without a position: meanwhile others may have moved 
 LOOK = SECOND // 2  # ns between two looks at which servers there are
 AGAIN = SECOND  # ns until a goal that was aborted goes out again
 TRIES = 3  # times; servers abort a grasp, too, that ends elsewhere than at the goal
-LEAST = 0.01  # of the way from open to closed; a smaller change waits until the position stands still
+LEAST = 0.01  # of the way from open to closed; a smaller change waits until the position has stood still
+STILL = SECOND // 2  # ns for that: what a policy wavers by is no reason to move
 SAME = 0.001  # of that way: no change at all
 
 
@@ -50,10 +51,11 @@ class GripperGoals:
         self._told: float | None = None  # the newest goal, while it stands
         self._last: float | None = None  # the position at the last call
         self._called = self._looked = self._sent_at = -SECOND  # ns
+        self._anchor, self._still = 0.0, 0  # where the position has stood, and since when, ns
         self._changed: int | None = None  # ns, since when the position is another than the goal
         self._answer: Future | None = None
         self._servers: set[bytes] = set()
-        self._refused = False  # the newest goal
+        self._refused = self._silent = False  # what became of the newest goal
         self._aborted: float | None = None  # the goal that was, the newest that ended
         self._tries, self._again = 0, 0  # how often in a row, and ns, when it may go out again
 
@@ -68,8 +70,10 @@ class GripperGoals:
             self._told = self._aborted = None
         stands = self._last is not None and self._near(position, self._last, SAME)
         self._called, self._last = now, position
+        if not self._near(position, self._anchor, SAME) or now < self._still:
+            self._anchor, self._still = position, now
         if self._answer is not None and not 0 <= now - self._sent_at < ANSWER:
-            self._answer = self._told = None  # never answered
+            self._answer, self._told, self._silent = None, None, True
         waits = self._near(position, self._aborted, LEAST) and 0 <= self._again - now < AGAIN
         if waits or self._near(position, self._told, SAME) or not self._client.server_is_ready():
             self._changed = None
@@ -78,11 +82,13 @@ class GripperGoals:
             self._changed = now
         if self._answer is not None or 0 <= now - self._sent_at < PERIOD:
             return
-        if not stands and (self._near(position, self._told, LEAST) or now - self._changed < PERIOD):
+        little = self._near(position, self._told, LEAST)
+        if now - self._still < STILL if little else not stands and now - self._changed < PERIOD:
             return
         self._told, self._sent_at, self._changed = position, now, None
         self._answer = self._client.send_goal_async(self._goal(position))
         self._answer.add_done_callback(lambda answer: self._answered(answer, position))
+        self._servers |= self._offering()
 
     def _near(self, position: float, other: float | None, share: float) -> bool:
         return other is not None and abs(position - other) <= share * self._way
@@ -91,9 +97,12 @@ class GripperGoals:
         """Whether there is one that was not there before, and has heard nothing."""
         if 0 <= now - self._looked < LOOK:
             return False
-        offers = self._node.get_publishers_info_by_topic(f"{self._command.topic}/_action/status")
-        before, self._servers, self._looked = self._servers, {bytes(offer.endpoint_gid) for offer in offers}, now
+        before, self._servers, self._looked = self._servers, self._offering(), now
         return bool(self._servers - before)
+
+    def _offering(self) -> set[bytes]:
+        offers = self._node.get_publishers_info_by_topic(f"{self._command.topic}/_action/status")
+        return {bytes(offer.endpoint_gid) for offer in offers}
 
     def _goal(self, position: float) -> Any:
         goal, effort = self._kind.Goal(), self._command.max_effort
@@ -105,10 +114,10 @@ class GripperGoals:
         return goal
 
     def _answered(self, answer: Future, position: float) -> None:
-        if answer is not self._answer:  # given up
-            return
-        self._answer, handle = None, answer.result()
-        self._refused = not handle.accepted
+        handle, late = answer.result(), answer is not self._answer
+        if late and not (handle.accepted and self._near(position, self._told, SAME)):
+            return  # of a goal that no longer counts
+        self._answer, self._silent, self._refused = None, False, not handle.accepted
         if self._refused:
             self._told = None  # asks again
         else:
@@ -129,8 +138,8 @@ class GripperGoals:
     @property
     def fault(self) -> str:
         """What the server does instead of moving the gripper, or ""."""
-        if self._refused:
-            return f"{self.name} refuses the gripper's goals"
+        if self._refused or self._silent:
+            return f"{self.name} {'refuses' if self._refused else 'does not answer'} the gripper's goals"
         return f"{self.name} aborts the gripper's goal {self._aborted:g}" if self._aborted is not None else ""
 
     @property

@@ -9,6 +9,7 @@ Each kept episode is looked at by inspect_bags at once, so that what is wrong sh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -129,13 +130,16 @@ class Keys:
             threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        for line in sys.stdin:
-            self.lines.put(line.strip())
+        with contextlib.suppress(OSError):  # the terminal was closed
+            for line in sys.stdin:
+                self.lines.put(line.strip())
         self.lines.put("q")
 
 
 class Recorder(Node):
     """The node: keys and services in, lines for a person out."""
+
+    _episodes: EpisodeRecorder | None = None
 
     def __init__(self, options: Options) -> None:
         super().__init__("recorder")
@@ -255,6 +259,8 @@ class Recorder(Node):
 
     def destroy_node(self) -> None:
         """Keep the episode that is being recorded, and wait until all have been looked at, or a second Ctrl-C."""
+        if self._episodes is None:
+            return super().destroy_node()
         if self._episodes.episode:
             self._act(self._keep)
         forget_ending()

@@ -82,14 +82,27 @@ class EpisodeRecorder:
             self._add(topic, topic, JointState, needed=True)
         for name, source in robot.action_sources.items():
             self._add(name, source.topic, ACTIONS[source.type], needed=False)  # before the first command there is none
+        self._lock = self._take_folder()
         # The first bag takes a third of a second to open, in which messages would wait. And a folder that cannot be
         # written to is better known now.
         self._open("opened", {}).discard()
-        self._lock = os.open(folder, os.O_RDONLY)
+
+    def _take_folder(self) -> int:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self._folder, os.O_RDONLY)
+        except FileExistsError:
+            raise RecordingError(f"{self._folder} is a file, not a folder") from None
+        except OSError as error:
+            raise RecordingError(f"{self._folder} cannot be written to: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RecordingError(f"another recorder writes to {folder}: give a folder of its own") from None
+            os.close(lock)
+            raise RecordingError(f"another recorder writes to {self._folder}: give a folder of its own") from None
+        except OSError:  # a file system without locks
+            pass
+        return lock
 
     def _name(self, topic: str) -> str:
         return self._node.resolve_topic_name(topic, only_expand=True)
