@@ -88,6 +88,11 @@ class Camera(_Section):
             )
         return self
 
+    @property
+    def subscribed(self) -> str:
+        """The topic of its messages."""
+        return f"{self.topic}/compressed" if self.transport == "compressed" else self.topic
+
 
 def _once(found: Sequence[str], names: Sequence[str]) -> str:
     """Which of `names` are missing in `found`, or there several times; "" where each is there once."""

@@ -32,7 +32,6 @@ from pi0_ros.policy.images import ImageError, decode_image
 from pi0_ros.robot import Camera, Robot, RobotFileError, load_robot
 from pi0_ros.ros.conversions import SECOND, to_stamp
 from pi0_ros.ros.qos import LATCHED
-from pi0_ros.ros.streams import camera_topic
 from pi0_ros.training.bags import Bag, BagError, BagFiles, decode, find_bags, header_stamp
 from pi0_ros.training.recording import COMPRESSED, IMAGE, Recording, read_recording
 
@@ -81,7 +80,7 @@ class Replay:
         self._routes: dict[str, list[_Route]] = {}  # recorded topic -> where its messages go
         self.prompt_topic = recording.topics.get(robot.prompt.topic)  # as recorded
         for camera in robot.present_cameras.values():
-            named = camera_topic(camera)
+            named = camera.subscribed
             recorded = self._recorded(recording, named)
             kind, convert = _camera_route(camera, bag.topics[recorded].type)
             self._add(recorded, named, kind, STREAM, convert)

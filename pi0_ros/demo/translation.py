@@ -212,11 +212,11 @@ def not_as_usual(recording: Recording, robot: Robot, stamps: np.ndarray) -> np.n
     other, written = np.zeros(len(stamps), bool), {stream.name: stream.bag_ns for stream in recording.observed}
     now = stamps + round(robot.latency * SECOND)
     for stream in sorted_streams(recording, robot):
-        came = written[stream.name][stream.order]
+        came, usual = written[stream.name][stream.order], stream.newest(stamps)
         for i, at in enumerate(newest_indices(stream.times, stamps).tolist()):
             while at >= 0 and came[at] > now[i]:
                 at -= 1
-            other[i] |= at != stream.newest(stamps[i : i + 1])[0]
+            other[i] |= at != usual[i]
     return other
 
 

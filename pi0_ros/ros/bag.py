@@ -11,7 +11,7 @@ from ament_index_python.packages import get_package_share_directory
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
-from pi0_ros.ros.conversions import type_name
+from pi0_ros.ros.graph import type_name
 
 PARTIAL = ".partial"  # the folder, beside the recordings, of those that are not whole yet
 

@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 SECOND = 1_000_000_000  # ns
 
 
-def type_name(kind: type) -> str:
-    """A message class's name in the ROS graph: sensor_msgs/msg/Image."""
-    return f"{kind.__module__.split('.')[0]}/msg/{kind.__name__}"
-
-
 def stamp_ns(stamp: Time) -> int:
     """A stamp in nanoseconds."""
     return stamp.sec * SECOND + stamp.nanosec

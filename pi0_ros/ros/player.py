@@ -79,7 +79,6 @@ class Player:
         self._rest = Rest(self._arm, far * self._unit, self._unit)
         self._stall = Stall(self._arm, self._unit)
         self._following = False  # a chunk moves the arm
-        self._begins = False  # since this tick
         self._speed = 1.0
         self._pending: TimedActions | None = None  # accepted, taken over at the next tick
         self._heard = -1  # ns, when the last chunk was accepted; -1: none
@@ -190,6 +189,7 @@ class Player:
             return None
         self._index += steps
         self.window.advance(self._index)
+        held_before = not self._following
         self._decide(now)
         if self.commanded is None:
             return None
@@ -201,8 +201,7 @@ class Player:
         plan = self._plan()
         self.commanded[self.stream.joints] = self.stream.q
         self.commanded[self.window.joints] = self.window.state()[0]
-        begins, self._begins = self._begins, False
-        return Commands(send, plan, begins)
+        return Commands(send, plan, self._following and held_before)
 
     def _due(self, now: int) -> int:
         """Control periods since the last tick, to the nearest."""
@@ -353,7 +352,6 @@ class Player:
         if (chunk.epoch, chunk.sequence) != (self.epoch, self.sequence) or not self.played:
             self.played += 1
             self.epoch, self.sequence, self.handover_delay = chunk.epoch, chunk.sequence, chunk.past(at)
-        self._begins = self._begins or not self._following
         self._following = self._plan_now = True
         self._anew = self._short = False
         most, (worst, gap) = self.settings.approach_threshold, self._farthest(chunk.at(at)[0], position)

@@ -143,9 +143,9 @@ class Recorder(Node):
 
     def __init__(self, options: Options) -> None:
         super().__init__("recorder")
-        self._robot = load_robot(options.robot)
-        self._prompt = options.prompt if options.prompt is not None else self._robot.prompt.default
-        self._episodes = EpisodeRecorder(self, self._robot, options.output)
+        robot = load_robot(options.robot)
+        self._prompt = options.prompt if options.prompt is not None else robot.prompt.default
+        self._episodes = EpisodeRecorder(self, robot, options.output)
         self._looks = Looks(robot_path(options.robot).absolute())
         self._keys = Keys()
         self._lacking: list[str] | None = None  # what was told to be missing
@@ -153,13 +153,13 @@ class Recorder(Node):
         self._fault = ""  # the last one told
         self._drawn = False  # whether a line of `_draw` stands in the terminal
         if options.prompt is None:
-            self.create_subscription(String, self._robot.prompt.topic, self._prompt_came, LATCHED)
+            self.create_subscription(String, robot.prompt.topic, lambda said: self._take_prompt(said.data), LATCHED)
         for name, act in (("start", self._begin), ("keep", self._keep), ("discard", self._discard)):
             self.create_service(Trigger, f"~/{name}", self._answerer(act))
         steady = Clock(clock_type=ClockType.STEADY_TIME)  # simulated time may stand still
         self.create_timer(LOOK, self._look, clock=steady)
         self.create_timer(SHOW, self._show, clock=steady)
-        self._say(f"records {self._robot.name} into {options.output}")
+        self._say(f"records {robot.name} into {options.output}")
         self._say(HELP if self._keys.there else "services: recorder/start, recorder/keep, recorder/discard")
 
     # What a person says
@@ -204,9 +204,6 @@ class Recorder(Node):
             self._take_prompt(line[2:].strip())
         else:
             self._say(f"{line!r} is none of these. {HELP}")
-
-    def _prompt_came(self, message: String) -> None:
-        self._take_prompt(message.data)
 
     def _take_prompt(self, prompt: str) -> None:
         self._prompt = prompt

@@ -21,18 +21,18 @@ from rclpy.serialization import serialize_message
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
-from trajectory_msgs.msg import JointTrajectory
 
 from pi0_ros.robot import Robot
 from pi0_ros.ros.bag import BagFile
-from pi0_ros.ros.conversions import SECOND, type_name
+from pi0_ros.ros.conversions import SECOND
 from pi0_ros.ros.diagnostics import Window
-from pi0_ros.ros.streams import camera_topic, whereabouts
+from pi0_ros.ros.graph import type_name, whereabouts
+from pi0_ros.ros.outputs import KINDS
+from pi0_ros.ros.player import JUMP_BACK
 
-ACTIONS = {"JointState": JointState, "JointTrajectory": JointTrajectory, "Float64MultiArray": Float64MultiArray}
+ACTIONS = KINDS | {"JointState": JointState}
 FRAMES, OTHERS = 50, 1000  # messages that wait while others are written: half a MB a frame, 1 kB of all else
 ALIVE = 1.0  # s; a needed stream that is silent for longer is missing
-JUMP_BACK = SECOND // 10  # ns; a clock that is set back by more tells of another time
 ROOM = 10**9  # bytes; with less on the disk no episode begins
 EPISODE = re.compile(r"episode_(\d+)")
 
@@ -77,7 +77,7 @@ class EpisodeRecorder:
         self.streams: dict[str, Stream] = {}
         for slot, camera in robot.present_cameras.items():
             kind = CompressedImage if camera.transport == "compressed" else Image
-            self._add(slot, camera_topic(camera), kind, needed=True)
+            self._add(slot, camera.subscribed, kind, needed=True)
         for topic in robot.state.topics:
             self._add(topic, topic, JointState, needed=True)
         for name, source in robot.action_sources.items():
@@ -137,7 +137,7 @@ class EpisodeRecorder:
             stream.window.add(stream.heard)
             if tells:
                 stream.told = now, data
-            if self._bag is not None and now < self._newest - JUMP_BACK:
+            if self._bag is not None and now < self._newest - JUMP_BACK * SECOND:
                 self._give_up("the clock jumped back")
             self._newest = now
             self._write(stream.topic, now, data)

@@ -23,9 +23,10 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from pi0_ros.policy.alignment import Rejected, Sample, StreamBuffer, align
 from pi0_ros.policy.images import ImageError, decode_image, orient
-from pi0_ros.robot import Camera, Robot
-from pi0_ros.ros.conversions import SECOND, stamp_ns, type_name
+from pi0_ros.robot import Robot
+from pi0_ros.ros.conversions import SECOND, stamp_ns
 from pi0_ros.ros.diagnostics import Report, Window
+from pi0_ros.ros.graph import whereabouts
 from pi0_ros.ros.proprioception import useless
 
 FASTEST_CAMERA, FASTEST_STATE = 120.0, 2000.0  # Hz; no more is kept, should stamps not advance as time does
@@ -42,20 +43,6 @@ class Snapshot:
     frames: dict[str, Sample]  # slot -> sample of an Image or CompressedImage
     state: np.ndarray  # float64 [J] robot units, model order
     skew: float  # seconds between the oldest and the newest stream
-
-
-def camera_topic(camera: Camera) -> str:
-    """The topic that is subscribed to."""
-    return f"{camera.topic}/compressed" if camera.transport == "compressed" else camera.topic
-
-
-def whereabouts(node: Node, topic: str, kind: type) -> str:
-    """What speaks for another topic than the one that is listened to, to go on from "no message on TOPIC"."""
-    if node.count_publishers(topic):
-        return ", though it is published: are its type and quality of service right?"
-    there = sorted(name for name, types in node.get_topic_names_and_types() if type_name(kind) in types)
-    others = [name for name in there if node.count_publishers(name)]
-    return f", nobody publishes it; {type_name(kind)} is on {', '.join(others) or 'no topic'}"
 
 
 class Streams:
@@ -90,7 +77,7 @@ class Streams:
             )
             kind = CompressedImage if camera.transport == "compressed" else Image
             qos = QoSProfile(depth=1, reliability=RELIABILITY[camera.reliability])
-            self._listen(kind, camera_topic(camera), qos, slot, partial(self._camera, slot))
+            self._listen(kind, camera.subscribed, qos, slot, partial(self._camera, slot))
         for topic in robot.state.topics:
             qos = QoSProfile(depth=50, reliability=ReliabilityPolicy.BEST_EFFORT)
             self._listen(JointState, topic, qos, topic, self._joints(topic))

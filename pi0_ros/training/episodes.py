@@ -111,11 +111,11 @@ def cut_episodes(recording: Recording, robot: Robot, selection: Selection = Sele
         # Where frames take time, between two arrivals: else a frame that comes a little sooner or later than usual was
         # there or not there for the robot, at every tick of a camera as fast as the ticks.
         half = round(0.5e9 / robot.control_rate) if any(stream.held_ns for stream in here) else 0
-        start = max(spoken.values()) + half
-        if start > max(int(stream.times[-1]) for stream in here):
+        start, stop = max(spoken.values()) + half, max(int(stream.times[-1]) for stream in here)
+        if start > stop:
             recording.notes.append(f"episode {label!r}: left out, it was over before every camera and joint had come")
             continue
-        episodes.append(_episode(recording, robot, selection, here, commands, (begin, start), label))
+        episodes.append(_episode(recording, robot, selection, here, commands, (begin, start, stop), label))
     return episodes
 
 
@@ -148,11 +148,11 @@ def _episode(
     selection: Selection,
     streams: list[_Sorted],
     commands: list[Commands],
-    span: tuple[int, int],
+    span: tuple[int, int, int],
     label: str,
 ) -> Episode:
-    """`span`: where it begins, and where every camera and joint has spoken."""
-    (begin, start), stop = span, max(int(s.times[-1]) for s in streams)
+    """`span`: where it begins, where every camera and joint has spoken, and its last message."""
+    begin, start, stop = span
     if stop - start > LONGEST_NS:
         raise BagError(f"{recording.source}: stamps span {(stop - start) / 3.6e12:.0f} hours; some must be wrong")
     count = int((stop - start) * robot.control_rate // 1e9) + 1

@@ -31,7 +31,8 @@ def set_times(recording: Recording, robot: Robot, offset: ClockOffset) -> None:
             stream.time_ns = stream.bag_ns
             continue
         stamped = stream.header_ns != 0
-        delay = stream.bag_ns - stream.header_ns - offset.at(stream.bag_ns)
+        clocks = offset.at(stream.bag_ns)
+        delay = stream.bag_ns - stream.header_ns - clocks
         away = np.abs(delay)
         if len(stamped) and not stamped.any():
             _leave_out(recording, stream, f"{what}: every header stamp is 0")
@@ -42,11 +43,12 @@ def set_times(recording: Recording, robot: Robot, offset: ClockOffset) -> None:
             wrong = stamped & (away > AWAY_NS)
             recording.faults[stream.topic, "header stamp 0"] += int((~stamped).sum())
             recording.faults[stream.topic, "header stamp far from the time of recording"] += int(wrong.sum())
-            stream.keep(stamped & ~wrong)
-            delay, ages = delay[stamped & ~wrong], _ages(robot, stream)
+            sound = stamped & ~wrong
+            stream.keep(sound)
+            delay, clocks, ages = delay[sound], clocks[sound], _ages(robot, stream)
             _check_apart(recording, what, delay, *ages)
             if not stream.joints and len(delay):
-                stream.way_ns = _way(delay, offset.at(stream.bag_ns), sum(ages))
+                stream.way_ns = _way(delay, clocks, sum(ages))
         stream.time_ns = stream.header_ns
         back = stream.header_ns[:-1] - stream.header_ns[1:]
         if len(back) and back.max() > CLOCK_RESET_NS:

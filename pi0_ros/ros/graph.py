@@ -1,0 +1,19 @@
+"""What is on the ROS graph."""
+
+from __future__ import annotations
+
+from rclpy.node import Node
+
+
+def type_name(kind: type) -> str:
+    """A message class's name in the ROS graph: sensor_msgs/msg/Image."""
+    return f"{kind.__module__.split('.')[0]}/msg/{kind.__name__}"
+
+
+def whereabouts(node: Node, topic: str, kind: type) -> str:
+    """What speaks for another topic than the one that is listened to, to go on from "no message on TOPIC"."""
+    if node.count_publishers(topic):
+        return ", though it is published: are its type and quality of service right?"
+    there = sorted(name for name, types in node.get_topic_names_and_types() if type_name(kind) in types)
+    others = [name for name in there if node.count_publishers(name)]
+    return f", nobody publishes it; {type_name(kind)} is on {', '.join(others) or 'no topic'}"
