@@ -407,6 +407,15 @@ def test_what_is_missing_is_said_with_where_to_look(ros, program):
     ros.spin_until(recording.says("not possible: base_0_rgb: no message"))
 
 
+def test_what_is_missing_for_another_reason_is_said_anew(ros, program):
+    driver = ros.node("driver")
+    silent = driver.create_publisher(Image, "/base/image_raw", 1)
+    recording = program()
+    ros.spin_until(recording.says("missing: base_0_rgb: no message on /base/image_raw, though it is published"), 60)
+    driver.destroy_publisher(silent)
+    ros.spin_until(recording.says("missing: base_0_rgb: no message on /base/image_raw, nobody publishes it"), 60)
+
+
 def test_a_robot_file_that_cannot_be_used_is_one_line(tmp_path):
     command = [sys.executable, "-m", "pi0_ros.ros.record", "--robot", str(tmp_path / "no.yaml"), "--output", "x"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

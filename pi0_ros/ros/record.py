@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,7 @@ from pi0_ros.ros.recorder import EpisodeRecorder, RecordingError
 LOOK, SHOW = 0.5, 0.1  # s between two looks at the graph, and at the keys
 LOOKED_AT = 60.0  # s that the program waits at its end for the last episodes to be looked at
 NUMBERS = "numbers.json"
+SECONDS = re.compile(r"(?<= for )[\d.]+(?= s )")  # of a silence, which grow
 ALONE = " (1 recordings)"  # what inspect_bags counts
 HELP = "Enter: begin an episode, then keep it; d: discard it; p TEXT: prompt; q: end"
 
@@ -217,11 +219,11 @@ class Recorder(Node):
         self._draw()
         self._episodes.listen()
         lacking = self._episodes.lacking()
-        names = [line.partition(":")[0] for line in lacking]
-        before, self._noticed = self._noticed, names
-        if names == self._lacking or names != before:  # what lasts for a moment only need not be told
+        reasons = [SECONDS.sub("", line) for line in lacking]
+        before, self._noticed = self._noticed, reasons
+        if reasons == self._lacking or reasons != before:  # what lasts for a moment only need not be told
             return
-        self._lacking = names
+        self._lacking = reasons
         self._say("\n".join(f"missing: {line}" for line in lacking) or f"ready: {self._rates()}; {self._prompt!r}")
 
     def _draw(self) -> None:
