@@ -224,6 +224,7 @@ template <class T> T load_constant(const T* p) { return *p; }
 inline float divide(float x, float y) { return x / y; }
 inline uint4 load_fresh(const uint4* p) { return *p; }
 inline float load_fresh(const float* p) { return *p; }
+inline uint4 load_kept(const uint4* p) { return *p; }
 
 // --- arithmetic -------------------------------------------------------------------------------------------------------
 

@@ -101,8 +101,9 @@ def spread(qkv: Tensor, rope: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     (kv, capacity, dim), rows = keys.shape, len(qkv)
     heads = qkv.shape[1] // dim - 2 * kv
     q = qkv.new_empty(rows, heads * dim)
-    _spread[(heads + 2 * kv, triton.cdiv(rows, 16))](
-        qkv, torch.view_as_real(rope), q, keys, values, rows, capacity, HEADS=heads, KV=kv, DIM=dim, M=16
+    m = 2  # rows of a program: more of them take longer
+    _spread[(heads + 2 * kv, triton.cdiv(rows, m))](
+        qkv, torch.view_as_real(rope), q, keys, values, rows, capacity, HEADS=heads, KV=kv, DIM=dim, M=m
     )
     return q
 

@@ -7,9 +7,10 @@
 constexpr int Q_STRIDE = 2 * DIM + 64, P_STRIDE = 80,
               PART_STRIDE = 2 * DIM + 16;                        // bytes, so that rows meet in no bank
 constexpr int PAIR_AT = 16 * Q_STRIDE, PAIR = 16 * PART_STRIDE;  // a pair of warps' 16 rows: of P, then of its part
-constexpr int MIXED_AT = PAIR_AT + 4 * PAIR;                     // bf16 [RANKS][4][DIM]
-constexpr int WEIGHTS_AT = MIXED_AT + RANKS * 4 * DIM * 2;       // float2 [RANKS * 8][16]
-constexpr int TOPS_AT = WEIGHTS_AT + RANKS * 8 * 16 * 8;         // f32 [8][16]
+constexpr int MIXED_AT = PAIR_AT + 4 * PAIR;                     // bf16 [RANKS][4][DIM], of the cluster's blocks
+constexpr int WEIGHTS_AT = MIXED_AT + RANKS * 4 * DIM * 2;       // float2 [RANKS][4], theirs
+constexpr int OWN_WEIGHTS_AT = WEIGHTS_AT + RANKS * 4 * 8;       // float2 [8][16], of this block's warps
+constexpr int TOPS_AT = OWN_WEIGHTS_AT + 8 * 16 * 8;             // f32 [8][16]
 static_assert(TOPS_AT + 8 * 16 * 4 <= A_SLOTS * A_SLOT, "attention fits where the activations were");
 
 // A warp's part of 32 keys: it multiplies q with 16 of them, and all 32 values' half of the dimensions with P.
@@ -28,7 +29,7 @@ struct Attention {
     int count, pair, side, r, t;  // of all keys; which warps and lanes these are
 
     DEVICE uint4 cell(const bf16* cache, int key, int dim) const {
-        return load_fresh(reinterpret_cast<const uint4*>(cache + (long long)min(key, count - 1) * DIM + dim));
+        return load_kept(reinterpret_cast<const uint4*>(cache + (long long)min(key, count - 1) * DIM + dim));
     }
     DEVICE void read_keys(Read& read, int block, int half) const {
         const int key = 32 * block + 16 * side;
@@ -52,37 +53,31 @@ struct Attention {
 
 constexpr float NOTHING = -1e30f;  // a score that nobody may see; finite, so that differences are numbers
 
-// What 32 warps found, each with the highest score and the sum that it saw of a row, to attended rows: weighted, the
-// block's four pairs together, then the cluster's four blocks, each of which adds up four rows.
+// What eight warps found, each with the highest score and the sum that it saw of a row, put together in their block, then
+// in the cluster, of which each block adds up four rows: attended rows.
 DEVICE void put_together(const Params& p, Shared& s, const Where& at, Progress& done, const Attention& of,
                          const float (&o)[2][8][4], const float (&top)[2], float (&total)[2]) {
     const int r = of.r, t = of.t;
     u8* pair = s.a + PAIR_AT + of.pair * PAIR;
     float2* weights = reinterpret_cast<float2*>(s.a + WEIGHTS_AT);
-    if (at.thread == 0) {
-        barrier_expect(&s.weighed, 8 * RANKS * 16 * sizeof(float2));
-        barrier_expect(&s.mixed, RANKS * 4 * DIM * sizeof(bf16));
-    }
+    float2* own = reinterpret_cast<float2*>(s.a + OWN_WEIGHTS_AT);
+    if (at.thread == 0) barrier_expect(&s.mixed, RANKS * 4 * (DIM * sizeof(bf16) + sizeof(float2)));
     for (int half = 0; half < 2; half++) {
         for (int flipped = 1; flipped < 4; flipped *= 2) total[half] += from_lane(total[half], flipped);
-        const float2 mine = make_float2(top[half], total[half]);
-        store_at(weights + (at.rank * 8 + at.warp) * 16 + r + 8 * half, t, mine, &s.weighed);
+        if (t == 0) own[at.warp * 16 + r + 8 * half] = make_float2(top[half], total[half]);
     }
-    barrier_wait(&s.weighed, done.heads & 1);
+    sync_threads<WORKERS>(1);
     float share[2];
     for (int half = 0; half < 2; half++) {
-        float2 weight[2 * RANKS];
-        float highest = NOTHING, sum = 0.f;
-#pragma unroll
-        for (int i = 0; i < 2 * RANKS; i++) {
-            weight[i] = weights[(4 * i + t) * 16 + r + 8 * half];
-            highest = fmaxf(highest, weight[i].x);
-        }
+        const float2 one = own[t * 16 + r + 8 * half], other = own[(t + 4) * 16 + r + 8 * half];
+        float highest = fmaxf(one.x, other.x);
         for (int flipped = 1; flipped < 4; flipped *= 2) highest = fmaxf(highest, from_lane(highest, flipped));
-#pragma unroll
-        for (int i = 0; i < 2 * RANKS; i++) sum += weight[i].y * __expf(weight[i].x - highest);
+        float sum = one.y * __expf(one.x - highest) + other.y * __expf(other.x - highest);
         for (int flipped = 1; flipped < 4; flipped *= 2) sum += from_lane(sum, flipped);
-        share[half] = divide(__expf(top[half] - highest), sum);
+        share[half] = __expf(top[half] - highest);
+        const int row = r + 8 * half;
+        if (at.warp == 0 && t == 0)
+            store_at(weights + at.rank * 4 + row % 4, row / 4, make_float2(highest, sum), &s.mixed);
     }
 
 #pragma unroll
@@ -119,15 +114,24 @@ DEVICE void put_together(const Params& p, Shared& s, const Where& at, Progress& 
     }
     barrier_wait(&s.mixed, done.heads++ & 1);
     const int mine = at.thread / (DIM / 4), column = at.thread % (DIM / 4);
+    float highest = NOTHING, sum = 0.f;
+#pragma unroll
+    for (int rank = 0; rank < RANKS; rank++) highest = fmaxf(highest, weights[rank * 4 + mine].x);
     float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
     for (int rank = 0; rank < RANKS; rank++) {
+        const float2 weight = weights[rank * 4 + mine];
         const uint2 part = reinterpret_cast<const uint2*>(sums)[(rank * 4 + mine) * (DIM / 4) + column];
-        y.x += widen(part.x), y.y += widen_high(part.x), y.z += widen(part.y), y.w += widen_high(part.y);
+        const float share = __expf(weight.x - highest);
+        sum += weight.y * share;
+        y.x += widen(part.x) * share, y.y += widen_high(part.x) * share;
+        y.z += widen(part.y) * share, y.w += widen_high(part.y) * share;
     }
     const int asked = 16 * at.cluster + 4 * at.rank + mine;
+    const float scale = divide(1.f, sum);
     if (asked < p.rows * HEADS)
-        *reinterpret_cast<uint2*>(p.mixed + asked * DIM + 4 * column) = make_uint2(narrow(y.x, y.y), narrow(y.z, y.w));
+        *reinterpret_cast<uint2*>(p.mixed + asked * DIM + 4 * column) =
+            make_uint2(narrow(y.x * scale, y.y * scale), narrow(y.z * scale, y.w * scale));
 }
 
 // 16 rows of q, two tokens' heads, over all keys, 32 at a time a pair of warps, of which a cluster has 16. Eight warps.

@@ -169,6 +169,15 @@ DEVICE uint4 load_fresh(const uint4* p) {
 
 DEVICE float load_fresh(const float* p) { return __ldcg(p); }
 
+// The same, of what every step reads again: weights stream past it through L2.
+DEVICE uint4 load_kept(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.cg.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p), "l"(0x14F0000000000000ull));  // evict last
+    return v;
+}
+
 // Of what no kernel writes while this one runs.
 template <class T> DEVICE T load_constant(const T* p) { return __ldg(p); }
 

@@ -29,6 +29,8 @@ DEVICE void copy_weights(const Params& p, Shared& s, const Where& at) {
         for (int c = 0; c < tiles; c += in_slot, n++) {
             const int i = n % SLOTS;
             if (n >= SLOTS) barrier_wait(&s.empty[i], (n / SLOTS - 1) & 1);
+            const int last = n - ON_THE_WAY;
+            if (last >= 0) barrier_wait(&s.full[last % SLOTS], last / SLOTS & 1);
             barrier_expect(&s.full[i], in_slot * bytes * (other ? 2 : 1));
             u8* to = s.ring + i * SLOT;
             for (int k = 0; k < in_slot; k++) {
@@ -403,7 +405,7 @@ extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(THREA
             barrier_init(&s.arrived[i], 1);
             barrier_init(&s.drained[i], GROUP / 32);
         }
-        for (Barrier* b : {&s.go, &s.summed, &s.weighed, &s.mixed}) barrier_init(b, 1);
+        for (Barrier* b : {&s.go, &s.summed, &s.mixed}) barrier_init(b, 1);
         barrier_init(&s.normed, ROWS);
         barrier_init(&s.exchanged, 1 + 32);
         barriers_are_ready();

@@ -28,6 +28,9 @@ constexpr int SLOT = 2 * OfQkv::LARGEST * CHUNK * 2;  // of the ring, bytes
 constexpr int PARTS = RANKS * OfWidth::LARGEST / 8 * 32 * 16;
 constexpr int QKV_PAIRS = (OfQkv::LARGEST + 15) / 16, X_PAIRS = (OfWidth::LARGEST + 15) / 16;  // of a thread, at most
 constexpr int A_SLOTS = 4, SLOTS = (MEMORY - A_SLOTS * A_SLOT - PARTS - QKV_PAIRS * GROUP * 8 - 3072) / SLOT;
+// Slots being filled at a time. These are enough for the memory's full rate; with more, what blocks tell one another and
+// read of one another would stand behind them.
+constexpr int ON_THE_WAY = 2;
 static_assert(SLOT >= 4 * OfMlp::LARGEST * CHUNK * 2 && SLOT >= 4 * OfWidth::LARGEST * CHUNK * 2, "tiles fit");
 
 struct Params {
@@ -52,7 +55,7 @@ struct Shared {
     float2 rope[QKV_PAIRS][GROUP];                  // cosine and sine for what each thread turns in qkv
     float factor[ROWS];
     Barrier full[SLOTS], empty[SLOTS], arrived[A_SLOTS], drained[A_SLOTS];
-    Barrier go, summed, normed, exchanged, weighed, mixed;
+    Barrier go, summed, normed, exchanged, mixed;
 };
 static_assert(sizeof(Shared) + 1024 <= MEMORY, "and the start may have to be moved by up to 1024");
 
