@@ -8,8 +8,10 @@ import pytest
 import rclpy
 import torch
 from policy_node_kit import HORIZON, LATCHED, Bench, robot
+from rcl_interfaces.msg import Log
 from rclpy.clock_type import ClockType
 from rclpy.parameter import Parameter
+from rclpy.qos import qos_profile_rosout_default
 from rclpy.time import Time
 from rosgraph_msgs.msg import Clock
 from std_msgs.msg import String
@@ -142,7 +144,7 @@ def test_a_stream_that_stops_is_blamed_with_its_age_and_chunks_stop(bench):
     assert b.node._worker.health.chunks == count
 
 
-def test_the_prompt_comes_from_robot_file_parameter_topic_and_service_the_newest_wins(bench, capfd):
+def test_the_prompt_comes_from_robot_file_parameter_topic_and_service_the_newest_wins(bench):
     b = bench(rate=50.0)
     b.start()
     assert b.chunks[-1].prompt == "wave"
@@ -159,8 +161,10 @@ def test_the_prompt_comes_from_robot_file_parameter_topic_and_service_the_newest
         "",
         "the prompt has 2001 characters, at most 2000 are allowed",
     ]
+    log = []
+    b.other.create_subscription(Log, "/rosout", lambda m: log.append(m.msg), qos_profile_rosout_default)
     b.other.create_publisher(String, "prompt", LATCHED).publish(String(data=" "))
-    b.until(lambda: "the prompt is empty: ignored, it stays 'jump'" in capfd.readouterr().err, doing=b.send)
+    b.until(lambda: "the prompt is empty: ignored, it stays 'jump'" in log, doing=b.send)
     assert b.node.get_parameter("prompt").value == "jump"
 
 

@@ -99,8 +99,8 @@ def test_the_default_policy_is_made_from_the_parameters_and_untrained_weights_ar
     b.start()
     chunk = b.chunks[0]
     assert (chunk.checkpoint, chunk.num_steps, chunk.horizon) == ("random", 1, PRESETS["nano"].action_horizon)
+    b.close()  # what a thread logs while the log is read would be written over its beginning
     assert "untrained random weights" in capfd.readouterr().err
-    b.close()
 
 
 def test_a_small_model_takes_one_thread_and_a_parameter_says_otherwise(context, tmp_path):

@@ -31,7 +31,7 @@ from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window, title
 from pi0_ros.ros.judging import Offer, Settings
 from pi0_ros.ros.outputs import Outputs, streamed_joints
-from pi0_ros.ros.parameters import ParameterError, Spec
+from pi0_ros.ros.parameters import Spec, no_robot_file
 from pi0_ros.ros.player import STATES, Player
 from pi0_ros.ros.program import ManagedNode, run_node
 from pi0_ros.ros.qos import LATCHED, NEWEST, SENSOR
@@ -111,7 +111,7 @@ def settings_from(values: dict[str, Any]) -> Settings:
 def load_robot_file(robot_file: str, checkpoint: str) -> Robot:
     """The robot of the two parameters."""
     if not (value := robot_file or checkpoint):
-        raise ParameterError("parameter 'robot_file': found '', give a robot file or a checkpoint folder")
+        raise no_robot_file()
     return load_robot(value)
 
 

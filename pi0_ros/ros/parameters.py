@@ -24,6 +24,10 @@ class ParameterError(ValueError):
     """A parameter that was given a value it cannot have; the message is one line."""
 
 
+def no_robot_file() -> ParameterError:
+    return ParameterError("parameter 'robot_file': found '', give a robot file or a checkpoint folder")
+
+
 @dataclass(frozen=True)
 class Spec:
     """One parameter. The type is the default's; a whole number is taken for a float."""

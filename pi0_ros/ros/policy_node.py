@@ -30,7 +30,7 @@ from pi0_ros.robot import load_robot
 from pi0_ros.ros.conversions import SECOND
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, title
 from pi0_ros.ros.health import THRESHOLDS, gpu_memory
-from pi0_ros.ros.parameters import ParameterError, Parameters, Spec
+from pi0_ros.ros.parameters import Parameters, Spec, no_robot_file
 from pi0_ros.ros.player import JUMP_BACK
 from pi0_ros.ros.program import ManagedNode, RosLog, ending, run_node
 from pi0_ros.ros.qos import LATCHED, NEWEST
@@ -95,7 +95,7 @@ def load_policy(parameters: Parameters) -> Policy:
     elif robot is not None:
         policy = Policy.random(robot, preset=parameters["preset"], **common)
     else:
-        raise ParameterError("parameter 'robot_file': found '', give a robot file or a checkpoint folder")
+        raise no_robot_file()
     if threads := parameters["threads"] or policy.threads:
         torch.set_num_threads(threads)
     return policy

@@ -36,7 +36,7 @@ from pi0_ros.robot import Robot, RobotFileError, load_robot, robot_path
 from pi0_ros.ros.conversions import chunk_actions, stamp_ns, to_stamp
 from pi0_ros.ros.kinematics import Kinematics, KinematicsError, find_urdf
 from pi0_ros.ros.markers import Player, Shape, View
-from pi0_ros.ros.parameters import ParameterError, Parameters, Spec
+from pi0_ros.ros.parameters import Parameters, Spec, no_robot_file
 from pi0_ros.ros.program import run_node
 from pi0_ros.ros.qos import LATCHED, NEWEST, SENSOR
 
@@ -63,7 +63,7 @@ def load_kinematics(robot_file: str, urdf: str = "", tip_link: str = "") -> tupl
         ParameterError, RobotFileError, KinematicsError: one line on what is wrong.
     """
     if not robot_file:
-        raise ParameterError("parameter 'robot_file': found '', give a robot file or a checkpoint folder")
+        raise no_robot_file()
     path = robot_path(robot_file)
     robot = load_robot(path)
     found = find_urdf(urdf, Path.cwd()) if urdf else find_urdf(robot.urdf or "", path.parent)
