@@ -227,3 +227,17 @@ def test_small_projections_norms_and_time_are_computed_in_float32_under_autocast
     expected = {"action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out"}
     assert exact == expected | {name for name in seen if name.endswith("norm.dense")}
     assert sum(name.endswith("norm.dense") for name in exact) == 7  # two of each of three layers, and the last
+
+
+def test_products_of_the_same_tokens_share_one_bfloat16_copy_of_them_under_autocast():
+    model = random_model(TINY).train()
+    seen: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+            module.register_forward_pre_hook(lambda m, inputs, name=name: seen.__setitem__(name, inputs[0]))
+    flow_loss(model, batch(TINY), step_streams(0, 0), source=White(), dtype=torch.bfloat16)
+    assert {x.dtype for x in seen.values()} == {torch.bfloat16}
+    blocks: dict[str, set[int]] = {}
+    for name, x in seen.items():
+        blocks.setdefault(name.rsplit(".", 1)[0], set()).add(x.data_ptr())
+    assert all(len(copies) == 1 for copies in blocks.values())

@@ -122,18 +122,20 @@ def test_the_forecast_counts_what_float32_training_keeps():
     assert needed.activations == 4 * forecast(model, TINY, piece=1, cameras=1).activations
 
 
-def remembered(model: Pi0, cameras: int, draws: int = 1) -> int:
-    """Bytes that one sample's forward pass keeps for the backward pass."""
+def remembered(model: Pi0, draws: int = 1, autocast: bool = False) -> int:
+    """Bytes that one sample's forward pass keeps for the backward pass, copies of weights left out."""
     observation, actions = random_observation(model.config, batch=1), random_chunk(model.config, 1, batch=1)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1]) if p.dim() == 2}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
+        if tensor.untyped_storage().data_ptr() not in weights and tensor.shape not in shapes:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(observation, actions, noise=actions.expand(draws, -1, -1), time=torch.full((draws,), 0.5))
     assert loss.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
@@ -144,10 +146,10 @@ def test_the_forecast_of_activations_is_near_what_is_remembered(frozen):
     config = PRESETS["nano"]
     model = random_model(config).train()
     freeze(model, frozen)
-    estimate = activation_bytes(config, 3, EVERYTHING - set(frozen), 4, recompute=False)
-    assert 0.7 < estimate / remembered(model, 3) < 1.5
-    estimate = activation_bytes(config, 3, EVERYTHING - set(frozen), 4, recompute=False, draws=4)
-    assert 0.7 < estimate / remembered(model, 3, draws=4) < 1.5
+    live = EVERYTHING - set(frozen)
+    assert 0.7 < activation_bytes(config, 3, live, 4, recompute=False) / remembered(model) < 1.5
+    assert 0.7 < activation_bytes(config, 3, live, 4, recompute=False, draws=4) / remembered(model, draws=4) < 1.5
+    assert 0.7 < activation_bytes(config, 3, live, 2, recompute=False) / remembered(model, autocast=True) < 1.5
 
 
 def test_less_is_forecast_where_less_is_kept():

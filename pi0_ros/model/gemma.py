@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pi0_ros.model.config import GemmaConfig
-from pi0_ros.model.linear import Linear
+from pi0_ros.model.linear import Linear, for_products
 
 RMS_EPS = 1e-6
 ROPE_THETA = 10_000.0
@@ -102,6 +102,7 @@ class GemmaLayer(nn.Module):
         itself, M tokens together. With `keys_only` the work stops at keys and values, and x comes back as it was.
         """
         y, gate = self.input_layernorm(x, cond)
+        y = for_products(y)
         own = self.self_attn.keys_values(y, rope)
         if keys_only:
             return x, own
@@ -109,7 +110,7 @@ class GemmaLayer(nn.Module):
         attended = attend(self.self_attn.queries(y, rope), k, v, mask)
         x = gated_add(x, self.self_attn.o_proj(attended), gate)
         y, gate = self.post_attention_layernorm(x, cond)
-        return gated_add(x, self.mlp(y), gate), own
+        return gated_add(x, self.mlp(for_products(y)), gate), own
 
 
 class Gemma(nn.Module):

@@ -33,6 +33,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return _OneDnnLinear.apply(rows, weight, bias).view(*x.shape[:-1], len(weight))
 
 
+def for_products(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that autocast, where it is on, gives every product that takes it: turned once for all of them, and
+    remembered once."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pi0_ros.model.config import VisionConfig
-from pi0_ros.model.linear import Linear
+from pi0_ros.model.linear import Linear, for_products
 
 LAYER_NORM_EPS = 1e-6
 
@@ -23,6 +23,7 @@ class SiglipAttention(nn.Module):
         self.out_proj = Linear(config.width, config.width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, W] -> [B, T, W]
+        x = for_products(x)
         q, k, v = (
             projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, T, W / heads]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
