@@ -184,13 +184,17 @@ def test_a_server_that_takes_long_to_accept_is_not_asked_for_ever(goals):
     assert len(client.told) == 2 and not made.fault
 
 
-def test_a_refused_goal_is_asked_again(goals):
+def test_a_refused_goal_is_asked_again_a_second_later_and_another_one_at_once(goals):
     made, client = goals()
     play(made, client, range(0, 50, 10), 0.4, answer=False)
     client.answer(accepted=False)
-    assert made.fault == f"{ACTION} refuses the gripper's goals"
-    play(made, client, range(50, 500, 10), 0.4)
-    assert client.told == [0.4, 0.4] and not made.fault
+    play(made, client, range(50, 1000, 10), 0.4)
+    assert client.told == [0.4] and made.fault == f"{ACTION} refuses the gripper's goals"
+    play(made, client, range(1000, 1100, 10), 0.4, answer=False)
+    client.answer(accepted=False)
+    assert client.told == [0.4, 0.4] and made.fault
+    play(made, client, range(1100, 1200, 10), 0.8)
+    assert client.told == [0.4, 0.4, 0.8] and not made.fault
 
 
 def test_an_aborted_goal_is_asked_twice_more_a_second_later_each(goals):

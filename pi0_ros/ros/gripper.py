@@ -21,7 +21,7 @@ PERIOD = SECOND // 10  # ns between two goals, at least; so long a change may go
 ANSWER = SECOND  # ns; a server that takes longer to accept a goal is asked again
 SILENCE = SECOND // 2  # ns without a position: meanwhile others may have moved the gripper
 LOOK = SECOND // 2  # ns between two looks at which servers there are
-AGAIN = SECOND  # ns until a goal that was aborted goes out again
+AGAIN = SECOND  # ns until a goal that was refused or aborted goes out again
 TRIES = 3  # times; servers abort a grasp, too, that ends elsewhere than at the goal
 LEAST = 0.01  # of the way from open to closed; a smaller change waits until the position has stood still
 STILL = SECOND // 2  # ns for that: what a policy wavers by is no reason to move
@@ -55,9 +55,10 @@ class GripperGoals:
         self._changed: int | None = None  # ns, since when the position is another than the goal
         self._answer: Future | None = None
         self._servers: set[bytes] = set()
-        self._refused = self._silent = False  # what became of the newest goal
+        self._silent = False  # whether the newest goal was answered by nobody
+        self._refused: float | None = None  # the newest goal, where it was
         self._aborted: float | None = None  # the goal that was, the newest that ended
-        self._tries, self._again = 0, 0  # how often in a row, and ns, when it may go out again
+        self._tries, self._again = 0, 0  # how often that was, in a row; ns, when one of these may go out again
 
     def forget(self) -> None:
         """What was told no longer counts: others may have moved the gripper since."""
@@ -67,14 +68,15 @@ class GripperGoals:
         """Have the gripper be at `position` (message units) at `now` (ns); what is too early or too little waits for a
         later call."""
         if not 0 <= now - self._called < SILENCE or self._another_server(now):
-            self._told = self._aborted = None
+            self._told = self._aborted = self._refused = None
         stands = self._last is not None and self._near(position, self._last, SAME)
         self._called, self._last = now, position
         if not self._near(position, self._anchor, SAME) or now < self._still:
             self._anchor, self._still = position, now
         if self._answer is not None and not 0 <= now - self._sent_at < ANSWER:
             self._answer, self._told, self._silent = None, None, True
-        waits = self._near(position, self._aborted, LEAST) and 0 <= self._again - now < AGAIN
+        failed = self._near(position, self._aborted, LEAST) or self._near(position, self._refused, LEAST)
+        waits = failed and 0 <= self._again - now < AGAIN
         if waits or self._near(position, self._told, SAME) or not self._client.server_is_ready():
             self._changed = None
             return
@@ -117,9 +119,9 @@ class GripperGoals:
         handle, late = answer.result(), answer is not self._answer
         if late and not (handle.accepted and self._near(position, self._told, SAME)):
             return  # of a goal that no longer counts
-        self._answer, self._silent, self._refused = None, False, not handle.accepted
-        if self._refused:
-            self._told = None  # asks again
+        self._answer, self._silent, self._refused = None, False, None
+        if not handle.accepted:
+            self._told, self._refused, self._again = None, position, self._called + AGAIN
         else:
             handle.get_result_async().add_done_callback(lambda done: self._ended(position, done.result()))
 
@@ -138,8 +140,8 @@ class GripperGoals:
     @property
     def fault(self) -> str:
         """What the server does instead of moving the gripper, or ""."""
-        if self._refused or self._silent:
-            return f"{self.name} {'refuses' if self._refused else 'does not answer'} the gripper's goals"
+        if self._silent or self._refused is not None:
+            return f"{self.name} {'does not answer' if self._silent else 'refuses'} the gripper's goals"
         return f"{self.name} aborts the gripper's goal {self._aborted:g}" if self._aborted is not None else ""
 
     @property
