@@ -13,14 +13,19 @@ BOTH = pytest.mark.parametrize("streamed", [NAMES, ()], ids=["positions", "traje
 STANDS = "the arm does not follow: joint 'a' stands still; call ~/start to resume"
 
 
-def closed_loop(bench: Bench, reach: float, ticks: int, stuck=False, seconds=0.5) -> None:
-    """A policy that plans from where it sees the arm, ten times a second: by `reach` further within `seconds`."""
+def closed_loop(bench: Bench, reach: float, ticks: int, stuck=False, seconds=0.5, kept=0) -> None:
+    """A policy that plans from where it sees the arm, ten times a second: by `reach` further within `seconds`; its first
+    `kept` actions are the previous chunk's."""
+    before = None
     for k in range(ticks):
         arm = bench.arm.copy()
         if k % 10 == 0:
             time = np.arange(21) * 0.05
-            way = reach * np.minimum(1, time / seconds) * (1 if arm[0] < 0.3 else -1)
-            bench.offer(np.stack([arm[0] + way, arm[1] + 0 * way, 0.5 + 0 * way], axis=1))
+            way = arm[0] + reach * np.minimum(1, time / seconds) * (1 if arm[0] < 0.3 else -1)
+            if before is not None:
+                way[:kept] = np.interp(time[:kept] + 0.1, time, before)
+            before = way
+            bench.offer(np.stack([way, arm[1] + 0 * way, 0.5 + 0 * way], axis=1))
         bench.tick()
         if stuck:
             bench.arm = arm
@@ -38,6 +43,18 @@ def test_an_arm_that_stands_still_under_a_policy_that_plans_from_where_it_sees_i
     sent = bench.sends, len(bench.plans)
     closed_loop(bench, reach, 100)  # released
     assert bench.seen == (STOPPED, STANDS) and (bench.sends, len(bench.plans)) == sent
+
+
+@BOTH
+@pytest.mark.parametrize("reach", [0.12, 0.2, 0.45])
+@pytest.mark.parametrize("kept", [3, 6, 10])
+def test_so_is_one_whose_chunks_go_back_and_forth_between_what_was_kept_and_where_they_lead(streamed, reach, kept):
+    bench = Bench(streamed)
+    bench.tick(2)
+    closed_loop(bench, reach, 200, kept=kept)
+    assert bench.seen == (PLAYING, "")
+    closed_loop(bench, reach, 350, stuck=True, kept=kept)
+    assert bench.seen == (STOPPED, STANDS)
 
 
 def test_an_arm_that_stands_still_from_the_start_at_0_is_stopped_too():
@@ -299,7 +316,6 @@ def stands_still(unit=1.0, arm=True, until=1.0, skip=(0.0, 0.0), **ways) -> bool
     ways = {
         "measured": lambda t: 0.0,
         "commanded": lambda t: 0.1 * t,
-        "meant": lambda t: 0.12,
         "ahead": lambda t: 0.2,
         "seen": lambda t: t,
     } | ways
@@ -310,28 +326,48 @@ def stands_still(unit=1.0, arm=True, until=1.0, skip=(0.0, 0.0), **ways) -> bool
             continue
         at = np.array([round(ways["seen"](t) * SECOND)])
         measured, commanded, ahead = (unit * np.array([0.5 + ways[w](t)]) for w in ("measured", "commanded", "ahead"))
-        if stall.watch(now, measured, at, commanded, unit * np.array([ways["meant"](t)]), ahead) is not None:
+        if stall.watch(now, measured, at, commanded, ahead) is not None:
             return True
     return False
+
+
+TO_AND_FRO = {"ahead": lambda t: 0.2 * np.sin(5 * t), "commanded": lambda t: 0.06 * np.sin(5 * t), "until": 2.0}
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        (TO_AND_FRO, True),
+        (TO_AND_FRO | {"unit": 0.2}, True),
+        (TO_AND_FRO | {"until": 1.99}, False),  # it may follow in the next second
+        (TO_AND_FRO | {"arm": False}, False),
+        (TO_AND_FRO | {"commanded": lambda t: 0.049 * np.sin(5 * t)}, False),  # not far enough to be sure
+        (TO_AND_FRO | {"commanded": lambda t: 0.06 * np.sin(5 * t) * (t > 1.1)}, False),  # only now
+        (TO_AND_FRO | {"commanded": lambda t: 0.06 * np.sin(5 * t) * (t < 0.9)}, True),  # then it waits
+        (TO_AND_FRO | {"measured": lambda t: 0.007 * np.sin(5 * t)}, False),
+        (TO_AND_FRO | {"measured": lambda t: 0.005 * np.sin(5 * t)}, True),  # what it shakes by
+        (TO_AND_FRO | {"measured": lambda t: 0.02 * (t > 1.5)}, False),  # late, but it follows
+        (TO_AND_FRO | {"skip": (1.3, 1.45)}, True),
+        (TO_AND_FRO | {"skip": (1.3, 1.6)}, False),
+        (TO_AND_FRO | {"seen": lambda t: min(t, 1.4)}, False),
         ({}, True),
         ({"unit": 0.2}, True),
         ({"until": 0.99}, False),
         ({"arm": False}, False),  # a gripper
-        ({"meant": lambda t: 0.09}, False),  # chunks hardly move it
-        ({"meant": lambda t: -0.12, "ahead": lambda t: -0.2, "commanded": lambda t: -0.1 * t}, True),
-        ({"meant": lambda t: 1.0 if t < 0.5 else -1.0}, False),  # to and fro
+        ({"ahead": lambda t: -0.2, "commanded": lambda t: -0.1 * t}, True),
+        ({"ahead": lambda t: 0.2 if t < 0.5 else -0.2}, False),  # to and fro
+        ({"commanded": lambda t: 0.1 + 0.02 * t}, False),  # a command that waits
+        ({"commanded": lambda t: 0.1 + 0.05 * np.sin(20 * t)}, True),  # and one that goes on and back
         ({"ahead": lambda t: 0.09 if 0.4 < t < 0.5 else 0.2}, False),  # it was at its goal for a moment
         ({"commanded": lambda t: 0.05 * t}, False),  # 0.025 from its command on average
         ({"commanded": lambda t: 0.07 * t}, True),
         ({"measured": lambda t: 0.02 * t}, True),
-        ({"measured": lambda t: 0.03 * t}, False),  # a quarter of the way that was meant
-        ({"measured": lambda t: 0.01 * t, "commanded": lambda t: 0.05 + 0.03 * t}, True),
-        ({"measured": lambda t: 0.02 * t, "commanded": lambda t: 0.05 + 0.03 * t}, False),  # as far as its command
+        ({"measured": lambda t: 0.04 * t}, False),  # a quarter of the way that is left
+        ({"measured": lambda t: 0.009 * t, "commanded": lambda t: 0.05 + 0.04 * t}, True),
+        (
+            {"measured": lambda t: 0.011 * t, "commanded": lambda t: 0.05 + 0.04 * t},
+            False,
+        ),  # a quarter of its command's way
         ({"seen": lambda t: min(t, 0.4)}, False),
         ({"seen": lambda t: min(t, 0.6)}, True),
         ({"skip": (0.3, 0.45)}, True),

@@ -26,7 +26,8 @@ from sensor_msgs.msg import JointState
 from std_srvs.srv import Trigger
 
 from pi0_ros.msg import ActionChunk, PlayerStatus
-from pi0_ros.robot import Robot, load_robot
+from pi0_ros.robot import Robot
+from pi0_ros.robot_file import load_robot
 from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window, title
 from pi0_ros.ros.judging import Offer, Settings
@@ -83,7 +84,7 @@ SPECS = (
         "following_error",
         0.5,
         "stop until ~/start when a joint is further from its command, rad; for prismatic joints a fifth of it, m; or "
-        "stands still for 1 s while chunks lead away from it; 0: never",
+        "stands still while chunks lead away from it; 0: never",
         0,
         100,
     ),

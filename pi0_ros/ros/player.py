@@ -315,9 +315,8 @@ class Player:
         if gap > most:
             name, allowed = self.joint_names[worst], most * self._unit[worst]
             return f"the arm does not follow: joint '{name}' is more than {allowed:g} from its command; {RESUME}"
-        chunk, fastest = self.playback.chunk, self.limits.velocity * self._speed
-        meant, ahead = np.clip(chunk.at(now)[1], -fastest, fastest), chunk.at(now + SECOND)[0]
-        stuck = self._stall.watch(now, self._seen.positions, self._seen.at, self.commanded, meant, ahead)
+        ahead = self.playback.chunk.at(now + SECOND)[0]
+        stuck = self._stall.watch(now, self._seen.positions, self._seen.at, self.commanded, ahead)
         if stuck is None:
             return ""
         return f"the arm does not follow: joint '{self.joint_names[stuck]}' stands still; {RESUME}"
