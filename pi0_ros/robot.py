@@ -1,16 +1,14 @@
-"""The robot file: the one description of a robot that node, player and trainer share.
+"""What a robot file says: the one description of a robot that node, player and trainer share.
 
 A robot file is YAML with one schema (`Robot`). It says which topics, joints, units, rates and camera slots
 are meant, so that what a policy was trained on is what it gets on the robot. Angles are radians, lengths
-metres, times seconds, rates hertz (REP-103). `load_robot` is the way in; every error is one line that names
-the file, the field, the value found and what is allowed.
+metres, times seconds, rates hertz (REP-103). `robot_file.py` reads it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -19,13 +17,10 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     field_serializer,
     field_validator,
     model_validator,
 )
-
-from pi0_ros.wording import shown
 
 # The order is the model's: image tokens stand in the prefix in this order, and RoPE makes it matter.
 CAMERA_SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -61,15 +56,11 @@ def _topic(name: str) -> str:
 Topic = Annotated[str, AfterValidator(_topic)]
 
 
-class RobotFileError(ValueError):
-    """A robot file that cannot be used; the message is one line per fault."""
-
-
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Camera(_Section):
+class Camera(Section):
     """One camera slot of the model and the topic that fills it."""
 
     topic: Topic
@@ -105,7 +96,7 @@ def _once(found: Sequence[str], names: Sequence[str]) -> str:
     return " and ".join(part for part in said if part)
 
 
-class Joint(_Section):
+class Joint(Section):
     """One joint, in model order. Positions in radians, or metres for a prismatic joint.
 
     A gripper is given to the model as 0 = open to 1 = closed (the pi convention), whatever its own units:
@@ -163,7 +154,7 @@ class Joint(_Section):
         return (self.action or ("absolute" if self.kind == "gripper" else "relative")) == "relative"
 
 
-class State(_Section):
+class State(Section):
     """Where proprioception comes from: one or more JointState topics, merged by joint name."""
 
     topics: tuple[Topic, ...] = ("joint_states",)
@@ -181,7 +172,7 @@ class State(_Section):
 MessageType = Literal["JointState", "JointTrajectory", "Float64MultiArray"]
 
 
-class RecordedActions(_Section):
+class RecordedActions(Section):
     """Where actions of a recording come from: what was commanded, never what was measured."""
 
     topic: Topic
@@ -190,7 +181,7 @@ class RecordedActions(_Section):
     joints: tuple[str, ...] | None = None  # those to take, in a Float64MultiArray's order; None: all, in model order
 
 
-class Command(_Section):
+class Command(Section):
     """One controller that takes commands for some of the joints (all of them when `joints` is not given).
 
     The two last types are actions, of control_msgs, each for one gripper; `topic` is the action's name.
@@ -207,14 +198,14 @@ class Command(_Section):
         return self.type.endswith("GripperCommand")
 
 
-class Prompt(_Section):
+class Prompt(Section):
     """The instruction: its default text and the topic (std_msgs/String, transient local) that changes it."""
 
     default: str = ""
     topic: Topic = "prompt"
 
 
-class Robot(_Section):
+class Robot(Section):
     """A robot as the policy sees it. Field by field the content of a robot file."""
 
     name: str
@@ -355,88 +346,3 @@ class Robot(_Section):
                 for field in ("kind", "relative", "open", "closed")
             ]
         return [f"{what}: {a} in the checkpoint, {b} in the robot file" for what, a, b in pairs if a != b]
-
-
-def parse_robot(text: str, source: str = "robot file") -> Robot:
-    """A `Robot` from YAML text; `source` names it in errors.
-
-    Raises:
-        RobotFileError: not YAML, not a mapping, or against the schema; names field, value found and allowed.
-    """
-    try:
-        data = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", error)).split())
-        raise RobotFileError(f"{source}: not YAML{where}: {problem}") from None
-    if not isinstance(data, dict):
-        fields = "a mapping of fields (name, joints, cameras, ...)"
-        raise RobotFileError(f"{source}: expected {fields}, found {shown(data)}")
-    try:
-        return Robot.model_validate(data)
-    except ValidationError as error:
-        raise RobotFileError("\n".join(_line(source, fault) for fault in error.errors())) from None
-
-
-def robot_path(path: str | Path) -> Path:
-    """The robot file that is meant: `path`, ~ resolved, or robot.yaml of the checkpoint folder there."""
-    path = Path(path).expanduser()
-    return path / "robot.yaml" if path.is_dir() else path
-
-
-def load_robot(path: str | Path) -> Robot:
-    """The robot described by the file at `path`, or by the one in a checkpoint folder.
-
-    Raises:
-        RobotFileError: the file cannot be read, is not YAML, or breaks a rule of the schema.
-    """
-    path = robot_path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RobotFileError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return parse_robot(text, str(path))
-
-
-def config_folder() -> Path:
-    """The folder of the robot files that ship with the package, in the source tree or where it was installed."""
-    here = Path(__file__).resolve()
-    candidates = [here.parents[1] / "config", *(parent / "share/pi0_ros/config" for parent in here.parents)]
-    for folder in candidates:
-        if (folder / "so101_demo.yaml").is_file():
-            return folder
-    raise RobotFileError(f"the robot files of the package are not installed: no share/pi0_ros/config above {here}")
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, where YAML loaders silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _line(source: str, fault: Any) -> str:
-    field = ".".join(str(part) for part in fault["loc"])
-    kind, message, found = fault["type"], fault["msg"], fault.get("input")
-    if kind == "extra_forbidden":
-        owner = _section(fault["loc"][:-1])
-        allowed = f", allowed: {', '.join(owner.model_fields)}" if owner else ""
-        return f"{source}: {field}: unknown field{allowed}"
-    if kind == "missing":
-        return f"{source}: {field}: missing, this field is required"
-    if kind == "value_error":
-        return f"{source}: {field + ': ' if field else ''}{message.removeprefix('Value error, ')}"
-    message = message.replace("a valid tuple", "a list")
-    return f"{source}: {field}: found {shown(found)}; {message[0].lower() + message[1:]}"
-
-
-def _section(loc: tuple[int | str, ...]) -> type[_Section] | None:
-    sections = {"cameras": Camera, "joints": Joint, "state": State, "actions": RecordedActions}
-    sections |= {"commands": Command, "prompt": Prompt}
-    return sections.get(str(loc[0])) if loc else Robot

@@ -13,7 +13,8 @@ import yaml
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
-from pi0_ros.robot import Robot, parse_robot
+from pi0_ros.robot import Robot
+from pi0_ros.robot_file import parse_robot
 
 STORE = get_typestore(Stores.ROS2_KILTED)
 SECOND = 1_000_000_000

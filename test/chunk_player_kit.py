@@ -17,7 +17,8 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from pi0_ros.msg import ActionChunk, PlayerStatus
-from pi0_ros.robot import Robot, parse_robot
+from pi0_ros.robot import Robot
+from pi0_ros.robot_file import parse_robot
 from pi0_ros.ros.chunk_player import ChunkPlayer
 from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp, void_message
 

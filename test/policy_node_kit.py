@@ -17,7 +17,8 @@ from sensor_msgs.msg import Image, JointState
 
 from pi0_ros.msg import ActionChunk, PlayerStatus
 from pi0_ros.policy.policy import Chunk, RobotObservation
-from pi0_ros.robot import Robot, parse_robot
+from pi0_ros.robot import Robot
+from pi0_ros.robot_file import parse_robot
 from pi0_ros.ros.conversions import to_stamp
 from pi0_ros.ros.policy_node import PolicyNode
 

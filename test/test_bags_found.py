@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pi0_ros.policy.images import decode_image
-from pi0_ros.robot import parse_robot
+from pi0_ros.robot_file import parse_robot
 from pi0_ros.training.bags import Bag, decode, find_bags
 from pi0_ros.training.episodes import Selection
 from pi0_ros.training.recording import read_recording

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pi0_ros.robot import config_folder, load_robot, parse_robot
+from pi0_ros.robot_file import config_folder, load_robot, parse_robot
 from pi0_ros.training.data import load_units
 from pi0_ros.training.dataset import Dataset
 from pi0_ros.training.inspect_bags import main

@@ -17,7 +17,7 @@ from pi0_ros.model.checkpoint import CheckpointError
 from pi0_ros.model.pi0 import Pi0
 from pi0_ros.policy.bundle import BundleSettings, load_bundle, save_bundle
 from pi0_ros.policy.statistics import NormStats, Stats
-from pi0_ros.robot import load_robot
+from pi0_ros.robot_file import load_robot
 
 ROOT = Path(__file__).parents[1]
 ROBOT = load_robot(ROOT / "config/six_joint_arm.yaml")

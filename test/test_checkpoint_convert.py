@@ -28,7 +28,7 @@ from pi0_ros.policy.convert import (
 )
 from pi0_ros.policy.statistics import NormStats
 from pi0_ros.policy.transforms import limit_statistics
-from pi0_ros.robot import load_robot
+from pi0_ros.robot_file import load_robot
 
 ROBOT = Path(__file__).parents[1] / "config/six_joint_arm.yaml"
 

@@ -12,7 +12,7 @@ from pi0_ros.demo.scene import CAMERAS, CUBES, prompt_for
 from pi0_ros.demo.simulation import Outcome, Simulation
 from pi0_ros.policy.bundle import load_bundle
 from pi0_ros.policy.policy import Policy, RobotObservation
-from pi0_ros.robot import load_robot
+from pi0_ros.robot_file import load_robot
 
 CONFIG = Path(__file__).parents[1] / "config"
 LATENCY, PERIOD, TICK = 0.1, 0.2, 0.05  # s: from a picture to its chunk, between chunks, between actions

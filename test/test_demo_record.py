@@ -11,7 +11,7 @@ from pi0_ros.demo.controller import Point, TrajectoryController
 from pi0_ros.demo.record import Options, Recorder, RecordingError, episode_path, main, record
 from pi0_ros.demo.scene import CUBES, JOINTS
 from pi0_ros.policy.images import decode_image
-from pi0_ros.robot import config_folder, load_robot
+from pi0_ros.robot_file import config_folder, load_robot
 
 
 def options(folder, **more) -> Options:

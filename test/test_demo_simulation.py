@@ -7,7 +7,7 @@ from pi0_ros.demo.controller import CommandError
 from pi0_ros.demo.scene import APART, CUBES, JOINTS, SHOULDER, named_cube
 from pi0_ros.demo.simulation import TIME_LIMIT, TOUCH, Simulation, TaskError
 from pi0_ros.demo.teacher import Teacher
-from pi0_ros.robot import config_folder, load_robot
+from pi0_ros.robot_file import config_folder, load_robot
 
 
 @pytest.fixture(scope="module")

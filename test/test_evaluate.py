@@ -9,7 +9,7 @@ import pytest
 import train_kit as kit
 
 from pi0_ros.policy.policy import Policy
-from pi0_ros.robot import load_robot
+from pi0_ros.robot_file import load_robot
 from pi0_ros.training.data import load_units
 from pi0_ros.training.dataset import Dataset
 from pi0_ros.training.evaluate import (

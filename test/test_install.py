@@ -70,7 +70,7 @@ def test_programs_that_need_no_ros_show_their_help_after_a_plain_pip_install(pla
 
 def test_robot_files_are_reachable_after_a_plain_pip_install(plain, tmp_path):
     code = (
-        "from pi0_ros.robot import config_folder, load_robot\n"
+        "from pi0_ros.robot_file import config_folder, load_robot\n"
         "print(config_folder()); print(load_robot(config_folder() / 'so101_demo.yaml').name)"
     )
     folder, name = run(plain / "bin/python", "-c", code, cwd=tmp_path).splitlines()
@@ -97,10 +97,10 @@ def installed() -> Path:
 def test_messages_and_rooms_import_from_one_colcon_install(tmp_path):
     (packages,) = installed().glob("lib/python3*/site-packages")
     code = (
-        "import pi0_ros.model, pi0_ros.robot\n"
+        "import pi0_ros.model, pi0_ros.robot_file\n"
         "from pi0_ros.msg import ActionChunk, PlayerStatus\n"
         "from pi0_ros.srv import SetPrompt\n"
-        "print(pi0_ros.__file__, pi0_ros.robot.config_folder())"
+        "print(pi0_ros.__file__, pi0_ros.robot_file.config_folder())"
     )
     path = os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])
     where, config = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=path).split()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi0_ros.robot import load_robot
+from pi0_ros.robot_file import load_robot
 from pi0_ros.ros.limiter import Limiter, Limits, robot_limits
 
 STEP = 0.01

@@ -19,7 +19,7 @@ from pi0_ros.policy.processor import pick_device
 from pi0_ros.policy.realtime import GuidanceSettings, guidance_weights
 from pi0_ros.policy.tokenizer import ByteTokenizer
 from pi0_ros.policy.transforms import limit_statistics
-from pi0_ros.robot import load_robot
+from pi0_ros.robot_file import load_robot
 from pi0_ros.training.objective import mute_padding
 
 ROBOT = load_robot(Path(__file__).parent.parent / "config" / "so101_demo.yaml")  # base and left wrist camera

@@ -19,7 +19,7 @@ from pi0_ros.model.pi0 import Pi0
 from pi0_ros.msg import PlayerStatus
 from pi0_ros.policy.bundle import BundleSettings, save_bundle
 from pi0_ros.policy.transforms import limit_statistics
-from pi0_ros.robot import load_robot
+from pi0_ros.robot_file import load_robot
 
 ROBOT = load_robot(Path(__file__).parent.parent / "config" / "so101_demo.yaml")
 MS = 1_000_000

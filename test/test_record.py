@@ -22,7 +22,7 @@ from std_msgs.msg import Float64MultiArray, String  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint  # noqa: E402
 
-from pi0_ros.robot import parse_robot  # noqa: E402
+from pi0_ros.robot_file import parse_robot  # noqa: E402
 from pi0_ros.ros.bag import BagFile  # noqa: E402
 from pi0_ros.ros.recorder import EpisodeRecorder, RecordingError  # noqa: E402
 from pi0_ros.training.bags import Bag, find_bags  # noqa: E402

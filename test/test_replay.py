@@ -18,7 +18,7 @@ from pi0_ros.demo.replay import Replay, in_order, open_bag
 from pi0_ros.demo.translation import compare
 from pi0_ros.policy.images import decode_image
 from pi0_ros.policy.policy import Policy
-from pi0_ros.robot import load_robot
+from pi0_ros.robot_file import load_robot
 from pi0_ros.ros.qos import LATCHED
 from pi0_ros.training import evaluate
 from pi0_ros.training.bags import Bag, BagError

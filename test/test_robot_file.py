@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi0_ros.robot import CAMERA_SLOTS, RobotFileError, config_folder, load_robot, parse_robot
+from pi0_ros.robot import CAMERA_SLOTS
+from pi0_ros.robot_file import RobotFileError, config_folder, load_robot, parse_robot
 
 CONFIG = Path(__file__).parents[1] / "config"
 

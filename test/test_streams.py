@@ -7,7 +7,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from pi0_ros.policy.alignment import Rejected
-from pi0_ros.robot import parse_robot
+from pi0_ros.robot_file import parse_robot
 from pi0_ros.ros.conversions import SECOND, to_stamp
 from pi0_ros.ros.streams import Frames, Snapshot, Streams
 

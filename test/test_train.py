@@ -23,7 +23,7 @@ from pi0_ros.model.config import PRESETS
 from pi0_ros.model.flow import Pink
 from pi0_ros.policy.bundle import BundleSettings, load_bundle, save_bundle
 from pi0_ros.policy.policy import Policy, RobotObservation
-from pi0_ros.robot import load_robot
+from pi0_ros.robot_file import load_robot
 from pi0_ros.training import train as train_module
 from pi0_ros.training.batches import prefetch
 from pi0_ros.training.optimise import Average, learning_rate

@@ -229,7 +229,7 @@ def test_actions_recorded_at_half_the_control_rate_are_refused(data, tmp_path, c
 
 def test_a_rate_is_judged_by_the_changes_of_commands_not_by_a_resting_arm(tmp_path):
     bags, robot_file = held(tmp_path, 10)
-    from pi0_ros.robot import load_robot
+    from pi0_ros.robot_file import load_robot
 
     robot = load_robot(robot_file)
     units = load_units(bags, robot, 28, jobs=1)

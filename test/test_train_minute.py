@@ -8,7 +8,7 @@ import torch
 from pi0_ros.model.config import GemmaConfig, Pi0Config, VisionConfig
 from pi0_ros.model.pi0 import Pi0
 from pi0_ros.policy.bundle import BundleSettings, save_bundle
-from pi0_ros.robot import config_folder
+from pi0_ros.robot_file import config_folder
 from pi0_ros.training.evaluate import Options as EvaluateOptions
 from pi0_ros.training.evaluate import evaluate
 from pi0_ros.training.train import main

@@ -23,7 +23,8 @@ from pi0_ros.policy.transforms import (
     Unnormalize,
     build_transforms,
 )
-from pi0_ros.robot import Joint, load_robot
+from pi0_ros.robot import Joint
+from pi0_ros.robot_file import load_robot
 
 HERE = Path(__file__).parent
 ROBOT = load_robot(HERE.parent / "config" / "so101_demo.yaml")  # five relative joints, a gripper open at 1.745

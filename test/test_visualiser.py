@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi0_ros.robot import config_folder, load_robot
+from pi0_ros.robot_file import config_folder, load_robot
 from pi0_ros.ros.judging import SECOND, Offer, Settings
 from pi0_ros.ros.kinematics import Kinematics, KinematicsError, find_urdf, robot_description
 from pi0_ros.ros.markers import HELD, LATER, NOW, REFUSED, Player, View

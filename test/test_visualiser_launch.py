@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pi0_ros.robot import CAMERA_SLOTS, Camera, load_robot
+from pi0_ros.robot import CAMERA_SLOTS, Camera
+from pi0_ros.robot_file import load_robot
 from pi0_ros.ros.rviz import rviz_config
 
 ROOT = Path(__file__).parents[1]

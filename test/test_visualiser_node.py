@@ -19,7 +19,7 @@ from sensor_msgs.msg import JointState
 from visualization_msgs.msg import Marker, MarkerArray
 
 from pi0_ros.msg import ActionChunk, PlayerStatus
-from pi0_ros.robot import config_folder, load_robot
+from pi0_ros.robot_file import config_folder, load_robot
 from pi0_ros.ros.visualiser import Visualiser
 
 ROOT = Path(__file__).parents[1]

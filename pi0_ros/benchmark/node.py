@@ -23,7 +23,8 @@ from tqdm import tqdm
 from pi0_ros.benchmark.inputs import BenchmarkError
 from pi0_ros.benchmark.timing import percentiles
 from pi0_ros.policy.policy import Chunk, RobotObservation
-from pi0_ros.robot import Robot, config_folder, parse_robot
+from pi0_ros.robot import Robot
+from pi0_ros.robot_file import config_folder, parse_robot
 
 AIMS_P95_MS = {"raw": 6.0, "jpeg": 12.0}
 PARTS = (

@@ -28,7 +28,7 @@ from pi0_ros.demo.processes import ProcessDied, Processes, end_on_signals
 from pi0_ros.demo.summary import Episode, versions
 from pi0_ros.model.files import write_json, write_text
 from pi0_ros.policy.bundle import load_bundle
-from pi0_ros.robot import config_folder
+from pi0_ros.robot_file import config_folder
 from pi0_ros.ros.domain import Domain, NoFreeDomainError
 
 BEGIN, END = "<!-- realtime: begin -->", "<!-- realtime: end -->"

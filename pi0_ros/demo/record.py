@@ -33,7 +33,8 @@ from pi0_ros.demo.scene import CUBES, JOINTS, prompt_for
 from pi0_ros.demo.simulation import PERIOD, TIME_LIMIT, Observation, Simulation
 from pi0_ros.demo.teacher import Teacher
 from pi0_ros.model.files import write_json
-from pi0_ros.robot import Robot, RobotFileError, config_folder, load_robot
+from pi0_ros.robot import Robot
+from pi0_ros.robot_file import RobotFileError, config_folder, load_robot
 
 STATE_PERIODS = 2  # controller periods between two joint states: 50 Hz
 BEGIN_NS = 1_767_225_600 * 10**9  # stamps start here; episodes lie a minute apart

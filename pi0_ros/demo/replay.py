@@ -29,7 +29,8 @@ from std_msgs.msg import String
 from tqdm import tqdm
 
 from pi0_ros.policy.images import ImageError, decode_image
-from pi0_ros.robot import Camera, Robot, RobotFileError, load_robot
+from pi0_ros.robot import Camera, Robot
+from pi0_ros.robot_file import RobotFileError, load_robot
 from pi0_ros.ros.conversions import SECOND, to_stamp
 from pi0_ros.ros.qos import LATCHED
 from pi0_ros.training.bags import Bag, BagError, BagFiles, decode, find_bags, header_stamp

@@ -29,7 +29,7 @@ from pi0_ros.demo.camera_publisher import CameraPublisher
 from pi0_ros.demo.controller import CommandError, Point
 from pi0_ros.demo.scene import JOINTS
 from pi0_ros.demo.simulation import PERIOD_NS, Simulation, TaskError
-from pi0_ros.robot import RobotFileError, config_folder
+from pi0_ros.robot_file import RobotFileError, config_folder
 from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp
 from pi0_ros.ros.parameters import Parameters, Spec
 from pi0_ros.ros.program import run_node

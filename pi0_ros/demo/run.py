@@ -33,7 +33,8 @@ from pi0_ros.demo.recorder import RECORDED_QOS, BagRecorder
 from pi0_ros.demo.summary import Episode, rms_jerk, spread, success_rates, versions
 from pi0_ros.model.files import write_json
 from pi0_ros.msg import ActionChunk, PlayerStatus
-from pi0_ros.robot import Robot, config_folder, load_robot
+from pi0_ros.robot import Robot
+from pi0_ros.robot_file import config_folder, load_robot
 from pi0_ros.ros.conversions import stamp_ns
 from pi0_ros.ros.domain import Domain, NoFreeDomainError
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import tyro
 
 from pi0_ros.demo import record
-from pi0_ros.robot import config_folder
+from pi0_ros.robot_file import config_folder
 from pi0_ros.training import evaluate, train
 from pi0_ros.training.build import cores
 

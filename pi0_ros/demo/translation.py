@@ -29,7 +29,8 @@ from pi0_ros.msg import ActionChunk
 from pi0_ros.policy.alignment import newest_indices
 from pi0_ros.policy.policy import Policy, PolicyError, RobotObservation
 from pi0_ros.policy.tokenizer import TokenizerError
-from pi0_ros.robot import Robot, RobotFileError, load_robot
+from pi0_ros.robot import Robot
+from pi0_ros.robot_file import RobotFileError, load_robot
 from pi0_ros.ros.conversions import SECOND, chunk_actions, stamp_ns
 from pi0_ros.ros.domain import Domain, NoFreeDomainError
 from pi0_ros.ros.policy_node import PolicyNode

@@ -46,7 +46,8 @@ from pi0_ros.model.pi0 import Pi0
 from pi0_ros.policy import aloha
 from pi0_ros.policy.prompt import PROMPT_FORMATS
 from pi0_ros.policy.statistics import FILE_NAME, NormStats
-from pi0_ros.robot import Robot, RobotFileError, parse_robot
+from pi0_ros.robot import Robot
+from pi0_ros.robot_file import RobotFileError, parse_robot
 
 WEIGHTS, CONFIG, ROBOT, STATISTICS, TOKENIZER, MANIFEST = (
     "model.safetensors",

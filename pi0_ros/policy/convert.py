@@ -32,7 +32,8 @@ from pi0_ros.policy.bundle import (
 from pi0_ros.policy.statistics import NormStats, find_statistics, load_statistics
 from pi0_ros.policy.tokenizer import ByteTokenizer
 from pi0_ros.policy.transforms import limit_statistics
-from pi0_ros.robot import Robot, RobotFileError, load_robot
+from pi0_ros.robot import Robot
+from pi0_ros.robot_file import RobotFileError, load_robot
 
 DTYPES = {"as-stored": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _LEROBOT_NORMALISATION = {"MEAN_STD": "zscore", "QUANTILES": "quantile"}

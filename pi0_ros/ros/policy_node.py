@@ -26,7 +26,7 @@ from pi0_ros.msg import ActionChunk, PlayerStatus
 from pi0_ros.policy.policy import Policy
 from pi0_ros.policy.processor import DTYPES
 from pi0_ros.policy.realtime import SCHEDULES, GuidanceSettings
-from pi0_ros.robot import load_robot
+from pi0_ros.robot_file import load_robot
 from pi0_ros.ros.conversions import SECOND
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, title
 from pi0_ros.ros.health import THRESHOLDS, gpu_memory

@@ -32,7 +32,7 @@ from rclpy.node import Node
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
-from pi0_ros.robot import RobotFileError, load_robot, robot_path
+from pi0_ros.robot_file import RobotFileError, load_robot, robot_path
 from pi0_ros.ros.program import end, ending, forget_ending, run_node
 from pi0_ros.ros.qos import LATCHED
 from pi0_ros.ros.recorder import EpisodeRecorder, RecordingError

@@ -32,7 +32,8 @@ from std_msgs.msg import ColorRGBA
 from visualization_msgs.msg import Marker, MarkerArray
 
 from pi0_ros.msg import ActionChunk, PlayerStatus
-from pi0_ros.robot import Robot, RobotFileError, load_robot, robot_path
+from pi0_ros.robot import Robot
+from pi0_ros.robot_file import RobotFileError, load_robot, robot_path
 from pi0_ros.ros.conversions import chunk_actions, stamp_ns, to_stamp
 from pi0_ros.ros.kinematics import Kinematics, KinematicsError, find_urdf
 from pi0_ros.ros.markers import Player, Shape, View

@@ -22,7 +22,8 @@ from pi0_ros.model.files import CheckpointError, write_bytes, write_json, write_
 from pi0_ros.model.flow import NoiseSourceError
 from pi0_ros.policy.policy import ObservationError, Policy, PolicyError, RobotObservation
 from pi0_ros.policy.tokenizer import TokenizerError
-from pi0_ros.robot import Robot, RobotFileError, load_robot
+from pi0_ros.robot import Robot
+from pi0_ros.robot_file import RobotFileError, load_robot
 from pi0_ros.training.bags import BagError
 from pi0_ros.training.cache import CacheError, Unit
 from pi0_ros.training.data import EPISODES, Episodes, load_units, names, trained_on

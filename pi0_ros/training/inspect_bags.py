@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pi0_ros.model.config import PRESETS
 from pi0_ros.model.files import write_json, write_text
-from pi0_ros.robot import RobotFileError, load_robot
+from pi0_ros.robot_file import RobotFileError, load_robot
 from pi0_ros.training.bags import BagError, find_bags
 from pi0_ros.training.build import cores, run_all
 from pi0_ros.training.cache import CacheError

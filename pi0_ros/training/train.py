@@ -29,7 +29,7 @@ from pi0_ros.policy.processor import PolicyError
 from pi0_ros.policy.prompt import PromptEncoder
 from pi0_ros.policy.tokenizer import TokenizerError, load_tokenizer
 from pi0_ros.policy.transforms import build_transforms
-from pi0_ros.robot import RobotFileError, load_robot
+from pi0_ros.robot_file import RobotFileError, load_robot
 from pi0_ros.training import data
 from pi0_ros.training.augment import augment
 from pi0_ros.training.bags import BagError
