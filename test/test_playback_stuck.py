@@ -14,8 +14,8 @@ STANDS = "the arm does not follow: joint 'a' stands still; call ~/start to resum
 
 
 def closed_loop(bench: Bench, reach: float, ticks: int, stuck=False, seconds=0.5, kept=0) -> None:
-    """A policy that plans from where it sees the arm, ten times a second: by `reach` further within `seconds`; its first
-    `kept` actions are the previous chunk's."""
+    """A policy that plans from where it sees the arm, ten times a second: by `reach` more within `seconds`. The first
+    `kept` actions of a chunk are those of the one before."""
     before = None
     for k in range(ticks):
         arm = bench.arm.copy()
@@ -364,10 +364,7 @@ TO_AND_FRO = {"ahead": lambda t: 0.2 * np.sin(5 * t), "commanded": lambda t: 0.0
         ({"measured": lambda t: 0.02 * t}, True),
         ({"measured": lambda t: 0.04 * t}, False),  # a quarter of the way that is left
         ({"measured": lambda t: 0.009 * t, "commanded": lambda t: 0.05 + 0.04 * t}, True),
-        (
-            {"measured": lambda t: 0.011 * t, "commanded": lambda t: 0.05 + 0.04 * t},
-            False,
-        ),  # a quarter of its command's way
+        ({"measured": lambda t: 0.011 * t, "commanded": lambda t: 0.05 + 0.04 * t}, False),  # more than a quarter
         ({"seen": lambda t: min(t, 0.4)}, False),
         ({"seen": lambda t: min(t, 0.6)}, True),
         ({"skip": (0.3, 0.45)}, True),
