@@ -7,11 +7,14 @@ shows and refuses wrong values with a reason that names the parameter, the value
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
 from rclpy.exceptions import ParameterException
 from rclpy.node import Node
@@ -135,6 +138,43 @@ class Parameters:
         mine = {parameter.name: self[parameter.name] for parameter in changed if parameter.name in self._specs}
         if mine:
             on_change(mine)
+
+
+def check_files(node: Node, args: Sequence[str]) -> None:
+    """Whether the params files among `args` mean this node: a section that no node takes is ignored without a word.
+
+    Raises:
+        ParameterError: none does, and one names something much like it.
+    """
+    me = node.get_fully_qualified_name()
+    for file in (value for option, value in itertools.pairwise(args) if option == "--params-file"):
+        with open(file, encoding="utf-8") as text:
+            names = list(_sections(yaml.safe_load(text)))
+        if any(re.fullmatch(_pattern(name), me) for name in names):
+            continue
+        found = f"{file}: no section for {me}, found {', '.join(names) or 'none'}"
+        mine, theirs = node.get_name(), [name.rpartition("/")[2] for name in names]
+        if mine in theirs:  # in another namespace: of another robot, maybe
+            node.get_logger().warning(found)
+        elif difflib.get_close_matches(mine, theirs, 1, 0.8):
+            raise ParameterError(f"{found}; did you mean '/**/{mine}'?")
+        else:  # a file for all nodes of a launch need not name each
+            node.get_logger().info(found)
+
+
+def _sections(tree: Any, name: str = "") -> Iterator[str]:
+    """Names of the nodes that a params file has parameters for."""
+    for key, below in tree.items() if isinstance(tree, dict) else ():
+        if key == "ros__parameters":
+            yield name
+        else:
+            yield from _sections(below, f"{name}/{str(key).strip('/')}")
+
+
+def _pattern(name: str) -> str:
+    """The expression for the nodes that a section is for: * is one part of a name, ** any number of them."""
+    parts = {"*": "/[^/]+", "**": "(/[^/]+)*"}
+    return "".join(parts.get(part, f"/{re.escape(part)}") for part in name.strip("/").split("/"))
 
 
 def usage(program: str, specs: Sequence[Spec]) -> str:

@@ -18,7 +18,7 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher
-from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
+from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, check_files, usage
 
 NodeType = TypeVar("NodeType", bound=Node)
 _ending = threading.Event()  # set by SIGINT, SIGTERM and SIGHUP
@@ -174,6 +174,7 @@ def run_node(
             raise RuntimeError(f"{name} takes no {extra[0]!r}: give parameters by --ros-args -p NAME:=VALUE")
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         node = make()
+        check_files(node, args)
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         if start is not None:
