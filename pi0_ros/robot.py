@@ -294,6 +294,16 @@ class Robot(Section):
         topics = [source.topic for source in self.actions]
         if len(set(topics)) < len(topics):
             raise ValueError(f"actions: two sources share a topic: {', '.join(topics)}")
+        for where, source in self.action_sources.items():
+            for i, command in enumerate(self.commands):
+                if source.topic != command.topic or {source.type, command.type} != {"Float64MultiArray"}:
+                    continue
+                recorded, commanded = (list(entry.joints or self.joint_names) for entry in (source, command))
+                if recorded != commanded:  # its messages have no names: one of the two would be another joint's
+                    raise ValueError(
+                        f"{where}.joints and commands[{i}].joints must be the same, both are the order of {source.topic}: "
+                        f"found {recorded} and {commanded}"
+                    )
         return self
 
     @property

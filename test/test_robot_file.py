@@ -228,6 +228,23 @@ def test_two_controllers_may_not_share_a_topic():
     assert "commands: two controllers share a topic: /one, /one" in fault(SMALL | {"commands": shared})
 
 
+def test_a_topic_without_names_has_one_order_for_recordings_and_for_the_robot():
+    def both(recorded, kind="Float64MultiArray", **command):
+        actions = {"topic": "/c", "type": kind, "joints": recorded}
+        return SMALL | {"actions": actions, "commands": [{"topic": "/c", "type": kind, **command}]}
+
+    said = "actions.joints and commands[0].joints must be the same, both are the order of /c: found "
+    assert said + "['g', 'a'] and ['a', 'g']" in fault(both(["g", "a"]))
+    assert said + "['a', 'g'] and ['g', 'a']" in fault(both(["a", "g"], joints=["g", "a"]))
+    for sound in (
+        both(None),
+        both(["a", "g"]),
+        both(["g", "a"], joints=["g", "a"]),
+        both(["g", "a"], "JointTrajectory"),
+    ):
+        parse_robot(yaml.safe_dump(sound))
+
+
 def test_more_joints_than_the_model_has_dimensions_are_refused():
     joints = [SMALL["joints"][0] | {"name": f"j{i}"} for i in range(33)]
     assert "the model has 32 action dimensions, found 33 joints" in fault(SMALL | {"joints": joints})
