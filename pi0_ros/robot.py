@@ -301,8 +301,8 @@ class Robot(Section):
                 recorded, commanded = (list(entry.joints or self.joint_names) for entry in (source, command))
                 if recorded != commanded:  # its messages have no names: one of the two would be another joint's
                     raise ValueError(
-                        f"{where}.joints and commands[{i}].joints must be the same, both are the order of {source.topic}: "
-                        f"found {recorded} and {commanded}"
+                        f"{where}.joints and commands[{i}].joints must be the same, both are the order of "
+                        f"{source.topic}: found {recorded} and {commanded}"
                     )
         return self
 

@@ -339,6 +339,29 @@ def test_an_option_that_cannot_be_is_one_line(tmp_path, capsys, option, value, l
     assert found == f"error: {option} must be at least {least}, found {float(value) if option == '--idle' else value}\n"
 
 
+def test_rates_without_a_robot_file_are_those_of_the_topic_whenever_the_recording_began(tmp_path, capsys):
+    early = kit.floats(kit.START - 2 * kit.SECOND, [0.5], "/hand")
+    bag = kit.write_bag(tmp_path / "one", [early, *kit.episode(seconds=1.0)])
+    assert main([str(bag)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{bag}: 3.0 s"
+    assert "  /joint_states  sensor_msgs/msg/JointState, 50 messages, 50.0 Hz" in lines
+    assert "  /hand  std_msgs/msg/Float64MultiArray, 1 messages" in lines
+
+
+@pytest.mark.parametrize(("keep", "share"), [(lambda k: k % 3, 33), (lambda k: k % 20, 0), (lambda k: True, 0)])
+def test_frames_that_are_missing_between_others_are_counted_and_warned_of(keep, share, tmp_path, inspect):
+    frames = [item for item in kit.episode(seconds=3.0) if item.topic.startswith("/cam")]
+    lost = {item.time for k, item in enumerate(frames) if not keep(k)}
+    items = [i for i in kit.episode(seconds=3.0) if not (i.topic.startswith("/cam") and i.time in lost)]
+    kit.write_bag(tmp_path / "bags" / "one", items)
+    code, out, err, data = inspect(tmp_path / "bags")
+    assert code == 0
+    assert data["bags"][0]["streams"]["base_0_rgb"]["lost"] == pytest.approx(share / 100 or 0.02, abs=0.04)
+    assert (f", {share} % missing" in out) == (share > 0)
+    assert (f"up to {share} % of base_0_rgb's frames are missing between others" in out + err) == (share > 0)
+
+
 def test_without_a_robot_file_it_tells_what_a_recording_holds(bags, tmp_path, capsys):
     extra = [kit.text(kit.START + k, f"task {k}") for k in range(5)] + [kit.floats(kit.START, [0.5, -1], "/hand")]
     bag = kit.write_bag(tmp_path / "one", [*kit.episode(seconds=1.0), *extra, kit.raw(kit.START, kit.picture(1))])
@@ -346,7 +369,7 @@ def test_without_a_robot_file_it_tells_what_a_recording_holds(bags, tmp_path, ca
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == f"{bag}: 1.0 s"
     assert lines[1:5] == [
-        "  /joint_states  sensor_msgs/msg/JointState, 50 messages, 51.0 Hz",
+        "  /joint_states  sensor_msgs/msg/JointState, 50 messages, 50.0 Hz",
         "      shoulder  0 to 0.98",
         "      elbow     0.5 to 0.5",
         "      grip      0 to 1",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from pi0_ros.policy.images import ImageError, decode_image
@@ -23,12 +23,22 @@ def contents(files: BagFiles) -> list[str]:
         images = {name for name in known if topics[name].type in (IMAGE, COMPRESSED)}
         said = {name: [_picture(bag, name)] for name in images}
         said |= _numbers(bag, topics, set(known) - images)
+        spans = _spans(bag, topics)
         lines = [f"{files.path}: {bag.seconds:.1f} s"]
         for name, topic in topics.items():
-            rate = f", {topic.count / bag.seconds:.1f} Hz" if bag.seconds and topic.count > 1 else ""
+            rate = f", {(topic.count - 1) / spans[name]:.1f} Hz" if spans.get(name, 0.0) > 0.1 else ""
             lines.append(f"  {name}  {topic.type}, {topic.count} messages{rate}")
             lines += [f"      {line}" for line in said.get(name, [])]
     return [*lines, *(f"  note: {note}" for note in bag.notes)]
+
+
+def _spans(bag: Bag, topics: Collection[str]) -> dict[str, float]:
+    """Seconds from each topic's first message to its last."""
+    spans: dict[str, tuple[int, int]] = {}
+    for name, at, _ in bag.messages(topics):
+        first, last = spans.get(name, (at, at))
+        spans[name] = min(first, at), max(last, at)
+    return {name: (last - first) / 1e9 for name, (first, last) in spans.items()}
 
 
 def _place(item: tuple[str, Topic]) -> tuple[int, str]:

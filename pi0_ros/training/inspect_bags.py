@@ -25,7 +25,7 @@ from pi0_ros.training.cache import CacheError
 from pi0_ros.training.contents import contents
 from pi0_ros.training.episodes import Selection
 from pi0_ros.training.options import OptionsError, require_at_least
-from pi0_ros.training.report import BagReport, inspect_bag, summarise
+from pi0_ros.training.report import LOST, BagReport, inspect_bag, summarise
 
 DETAILED = 8  # bags that the table shows stream by stream
 PICTURED = 6  # bags whose frames and curves the page shows
@@ -117,6 +117,7 @@ def _bag_lines(n: dict[str, Any]) -> list[str]:
         for name, stream in n["streams"].items():
             rate = f"{stream['rate']:.1f} Hz" if stream["rate"] else "-"
             gap = f", {stream['gaps']} gaps, longest {stream['longest_gap']:.2f} s" if stream["gaps"] else ""
+            gap += f", {100 * stream['lost']:.0f} % missing" if stream["lost"] > LOST else ""
             behind = _behind(stream.get("bag_minus_header_ms"))
             where = "" if stream["topic"] == name else f" ({stream['topic']})"
             lines.append(f"  {name}{where}: {stream['messages']} messages, {rate}{gap}{behind}")

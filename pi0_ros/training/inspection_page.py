@@ -100,11 +100,14 @@ def _bag(report: BagReport, summary: dict[str, Any]) -> str:
                 f"{stream['rate']:.1f}" if stream["rate"] else "",
                 stream["gaps"],
                 f"{stream['longest_gap']:.2f}" if stream["longest_gap"] else "",
+                f"{100 * stream['lost']:.0f}",
                 f"{d['min']:.1f} .. {d['max']:.1f}" if (d := stream.get("bag_minus_header_ms")) else "",
             ]
             for name, stream in n["streams"].items()
         ]
-        parts.append(table(["stream", "topic", "messages", "Hz", "gaps", "longest, s", "bag - header, ms"], rows))
+        parts.append(
+            table(["stream", "topic", "messages", "Hz", "gaps", "longest, s", "missing, %", "bag - header, ms"], rows)
+        )
         bad = [[reason, count] for reason, count in n["bad_messages"].items()]
         parts.append(table(["bad messages", ""], bad) if bad else "")
         if n["ticks"]:

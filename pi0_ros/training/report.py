@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from pi0_ros.training.plausibility import (
 )
 from pi0_ros.training.recording import Recording, Stream, read_recording
 
+LOST = 0.1  # of a stream's messages, at the rate that most of them have; more is no jitter
 GAP_FACTOR = 3.0  # a gap is a silence longer than this many usual periods
 
 
@@ -110,11 +111,12 @@ def _stream(stream: Stream) -> dict[str, Any]:
 
 
 def _pace(times_ns: np.ndarray) -> dict[str, Any]:
-    """Messages, true rate (one over the median period), and silences longer than three periods."""
+    """Messages, true rate (one over the median period), silences longer than three periods, and the share that is
+    missing at that rate."""
     periods = np.diff(times_ns) / 1e9
     periods = periods[periods > 0]
     if not len(periods):
-        return {"messages": len(times_ns), "duration": 0.0, "rate": None, "gaps": 0, "longest_gap": None}
+        return {"messages": len(times_ns), "duration": 0.0, "rate": None, "gaps": 0, "longest_gap": None, "lost": 0.0}
     usual = float(np.median(periods))
     return {
         "messages": len(times_ns),
@@ -122,6 +124,7 @@ def _pace(times_ns: np.ndarray) -> dict[str, Any]:
         "rate": 1.0 / usual,
         "gaps": int((periods > GAP_FACTOR * usual).sum()),
         "longest_gap": float(periods.max()),
+        "lost": max(0.0, 1.0 - len(periods) * usual / float(periods.sum())),
     }
 
 
@@ -297,7 +300,7 @@ def _warnings(
     for joint in joints:
         if joint.get("gripper", {}).get("polarity") == "perhaps swapped":
             found.append(f"gripper {joint['name']} starts closed; are open and closed swapped in the robot file?")
-    slow = Counter()
+    slow, lost = Counter(), defaultdict(float)
     planned = {name for name, source in robot.action_sources.items() if source.type == "JointTrajectory"}
     for bag in numbers:
         for name, stream in bag["streams"].items():
@@ -305,7 +308,14 @@ def _warnings(
                 slow[
                     f"{name} at {stream['rate']:.1f} Hz is slower than the control rate of {robot.control_rate:g} Hz"
                 ] += 1
+            if name in robot.present_cameras and stream["lost"] > LOST:
+                lost[name] = max(lost[name], stream["lost"])
     found += [f"{text} ({count} recordings)" for text, count in slow.most_common(6)]
+    found += [
+        f"up to {100 * share:.0f} % of {name}'s frames are missing between others: raw images are lost where the "
+        "middleware has no room for them (robot.md, QoS); give it room, or record compressed ones"
+        for name, share in lost.items()
+    ]
     if any(not prompt for episode in episodes for prompt in episode["prompts"]):
         found.append("some episodes have no prompt: give one with --prompt or as prompt.default of the robot file")
     if without := sum(e["without_action"] for e in episodes):
