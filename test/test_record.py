@@ -177,6 +177,28 @@ def test_nothing_begins_before_every_camera_and_joint_state_is_there(ros, arm, t
     assert "no message for 1." in recorder.lacking()[0]
 
 
+def test_nothing_begins_before_every_joint_has_been_named(ros, arm, tmp_path):
+    recorder = recorder_of(ros, tmp_path, ROBOT.replace("name: a,", "name: axis,").replace("[a]", "[axis]"))
+    ros.spin_until(lambda: len(recorder.lacking()) == 1, what="all topics are heard")
+    assert recorder.lacking() == ["state: no message names joint axis; names found: a, g"]
+    with pytest.raises(RecordingError, match="state: no message names joint axis; names found: a, g"):
+        recorder.begin("wave")
+    other = ros.node("other")
+    publisher = other.create_publisher(JointState, "/joint_states", 10)
+    other.create_timer(0.02, lambda: publisher.publish(JointState(name=["axis"], position=[0.0])))
+    ros.spin_until(lambda: not recorder.lacking(), what="a publisher that names it is heard")
+
+
+def test_a_camera_whose_driver_is_gone_is_told_from_one_that_is_silent(ros, arm, tmp_path):
+    recorder = recorder_of(ros, tmp_path)
+    ready(ros, recorder)
+    arm.seeing = False
+    ros.spin_until(recorder.lacking, what="a camera that stops is noticed")
+    assert recorder.lacking()[0].endswith("on /base/image_raw")
+    arm.node.destroy_publisher(arm.camera)
+    ros.spin_until(lambda: recorder.lacking()[0].endswith("on /base/image_raw, nobody publishes it any more"))
+
+
 def test_without_prompt_or_episode_the_reason_is_said(ros, arm, tmp_path):
     recorder = recorder_of(ros, tmp_path)
     ready(ros, recorder)
@@ -197,6 +219,8 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_recorded(
     (tmp_path / "file").touch()
     with pytest.raises(RecordingError, match="file is a file, not a folder"):
         recorder_of(ros, tmp_path / "file")
+    with pytest.raises(RecordingError, match=f"{tmp_path}/disk, for bags, is not there: make it"):
+        recorder_of(ros, tmp_path / "disk/bags")
 
 
 def test_a_disk_that_is_full_when_the_buffer_is_written_leaves_nothing(tmp_path):

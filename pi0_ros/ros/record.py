@@ -38,6 +38,7 @@ from pi0_ros.ros.qos import LATCHED
 from pi0_ros.ros.recorder import EpisodeRecorder, RecordingError
 
 LOOK, SHOW = 0.5, 0.1  # s between two looks at the graph, and at the keys
+SETTLED = 2.0  # s; until then nodes are still finding one another
 LOOKED_AT = 60.0  # s that the program waits at its end for the last episodes to be looked at
 NUMBERS = "numbers.json"
 SECONDS = re.compile(r"(?<= for )[\d.]+(?= s )")  # of a silence, which grow
@@ -152,6 +153,7 @@ class Recorder(Node):
         self._keys = Keys()
         self._lacking: list[str] | None = None  # what was told to be missing
         self._noticed: list[str] | None = None  # at the last look
+        self._begun = time.monotonic()
         self._fault = ""  # the last one told
         self._drawn = False  # whether a line of `_draw` stands in the terminal
         if options.prompt is None:
@@ -222,6 +224,8 @@ class Recorder(Node):
         reasons = [SECONDS.sub("", line) for line in lacking]
         before, self._noticed = self._noticed, reasons
         if reasons == self._lacking or reasons != before:  # what lasts for a moment only need not be told
+            return
+        if lacking and time.monotonic() - self._begun < SETTLED:
             return
         self._lacking = reasons
         self._say("\n".join(f"missing: {line}" for line in lacking) or f"ready: {self._rates()}; {self._prompt!r}")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
-from rclpy.serialization import serialize_message
+from rclpy.serialization import deserialize_message, serialize_message
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
@@ -75,6 +75,8 @@ class EpisodeRecorder:
         self.fault = ""  # why the newest episode was given up
         self._marks = self._name(robot.episode_topic) if robot.episode_topic else ""
         self.streams: dict[str, Stream] = {}
+        self._unnamed = list(robot.joint_names)  # joints that no joint state has named yet
+        self._names: dict[str, None] = {}  # what they named meanwhile, in their order
         for slot, camera in robot.present_cameras.items():
             kind = CompressedImage if camera.transport == "compressed" else Image
             self._add(slot, camera.subscribed, kind, needed=True)
@@ -89,10 +91,12 @@ class EpisodeRecorder:
 
     def _take_folder(self) -> int:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             lock = os.open(self._folder, os.O_RDONLY)
         except FileExistsError:
             raise RecordingError(f"{self._folder} is a file, not a folder") from None
+        except FileNotFoundError:  # a disk that is not mounted, maybe: what is recorded would fill another
+            raise RecordingError(f"{self._folder.parent}, for {self._folder.name}, is not there: make it") from None
         except OSError as error:
             raise RecordingError(f"{self._folder} cannot be written to: {error.strerror}") from None
         try:
@@ -137,6 +141,9 @@ class EpisodeRecorder:
             stream.window.add(stream.heard)
             if tells:
                 stream.told = now, data
+            elif stream.kind is JointState and self._unnamed:
+                self._names |= dict.fromkeys(deserialize_message(data, JointState).name)
+                self._unnamed = [name for name in self._unnamed if name not in self._names]
             if self._bag is not None and now < self._newest - JUMP_BACK * SECOND:
                 self._give_up("the clock jumped back")
             self._newest = now
@@ -173,10 +180,15 @@ class EpisodeRecorder:
         for stream in self.streams.values():
             if not stream.needed or (stream.heard is not None and now - stream.heard <= ALIVE):
                 continue
-            what = "no message" if stream.heard is None else f"no message for {now - stream.heard:.1f} s"
-            lacking.append(
-                f"{stream.name}: {what} on {stream.topic}{whereabouts(self._node, stream.topic, stream.kind)}"
-            )
+            if stream.heard is None:
+                what = f"no message on {stream.topic}{whereabouts(self._node, stream.topic, stream.kind)}"
+            else:
+                gone = "" if self._node.count_publishers(stream.topic) else ", nobody publishes it any more"
+                what = f"no message for {now - stream.heard:.1f} s on {stream.topic}{gone}"
+            lacking.append(f"{stream.name}: {what}")
+        if self._names and self._unnamed:
+            missing, found = ", ".join(self._unnamed), ", ".join(self._names)
+            lacking.append(f"state: no message names joint {missing}; names found: {found}")
         return lacking
 
     def rates(self) -> dict[str, float]:
