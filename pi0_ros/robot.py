@@ -85,6 +85,10 @@ class Camera(Section):
         return f"{self.topic}/compressed" if self.transport == "compressed" else self.topic
 
 
+def _unequal(pairs: Sequence[tuple[str, Any, Any]]) -> list[str]:
+    return [f"{what}: {a} in the checkpoint, {b} in the robot file" for what, a, b in pairs if a != b]
+
+
 def _once(found: Sequence[str], names: Sequence[str]) -> str:
     """Which of `names` are missing in `found`, or there several times; "" where each is there once."""
     missing = [name for name in names if name not in found]
@@ -355,4 +359,15 @@ class Robot(Section):
                 for mine, theirs in zip(self.joints, other.joints, strict=True)
                 for field in ("kind", "relative", "open", "closed")
             ]
-        return [f"{what}: {a} in the checkpoint, {b} in the robot file" for what, a, b in pairs if a != b]
+        return _unequal(pairs)
+
+    def differences(self, other: Robot) -> list[str]:
+        """What in `other`, a robot file, makes the model see something else than under `self`, a checkpoint's, unless
+        the robot itself is another by that: how cameras lie, which is which, and how late things come."""
+        mine, theirs = self.present_cameras, other.present_cameras
+        topics = {camera.topic for camera in mine.values()}
+        pairs = [("state.latency", self.state.latency, other.state.latency)]
+        for slot in mine.keys() & theirs.keys():
+            fields = ["rotate", "flip", "latency", *["topic"] * (theirs[slot].topic in topics)]
+            pairs += [(f"{slot}.{field}", getattr(mine[slot], field), getattr(theirs[slot], field)) for field in fields]
+        return sorted(_unequal(pairs))

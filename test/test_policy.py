@@ -418,6 +418,15 @@ def test_a_joint_that_never_moved_in_training_is_pointed_out(tmp_path, caplog):
     assert "(almost) never changed in training, so any change will seem huge: state[2]" in caplog.text
 
 
+def test_a_camera_that_lies_otherwise_than_in_training_is_pointed_out(folder, caplog):
+    Policy.load(folder, robot=ROBOT, num_steps=1)
+    assert not caplog.text
+    (slot, camera), *_ = ROBOT.present_cameras.items()
+    turned = {**ROBOT.cameras, slot: camera.model_copy(update={"rotate": 180})}
+    Policy.load(folder, robot=ROBOT.model_copy(update={"cameras": turned}), num_steps=1)
+    assert f"right only if the robot is another than in training: {slot}.rotate: {camera.rotate} in" in caplog.text
+
+
 def test_another_robot_is_refused_with_what_differs(folder):
     moved = ROBOT.model_copy(update={"max_skew": 0.05})  # where a robot may differ
     assert Policy.load(folder, robot=moved, num_steps=1).robot.max_skew == 0.05

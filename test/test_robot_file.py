@@ -364,4 +364,33 @@ def test_what_changes_the_meaning_of_numbers_is_a_contradiction(path, value, lin
 )
 def test_topics_ages_and_limits_may_differ_between_recording_and_robot(path, value):
     mine, theirs = parse_robot(yaml.safe_dump(SMALL)), parse_robot(yaml.safe_dump(changed(path, value)))
-    assert mine.contradictions(theirs) == []
+    assert mine.contradictions(theirs) == mine.differences(theirs) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        ("cameras.base_0_rgb.rotate", 180, "base_0_rgb.rotate: 0 in the checkpoint, 180 in the robot file"),
+        (
+            "cameras.left_wrist_0_rgb.flip",
+            "vertical",
+            "left_wrist_0_rgb.flip: none in the checkpoint, vertical in the robot file",
+        ),
+        ("cameras.base_0_rgb.latency", 0.1, "base_0_rgb.latency: 0.0 in the checkpoint, 0.1 in the robot file"),
+        ("state", {"latency": 0.1}, "state.latency: 0.0 in the checkpoint, 0.1 in the robot file"),
+    ],
+)
+def test_what_depends_on_how_a_camera_is_mounted_and_how_late_things_come_is_a_difference(path, value, line):
+    mine, theirs = parse_robot(yaml.safe_dump(SMALL)), parse_robot(yaml.safe_dump(changed(path, value)))
+    assert mine.differences(theirs) == [line] and mine.contradictions(theirs) == []
+
+
+def test_cameras_in_one_anothers_slots_are_a_difference_and_other_topics_are_none():
+    mine = parse_robot(yaml.safe_dump(SMALL))
+    swapped = {"base_0_rgb": {"topic": "/wrist"}, "left_wrist_0_rgb": {"topic": "/cam"}}
+    assert mine.differences(parse_robot(yaml.safe_dump(SMALL | {"cameras": swapped}))) == [
+        "base_0_rgb.topic: /cam in the checkpoint, /wrist in the robot file",
+        "left_wrist_0_rgb.topic: /wrist in the checkpoint, /cam in the robot file",
+    ]
+    others = {"base_0_rgb": {"topic": "/left/cam"}, "left_wrist_0_rgb": {"topic": "/left/wrist"}}
+    assert mine.differences(parse_robot(yaml.safe_dump(SMALL | {"cameras": others}))) == []

@@ -160,6 +160,8 @@ class PolicyNode(ManagedNode):
             f"configured for robot '{policy.robot.name}', checkpoint {policy.digest} on {policy.runs_on}, prompt "
             f"'{self._worker.prompt}'"
         )
+        if not self._worker.prompt.strip():
+            self.get_logger().warning("the prompt is empty, what is the arm to do? ~/set_prompt and `prompt` tell it")
         return super().on_configure(state)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
