@@ -9,6 +9,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def told(error: BaseException) -> str:
+    """What an error says; of a file, without the number that the system has for it."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def first_line(error: BaseException, longest: int = 200) -> str:
     """The first line that an error says, or its name where it says nothing."""
     lines = str(error).strip().splitlines()

@@ -176,6 +176,6 @@ def test_late_frames_and_positions_outside_the_limits_are_warned_of_before_train
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("warning: base_0_rgb (/cam/image_raw/compressed): recorded 0.5 s after the stamps, later")
     assert told[0].endswith("(1 recordings)")
-    assert re.match(r"warning: state of shoulder: \d+% outside its limits \[-0.2, 0.7\]; other units", told[1])
+    assert re.match(r"warning: state of shoulder: \d+% outside its limits \[-0.2, 0.7\]: other units", told[1])
     load_units(kit.write_bag(tmp_path / "same", items), robot, 28, cache=tmp_path / "cache", jobs=1, quiet=True)
     assert capsys.readouterr().out == ""

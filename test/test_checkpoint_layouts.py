@@ -403,6 +403,12 @@ def test_pickled_weights_are_never_loaded(tmp_path):
             open_checkpoint(path)
 
 
+def test_the_folder_of_a_run_is_told_from_its_checkpoint(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(CheckpointError, match=f"no params/; did you mean {tmp_path}/checkpoint\\?"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("files", [[], ["a.safetensors", "b.safetensors"]])
 def test_a_folder_without_a_clear_weights_file_is_refused(tmp_path, files):
     for name in files:

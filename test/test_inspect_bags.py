@@ -120,7 +120,7 @@ def test_swapped_gripper_ends_and_wrong_units_are_suspected(inspect, bags):
     _, _, _, data = inspect(bags, text)
     warnings = " ".join(data["summary"]["warnings"])
     assert "gripper grip starts closed; are open and closed swapped in the robot file?" in warnings
-    assert re.search(r"state of shoulder: \d+% outside its limits \[-0.2, 0.2\]; other units", warnings)
+    assert re.search(r"state of shoulder: \d+% outside its limits \[-0.2, 0.2\]: other units", warnings)
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ def test_without_room_on_the_disk_nothing_begins(ros, arm, tmp_path, monkeypatch
     recorder = recorder_of(ros, tmp_path)
     ready(ros, recorder)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * 10**8))
-    with pytest.raises(RecordingError, match="has room for 300 MB only"):
+    with pytest.raises(RecordingError, match="has room for 300 MB only, 1000 MB must be free"):
         recorder.begin("wave")
 
 
@@ -283,7 +283,16 @@ def test_a_remapped_topic_is_recorded_under_its_name_in_the_robot_file(ros, arm,
 def test_a_topic_of_another_type_is_not_taken_for_the_camera(ros, arm, tmp_path):
     recorder = recorder_of(ros, tmp_path, ROBOT.replace("{topic: /base/image_raw}", "{topic: /joint_states}"))
     ros.spin_until(lambda: recorder.streams["/joint_states"].subscription is None and recorder.lacking())
-    assert "base_0_rgb: no message on /joint_states" in recorder.lacking()[0]
+    wrong = "it is published as sensor_msgs/msg/JointState, not sensor_msgs/msg/Image"
+    assert f"base_0_rgb: no message on /joint_states, {wrong}" in recorder.lacking()
+
+
+def test_actions_of_another_type_than_the_robot_file_says_are_known_before_an_episode(ros, arm, tmp_path):
+    text = ROBOT.replace("/gripper/commands, type: Float64MultiArray", "/gripper/commands, type: JointTrajectory")
+    recorder = recorder_of(ros, tmp_path, text)
+    ros.spin_until(lambda: len(recorder.lacking()) == 1, what="all else is heard")
+    wrong = "it is published as std_msgs/msg/Float64MultiArray, not trajectory_msgs/msg/JointTrajectory"
+    assert recorder.lacking() == [f"actions[1]: no message on /gripper/commands, {wrong}"]
 
 
 def test_a_publisher_that_comes_back_with_another_quality_of_service_is_heard(ros, tmp_path):

@@ -262,12 +262,27 @@ def test_a_resumed_run_is_held_to_its_options(data, tmp_path, capsys):
     assert main(kit.arguments(data, tmp_path / "out", steps=2, save_every=1, minutes=5.0, jobs=None)) == 0
 
 
+def test_more_steps_point_to_the_checkpoint_where_there_is_one(data, tmp_path, capsys):
+    kit.make_run(data, tmp_path / "out", steps=2).run()
+    assert main(kit.arguments(data, tmp_path / "out", steps=4)) == 1
+    assert f"Use another --output and --init {tmp_path}/out/checkpoint to go on" in last_line(capsys)
+    (tmp_path / "out/checkpoint").rename(tmp_path / "gone")
+    assert main(kit.arguments(data, tmp_path / "out", steps=4)) == 1
+    assert last_line(capsys).endswith("Use another --output")
+
+
+def test_an_output_that_cannot_be_is_named_without_the_systems_number(data, tmp_path, capsys):
+    (tmp_path / "out").touch()
+    assert main(kit.arguments(data, tmp_path / "out", steps=2)) == 1
+    assert last_line(capsys) == f"error: {tmp_path}/out: File exists"
+
+
 def test_a_resumed_run_is_held_to_its_recordings_and_robot_file(tmp_path, capsys):
     data = kit.make_data(tmp_path)
     kit.make_run(data, tmp_path / "out", steps=2).run()
     (data / "robot.yaml").write_text((data / "robot.yaml").read_text().replace("velocity: 1.0", "velocity: 2.0"))
     assert main(kit.arguments(data, tmp_path / "out", steps=2)) == 1
-    assert "the robot file is not the one that this run began with" in capsys.readouterr().err
+    assert "not the one that this run began with: joints.0.velocity (was 1.0, now 2.0)" in capsys.readouterr().err
     kit.make_data(tmp_path / "more")
     (tmp_path / "more" / "bags" / "episode_2").rename(tmp_path / "gone")
     assert main(kit.arguments(tmp_path / "more", tmp_path / "out", steps=2, init=data / "start")) == 1

@@ -15,7 +15,7 @@ from pi0_ros.training.data import load_units
 from pi0_ros.training.evaluate import Options as EvaluateOptions
 from pi0_ros.training.evaluate import evaluate
 from pi0_ros.training.optimise import make_optimizer
-from pi0_ros.training.options import OptionsError, parse, require_same
+from pi0_ros.training.options import OptionsError, changed_fields, parse, require_same
 from pi0_ros.training.train import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,6 +70,15 @@ def test_a_path_may_be_written_otherwise_when_a_run_goes_on(tmp_path, monkeypatc
     require_same({**now, "init": str(tmp_path / "x" / ".." / "start")}, now)
     with pytest.raises(OptionsError, match=r"--init \(was other, now start\)"):
         require_same({**now, "init": "other"}, now)
+
+
+def test_what_differs_between_two_robot_files_is_named_and_not_without_end():
+    was = "a: 1\nb: {c: [1, 2], d: x}\n"
+    assert changed_fields(was, was) == ""
+    assert changed_fields(was, "a: 1\nb: {c: [1, 3], d: x}\n") == "b.c.1 (was 2, now 3)"
+    assert changed_fields(was, "a: 1\nb: {c: [1, 2], d: x, e: 5}\n") == "b.e (was None, now 5)"
+    before, after = ("".join(f"k{i}: {value}\n" for i in range(6)) for value in (1, 2))
+    assert changed_fields(before, after).endswith("k3 (was 1, now 2), and 2 more")
 
 
 def test_a_number_without_end_is_refused():

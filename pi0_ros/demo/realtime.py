@@ -30,6 +30,7 @@ from pi0_ros.model.files import write_json, write_text
 from pi0_ros.policy.bundle import load_bundle
 from pi0_ros.robot_file import config_folder
 from pi0_ros.ros.domain import Domain, NoFreeDomainError
+from pi0_ros.wording import told
 
 BEGIN, END = "<!-- realtime: begin -->", "<!-- realtime: end -->"
 # name -> handover of chunk_player, realtime_chunking of policy_node
@@ -222,7 +223,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except (DemoFailed, ProcessDied, NoFreeDomainError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -35,6 +35,7 @@ from pi0_ros.ros.conversions import SECOND, to_stamp
 from pi0_ros.ros.qos import LATCHED
 from pi0_ros.training.bags import Bag, BagError, BagFiles, decode, find_bags, header_stamp
 from pi0_ros.training.recording import COMPRESSED, IMAGE, Recording, read_recording
+from pi0_ros.wording import told
 
 STEP = SECOND // 100  # ns of the recording between two words of /clock
 WINDOW = 2 * SECOND  # ns by which a recording's messages may be out of order
@@ -237,7 +238,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except (BagError, RobotFileError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 1
     finally:
         rclpy.try_shutdown()

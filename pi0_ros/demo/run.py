@@ -37,6 +37,7 @@ from pi0_ros.robot import Robot
 from pi0_ros.robot_file import config_folder, load_robot
 from pi0_ros.ros.conversions import stamp_ns
 from pi0_ros.ros.domain import Domain, NoFreeDomainError
+from pi0_ros.wording import told
 
 MARKERS = "/visualiser/markers"
 MOVED = 0.05  # rad: an arm whose joints all stay within this has not moved
@@ -339,7 +340,7 @@ def main() -> int:
         print("\nstopped", file=sys.stderr)
         return 130
     except (DemoFailed, ProcessDied, NoFreeDomainError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 1
     return 0
 

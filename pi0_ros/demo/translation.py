@@ -39,6 +39,7 @@ from pi0_ros.training.bags import Bag, BagError, decode
 from pi0_ros.training.cache import image_messages, model_frame
 from pi0_ros.training.episodes import observe_at, sorted_streams
 from pi0_ros.training.recording import JOINT_STATE, STRING, Recording, read_recording
+from pi0_ros.wording import told
 
 SAME = 1e-3  # largest difference, as a share of a joint's range, that is rounding and not another input
 PATIENCE = 10.0  # seconds for a message to reach the node
@@ -306,7 +307,7 @@ def main() -> int:
         *(BagError, RobotFileError, PolicyError, CheckpointError, TokenizerError),
         *(CheckFailed, NoFreeDomainError, OSError),
     ) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 1
 
 

@@ -237,7 +237,8 @@ def _open_source(path: Path) -> Source:
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"))
     if pickles:
         raise CheckpointError(f"{path}: pickled weights ({pickles[0]}) are never loaded; convert them to safetensors")
-    raise CheckpointError(f"{path}: no model.safetensors, no model.safetensors.index.json, no params/ in this folder")
+    inside = f"; did you mean {path / 'checkpoint'}?" if (path / "checkpoint").is_dir() else " in this folder"
+    raise CheckpointError(f"{path}: no model.safetensors, no model.safetensors.index.json, no params/{inside}")
 
 
 def _safetensors(path: Path, folder: Path) -> SafetensorsSource:

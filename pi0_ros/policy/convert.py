@@ -34,6 +34,7 @@ from pi0_ros.policy.tokenizer import ByteTokenizer
 from pi0_ros.policy.transforms import limit_statistics
 from pi0_ros.robot import Robot
 from pi0_ros.robot_file import RobotFileError, load_robot
+from pi0_ros.wording import told
 
 DTYPES = {"as-stored": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _LEROBOT_NORMALISATION = {"MEAN_STD": "zscore", "QUANTILES": "quantile"}
@@ -361,7 +362,7 @@ def main() -> None:
     try:
         convert(options)
     except (CheckpointError, RobotFileError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

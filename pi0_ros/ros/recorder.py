@@ -26,7 +26,7 @@ from pi0_ros.robot import Robot
 from pi0_ros.ros.bag import BagFile
 from pi0_ros.ros.conversions import SECOND
 from pi0_ros.ros.diagnostics import Window
-from pi0_ros.ros.graph import type_name, whereabouts
+from pi0_ros.ros.graph import misfit, type_name, whereabouts
 from pi0_ros.ros.outputs import KINDS
 from pi0_ros.ros.player import JUMP_BACK
 
@@ -178,6 +178,8 @@ class EpisodeRecorder:
         """Why no episode can begin: what is missing, one line for each stream."""
         now, lacking = time.monotonic(), []
         for stream in self.streams.values():
+            if not stream.needed and (wrong := misfit(self._node, stream.topic, stream.kind)):
+                lacking.append(f"{stream.name}: no message on {stream.topic}, {wrong}")
             if not stream.needed or (stream.heard is not None and now - stream.heard <= ALIVE):
                 continue
             if stream.heard is None:
@@ -217,7 +219,9 @@ class EpisodeRecorder:
         if lacking := self.lacking():
             raise RecordingError("; ".join(lacking))
         if self._folder.is_dir() and (left := shutil.disk_usage(self._folder).free) < ROOM:
-            raise RecordingError(f"{self._folder} has room for {left / 1e6:.0f} MB only")
+            raise RecordingError(
+                f"{self._folder} has room for {left / 1e6:.0f} MB only, {ROOM / 1e6:.0f} MB must be free"
+            )
         self._bag = bag = self._open(self._next(), {"prompt": prompt})
         self._begun = self._newest = self._now()
         self.fault = ""

@@ -29,6 +29,7 @@ from pi0_ros.training.cache import CacheError, Unit
 from pi0_ros.training.data import EPISODES, Episodes, load_units, names, trained_on
 from pi0_ros.training.dataset import Dataset, all_episodes
 from pi0_ros.training.options import OptionsError, require_at_least
+from pi0_ros.wording import told
 
 BASELINES = ("hold", "repeat")
 
@@ -292,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         EvaluationError, OptionsError, CheckpointError, PolicyError, TokenizerError, NoiseSourceError, RobotFileError,
         BagError, CacheError, ObservationError, OSError,
     ) as error:  # fmt: skip
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 1
     return 0
 

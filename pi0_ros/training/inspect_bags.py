@@ -26,6 +26,7 @@ from pi0_ros.training.contents import contents
 from pi0_ros.training.episodes import Selection
 from pi0_ros.training.options import OptionsError, require_at_least
 from pi0_ros.training.report import LOST, BagReport, inspect_bag, summarise
+from pi0_ros.wording import told
 
 DETAILED = 8  # bags that the table shows stream by stream
 PICTURED = 6  # bags whose frames and curves the page shows
@@ -206,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             write_text(options.html, page(reports, summary))
     except (OptionsError, BagError, CacheError, RobotFileError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -187,12 +188,30 @@ FREE |= {"accumulate", "shard", "compile"}
 RESOLVED = "resolved"  # beside the options in options.yaml: for people to read; a run that goes on resolves anew
 
 
+def changed_fields(was: str, now: str, most: int = 4) -> str:
+    """Which fields differ between two robot files, YAML, with both values; the first few of them."""
+
+    def leaves(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+        if items is None:
+            yield ".".join(at), value
+        for key, below in items or ():
+            yield from leaves(below, (*at, str(key)))
+
+    before, after = (dict(leaves(yaml.safe_load(text))) for text in (was, now))
+    fields = [name for name in dict.fromkeys([*before, *after]) if before.get(name) != after.get(name)]
+    more = [f"and {len(fields) - most} more"] if len(fields) > most else []
+    return ", ".join([*(f"{name} (was {before.get(name)}, now {after.get(name)})" for name in fields[:most]), *more])
+
+
 def require_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """OptionsError naming every option whose change would give a resumed run other numbers."""
     changed = [name for name in now if name not in FREE and not _same(name, saved.get(name), now[name])]
     if changed:
         told = ", ".join(f"--{n.replace('_', '-')} (was {saved.get(n)}, now {now[n]})" for n in changed)
-        longer = " and --init OUTPUT/checkpoint to go on from its weights" if changed == ["steps"] else ""
+        checkpoint = Path(now["output"]) / "checkpoint"
+        further = changed == ["steps"] and checkpoint.is_dir()
+        longer = f" and --init {checkpoint} to go on from its weights" if further else ""
         raise OptionsError(
             f"a run goes on with the options it began with; changed: {told}. Use another --output{longer}"
         )

@@ -97,7 +97,8 @@ def limits_warning(what: str, joint: str, limits: Sequence[float], share: float)
     """What is to be said of a `share` of positions outside a joint's limits: one line, or none."""
     if share <= OUTSIDE_WARNING:
         return []
-    return [f"{what} of {joint}: {share:.0%} outside its limits {list(limits)}; other units (degrees?) or wrong limits"]
+    why = "other units (degrees?), another order of joints, or wrong limits"
+    return [f"{what} of {joint}: {share:.0%} outside its limits {list(limits)}: {why}"]
 
 
 def limits_fault(lines: Sequence[tuple[str, str, Sequence[float], float]]) -> str | None:

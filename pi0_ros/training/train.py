@@ -43,14 +43,14 @@ from pi0_ros.training.lora import merged
 from pi0_ros.training.memory import available_memory, forecast, report
 from pi0_ros.training.objective import flow_loss
 from pi0_ros.training.optimise import Average, learning_rate, make_optimizer
-from pi0_ros.training.options import RESOLVED, OptionsError, TrainOptions, parse, require_same
+from pi0_ros.training.options import RESOLVED, OptionsError, TrainOptions, changed_fields, parse, require_same
 from pi0_ros.training.parts import frozen_digest, trained
 from pi0_ros.training.progress import LOGGED, Progress, TrainingError
 from pi0_ros.training.sharding import assign, like, shard, whole
 from pi0_ros.training.start import start
 from pi0_ros.training.state import StateError, alone, newest_state, remove_leftovers, save_state, saved_states
 from pi0_ros.training.streams import step_streams
-from pi0_ros.wording import first_line
+from pi0_ros.wording import first_line, told
 
 EVALUATED = 256  # held-out samples that a look at the loss is averaged over
 MOST_TOLD = 5  # prompts that are printed
@@ -241,8 +241,10 @@ class Run:
         if saved is None:
             return
         for name, now in self._identity().items():
-            if saved.get(name) != now:
-                raise OptionsError(f"{self.options.output}: {CHANGED[name]}; use another --output for another run")
+            if saved.get(name) == now:
+                continue
+            fields = f": {changed_fields(saved[name], now)}" if name == "robot" and name in saved else ""
+            raise OptionsError(f"{self.options.output}: {CHANGED[name]}{fields}; use another --output for another run")
         parameters = trained(self.model)
         for name, parameter in parameters.items():
             assign(parameter, saved["weights"][name])
@@ -407,7 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nstopped; the same command {after}", file=sys.stderr)
         return 130
     except FAULTS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
