@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pi0_ros.model import linear as module
-from pi0_ros.model.linear import Linear
+from pi0_ros.model.linear import Linear, for_products
 
 
 @pytest.fixture
@@ -53,3 +53,10 @@ def test_other_cases_go_the_usual_way(onednn, case):
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         assert layer(x).dtype == (torch.float32 if case == "small" else torch.bfloat16)
     assert not onednn
+
+
+def test_what_products_take_is_turned_only_under_autocast_and_where_there_is_one():
+    assert for_products(torch.zeros(2)).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert for_products(torch.zeros(2)).dtype == torch.bfloat16
+    assert for_products(torch.zeros(2, device="meta")).device.type == "meta"

@@ -37,7 +37,8 @@ def for_products(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype that autocast, where it is on, gives every product that takes it: turned once for all of them, and
     remembered once."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
+    return x.to(torch.get_autocast_dtype(kind)) if on else x
 
 
 class _OneDnnLinear(torch.autograd.Function):
