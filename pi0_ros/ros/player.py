@@ -246,9 +246,8 @@ class Player:
         """Follow or hold, with the reason."""
         if self._following or not self.at_rest:
             self._rest.begin_anew()
-        if not self._following:
-            self._stall.begin_anew()
         if not self._running:
+            self._stall.begin_anew()
             return
         fault = self._seen.fault(now)
         self.blind = bool(fault)
