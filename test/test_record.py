@@ -221,6 +221,9 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_recorded(
         recorder_of(ros, tmp_path / "file")
     with pytest.raises(RecordingError, match=f"{tmp_path}/disk, for bags, is not there: make it"):
         recorder_of(ros, tmp_path / "disk/bags")
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with pytest.raises(RecordingError, match="link is a link to what is not there"):
+        recorder_of(ros, tmp_path / "link")
 
 
 def test_a_disk_that_is_full_when_the_buffer_is_written_leaves_nothing(tmp_path):

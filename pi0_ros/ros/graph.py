@@ -22,7 +22,7 @@ def whereabouts(node: Node, topic: str, kind: type) -> str:
     """What speaks for another topic than the one that is listened to, to go on from "no message on TOPIC"."""
     if wrong := misfit(node, topic, kind):
         return f", {wrong}"
-    if node.count_publishers(topic):
+    if node.get_publishers_info_by_topic(topic):  # remapped as subscriptions are; counting is not
         return ", though it is published: is its quality of service right?"
     there = sorted(name for name, types in node.get_topic_names_and_types() if type_name(kind) in types)
     others = [name for name in there if node.count_publishers(name)]

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -140,26 +141,39 @@ class Parameters:
             on_change(mine)
 
 
-def check_files(node: Node, args: Sequence[str]) -> None:
-    """Whether the params files among `args` mean this node: a section that no node takes is ignored without a word.
+def refuse_misspelt_sections(program: str, args: Sequence[str]) -> None:
+    """Params files name nodes, and what they say to one that there is not is ignored without a word.
 
     Raises:
-        ParameterError: none does, and one names something much like it.
+        ParameterError: a section among those of the files in `args` is for something much like `program`.
     """
+    for file, names in _params_files(args):
+        others = [name for name in names if not name.rpartition("/")[2].startswith(program)]
+        if difflib.get_close_matches(program, [name.rpartition("/")[2] for name in others], 1, 0.85):
+            raise ParameterError(f"{file}: no section for {program}, found {', '.join(others)}; is it misspelt?")
+
+
+def tell_of_other_sections(node: Node, program: str, args: Sequence[str]) -> None:
+    """Say which params files among `args` have nothing for this node."""
     me = node.get_fully_qualified_name()
-    for file in (value for option, value in itertools.pairwise(args) if option == "--params-file"):
-        with open(file, encoding="utf-8") as text:
-            names = list(_sections(yaml.safe_load(text)))
+    for file, names in _params_files(args):
         if any(re.fullmatch(_pattern(name), me) for name in names):
             continue
         found = f"{file}: no section for {me}, found {', '.join(names) or 'none'}"
-        mine, theirs = node.get_name(), [name.rpartition("/")[2] for name in names]
-        if mine in theirs:  # in another namespace: of another robot, maybe
+        if any(name.rpartition("/")[2].startswith(program) for name in names):  # of another robot, maybe
             node.get_logger().warning(found)
-        elif difflib.get_close_matches(mine, theirs, 1, 0.8):
-            raise ParameterError(f"{found}; did you mean '/**/{mine}'?")
         else:  # a file for all nodes of a launch need not name each
             node.get_logger().info(found)
+
+
+def _params_files(args: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each params file among `args`, and the nodes that it has parameters for."""
+    for file in (value for option, value in itertools.pairwise(args) if option == "--params-file"):
+        try:
+            if Path(file).is_file():  # a pipe has been read already
+                yield file, list(_sections(yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):  # ROS reads YAML a little otherwise, and has its say
+            continue
 
 
 def _sections(tree: Any, name: str = "") -> Iterator[str]:

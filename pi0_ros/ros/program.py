@@ -18,7 +18,14 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher
-from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, check_files, usage
+from pi0_ros.ros.parameters import (
+    ParameterError,
+    Parameters,
+    Spec,
+    refuse_misspelt_sections,
+    tell_of_other_sections,
+    usage,
+)
 
 NodeType = TypeVar("NodeType", bound=Node)
 _ending = threading.Event()  # set by SIGINT, SIGTERM and SIGHUP
@@ -173,8 +180,9 @@ def run_node(
         if extra := remove_ros_args(args)[1:]:
             raise RuntimeError(f"{name} takes no {extra[0]!r}: give parameters by --ros-args -p NAME:=VALUE")
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+        refuse_misspelt_sections(name, args)
         node = make()
-        check_files(node, args)
+        tell_of_other_sections(node, name, args)
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         if start is not None:

@@ -94,7 +94,8 @@ class EpisodeRecorder:
             self._folder.mkdir(exist_ok=True)
             lock = os.open(self._folder, os.O_RDONLY)
         except FileExistsError:
-            raise RecordingError(f"{self._folder} is a file, not a folder") from None
+            what = "a file, not a folder" if self._folder.exists() else "a link to what is not there"
+            raise RecordingError(f"{self._folder} is {what}") from None
         except FileNotFoundError:  # a disk that is not mounted, maybe: what is recorded would fill another
             raise RecordingError(f"{self._folder.parent}, for {self._folder.name}, is not there: make it") from None
         except OSError as error:
@@ -185,7 +186,8 @@ class EpisodeRecorder:
             if stream.heard is None:
                 what = f"no message on {stream.topic}{whereabouts(self._node, stream.topic, stream.kind)}"
             else:
-                gone = "" if self._node.count_publishers(stream.topic) else ", nobody publishes it any more"
+                there = self._node.get_publishers_info_by_topic(stream.topic)
+                gone = "" if there else ", nobody publishes it any more"
                 what = f"no message for {now - stream.heard:.1f} s on {stream.topic}{gone}"
             lacking.append(f"{stream.name}: {what}")
         if self._names and self._unnamed:

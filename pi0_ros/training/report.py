@@ -23,7 +23,12 @@ from pi0_ros.training.plausibility import (
 )
 from pi0_ros.training.recording import Recording, Stream, read_recording
 
+PAUSE = 1.0  # s; in longer silences a recorder or a driver was paused
 LOST = 0.1  # of a stream's messages, at the rate that most of them have; more is no jitter
+WAYS = {  # out of lost frames
+    "raw": "the middleware needs room for raw images (robot.md, QoS), or record compressed ones",
+    "compressed": "is the driver or the network too slow?",
+}
 GAP_FACTOR = 3.0  # a gap is a silence longer than this many usual periods
 
 
@@ -112,7 +117,7 @@ def _stream(stream: Stream) -> dict[str, Any]:
 
 def _pace(times_ns: np.ndarray) -> dict[str, Any]:
     """Messages, true rate (one over the median period), silences longer than three periods, and the share that is
-    missing at that rate."""
+    missing at that rate, but for pauses."""
     periods = np.diff(times_ns) / 1e9
     periods = periods[periods > 0]
     if not len(periods):
@@ -124,8 +129,13 @@ def _pace(times_ns: np.ndarray) -> dict[str, Any]:
         "rate": 1.0 / usual,
         "gaps": int((periods > GAP_FACTOR * usual).sum()),
         "longest_gap": float(periods.max()),
-        "lost": max(0.0, 1.0 - len(periods) * usual / float(periods.sum())),
+        "lost": _lost(periods[periods < PAUSE], usual),
     }
+
+
+def _lost(periods: np.ndarray, usual: float) -> float:
+    share = 1.0 - usual / periods.mean() if len(periods) else 0.0
+    return float(share) if 0.0 < share < 0.7 else 0.0  # with more, the usual period is none: stamps come in pairs, say
 
 
 def _percentiles(values: np.ndarray) -> dict[str, float]:
@@ -312,8 +322,8 @@ def _warnings(
                 lost[name] = max(lost[name], stream["lost"])
     found += [f"{text} ({count} recordings)" for text, count in slow.most_common(6)]
     found += [
-        f"up to {100 * share:.0f} % of {name}'s frames are missing between others: raw images are lost where the "
-        "middleware has no room for them (robot.md, QoS); give it room, or record compressed ones"
+        f"up to {100 * share:.0f} % of {name}'s frames are missing between others, unless its rate changes: "
+        f"{WAYS[robot.present_cameras[name].transport]}"
         for name, share in lost.items()
     ]
     if any(not prompt for episode in episodes for prompt in episode["prompts"]):
