@@ -85,8 +85,8 @@ class Camera(Section):
         return f"{self.topic}/compressed" if self.transport == "compressed" else self.topic
 
 
-def _same(topic: str, other: str) -> bool:
-    return topic.lstrip("/") == other.lstrip("/")  # most robots have no namespace
+def _bare(topic: str) -> str:
+    return topic.lstrip("/")  # most robots have no namespace
 
 
 def _unequal(pairs: Sequence[tuple[str, Any, Any]]) -> list[str]:
@@ -304,7 +304,7 @@ class Robot(Section):
             raise ValueError(f"actions: two sources share a topic: {', '.join(topics)}")
         for where, source in self.action_sources.items():
             for i, command in enumerate(self.commands):
-                if not _same(source.topic, command.topic) or {source.type, command.type} != {"Float64MultiArray"}:
+                if _bare(source.topic) != _bare(command.topic) or {source.type, command.type} != {"Float64MultiArray"}:
                     continue
                 recorded, commanded = (list(entry.joints or self.joint_names) for entry in (source, command))
                 if recorded != commanded:  # its messages have no names: one of the two would be another joint's
@@ -369,9 +369,9 @@ class Robot(Section):
         """What in `other`, a robot file, makes the model see something else than under `self`, a checkpoint's, unless
         the robot itself is another by that: how cameras lie, which is which, and how late things come."""
         mine, theirs = self.present_cameras, other.present_cameras
-        topics = {camera.topic.lstrip("/") for camera in mine.values()}
+        topics = {_bare(camera.topic) for camera in mine.values()}
         pairs = [("state.latency", self.state.latency, other.state.latency)]
         for slot in mine.keys() & theirs.keys():
-            fields = ["rotate", "flip", "latency", *["topic"] * (theirs[slot].topic.lstrip("/") in topics)]
+            fields = ["rotate", "flip", "latency", *["topic"] * (_bare(theirs[slot].topic) in topics)]
             pairs += [(f"{slot}.{field}", getattr(mine[slot], field), getattr(theirs[slot], field)) for field in fields]
         return sorted(_unequal(pairs))

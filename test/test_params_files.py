@@ -9,7 +9,12 @@ import pytest
 
 pytest.importorskip("rclpy", reason="needs ROS 2")
 
-from pi0_ros.ros.parameters import ParameterError, refuse_misspelt_sections, tell_of_other_sections  # noqa: E402
+from pi0_ros.ros.parameters import (  # noqa: E402
+    ParameterError,
+    refuse_misspelt_sections,
+    sections_of_files,
+    tell_of_other_sections,
+)
 
 
 def told(tmp_path, text: str, me: str = "/arm/chunk_player") -> list[tuple[str, str]]:
@@ -18,9 +23,9 @@ def told(tmp_path, text: str, me: str = "/arm/chunk_player") -> list[tuple[str, 
     file.write_text(text)
     levels = {level: lambda line, level=level: log.append((level, line)) for level in ("info", "warning")}
     node = SimpleNamespace(get_fully_qualified_name=lambda: me, get_logger=lambda: SimpleNamespace(**levels))
-    args = ["chunk_player", "--ros-args", "--params-file", str(file)]
-    refuse_misspelt_sections("chunk_player", args)
-    tell_of_other_sections(node, "chunk_player", args)
+    sections = sections_of_files(["chunk_player", "--ros-args", "--params-file", str(file)])
+    refuse_misspelt_sections("chunk_player", sections)
+    tell_of_other_sections(node, "chunk_player", sections)
     return log
 
 

@@ -143,10 +143,11 @@ class Policy:
             raise PolicyError(f"{folder}: holds no normalisation statistics, so it can be trained from but not run")
         if robot is None and bundle.robot is None:
             raise PolicyError(f"{folder}: holds no robot file, give one")
-        if robot is not None and bundle.robot is not None and (faults := bundle.robot.contradictions(robot)):
-            raise PolicyError(f"{folder}: trained for another robot than {robot.name!r}: {'; '.join(faults)}")
-        if robot is not None and bundle.robot is not None and (found := bundle.robot.differences(robot)):
-            _log.warning("%s: right only if the robot is another than in training: %s", folder, "; ".join(found))
+        if robot is not None and bundle.robot is not None:
+            if faults := bundle.robot.contradictions(robot):
+                raise PolicyError(f"{folder}: trained for another robot than {robot.name!r}: {'; '.join(faults)}")
+            if found := bundle.robot.differences(robot):
+                _log.warning("%s: right only if the robot is another than in training: %s", folder, "; ".join(found))
         if constant := bundle.stats.constant():
             _log.warning(
                 "%s: (almost) never changed in training, so any change will seem huge: %s", folder, ", ".join(constant)

@@ -141,22 +141,25 @@ class Parameters:
             on_change(mine)
 
 
-def refuse_misspelt_sections(program: str, args: Sequence[str]) -> None:
+Sections = dict[str, list[str]]  # params file -> the nodes that it has parameters for, as it names them
+
+
+def refuse_misspelt_sections(program: str, sections: Sections) -> None:
     """Params files name nodes, and what they say to one that there is not is ignored without a word.
 
     Raises:
-        ParameterError: a section among those of the files in `args` is for something much like `program`.
+        ParameterError: a section is for something much like `program`.
     """
-    for file, names in _params_files(args):
+    for file, names in sections.items():
         others = [name for name in names if not name.rpartition("/")[2].startswith(program)]
         if difflib.get_close_matches(program, [name.rpartition("/")[2] for name in others], 1, 0.85):
             raise ParameterError(f"{file}: no section for {program}, found {', '.join(others)}; is it misspelt?")
 
 
-def tell_of_other_sections(node: Node, program: str, args: Sequence[str]) -> None:
-    """Say which params files among `args` have nothing for this node."""
+def tell_of_other_sections(node: Node, program: str, sections: Sections) -> None:
+    """Say which params files have nothing for this node."""
     me = node.get_fully_qualified_name()
-    for file, names in _params_files(args):
+    for file, names in sections.items():
         if any(re.fullmatch(_pattern(name), me) for name in names):
             continue
         found = f"{file}: no section for {me}, found {', '.join(names) or 'none'}"
@@ -166,14 +169,16 @@ def tell_of_other_sections(node: Node, program: str, args: Sequence[str]) -> Non
             node.get_logger().info(found)
 
 
-def _params_files(args: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each params file among `args`, and the nodes that it has parameters for."""
+def sections_of_files(args: Sequence[str]) -> Sections:
+    """Of the params files among a program's arguments."""
+    found: Sections = {}
     for file in (value for option, value in itertools.pairwise(args) if option == "--params-file"):
         try:
             if Path(file).is_file():  # a pipe has been read already
-                yield file, list(_sections(yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))))
+                found[file] = list(_sections(yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):  # ROS reads YAML a little otherwise, and has its say
             continue
+    return found
 
 
 def _sections(tree: Any, name: str = "") -> Iterator[str]:

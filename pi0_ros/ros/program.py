@@ -23,6 +23,7 @@ from pi0_ros.ros.parameters import (
     Parameters,
     Spec,
     refuse_misspelt_sections,
+    sections_of_files,
     tell_of_other_sections,
     usage,
 )
@@ -180,9 +181,10 @@ def run_node(
         if extra := remove_ros_args(args)[1:]:
             raise RuntimeError(f"{name} takes no {extra[0]!r}: give parameters by --ros-args -p NAME:=VALUE")
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-        refuse_misspelt_sections(name, args)
+        sections = sections_of_files(args)
+        refuse_misspelt_sections(name, sections)
         node = make()
-        tell_of_other_sections(node, name, args)
+        tell_of_other_sections(node, name, sections)
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         if start is not None:

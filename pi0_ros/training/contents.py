@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from pi0_ros.policy.images import ImageError, decode_image
@@ -22,23 +22,14 @@ def contents(files: BagFiles) -> list[str]:
         known = [name for name, topic in topics.items() if topic.type in ORDER]
         images = {name for name in known if topics[name].type in (IMAGE, COMPRESSED)}
         said = {name: [_picture(bag, name)] for name in images}
-        said |= _numbers(bag, topics, set(known) - images)
-        spans = _spans(bag, topics)
+        numbers, spans = _numbers(bag, topics, set(known) - images)
+        said |= numbers
         lines = [f"{files.path}: {bag.seconds:.1f} s"]
         for name, topic in topics.items():
             rate = f", {(topic.count - 1) / spans[name]:.1f} Hz" if spans.get(name, 0.0) > 0.1 else ""
             lines.append(f"  {name}  {topic.type}, {topic.count} messages{rate}")
             lines += [f"      {line}" for line in said.get(name, [])]
     return [*lines, *(f"  note: {note}" for note in bag.notes)]
-
-
-def _spans(bag: Bag, topics: Collection[str]) -> dict[str, float]:
-    """Seconds from each topic's first message to its last."""
-    spans: dict[str, tuple[int, int]] = {}
-    for name, at, _ in bag.messages(topics):
-        first, last = spans.get(name, (at, at))
-        spans[name] = min(first, at), max(last, at)
-    return {name: (last - first) / 1e9 for name, (first, last) in spans.items()}
 
 
 def _place(item: tuple[str, Topic]) -> tuple[int, str]:
@@ -57,11 +48,17 @@ def _picture(bag: Bag, name: str) -> str:
     return "cannot be read"
 
 
-def _numbers(bag: Bag, topics: dict[str, Topic], names: set[str]) -> dict[str, list[str]]:
-    """What the messages of joints and texts say: a line for each joint, or the first texts."""
+def _numbers(bag: Bag, topics: dict[str, Topic], names: set[str]) -> tuple[dict[str, list[str]], dict[str, float]]:
+    """What the messages of `names`, joints and texts, say: a line for each joint, or the first texts; and the seconds
+    from each topic's first message to its last."""
     ranges: dict[str, Ranges] = {name: {} for name in names}
     texts: dict[str, list[str]] = {name: [] for name in names}
-    for name, _, raw in bag.messages(names):
+    spans: dict[str, tuple[int, int]] = {}
+    for name, at, raw in bag.messages(topics):
+        first, last = spans.get(name, (at, at))
+        spans[name] = min(first, at), max(last, at)
+        if name not in names:
+            continue
         try:
             message = decode(raw, topics[name].type)
         except BagError:
@@ -79,7 +76,7 @@ def _numbers(bag: Bag, topics: dict[str, Topic], names: set[str]) -> dict[str, l
         said[name] = [f"{joint:{width}}  {low:.4g} to {high:.4g}" for joint, (low, high) in ranges[name].items()]
         said[name] += [repr(text) for text in texts[name][:MOST_TEXTS]]
         said[name] += [f"and {len(texts[name]) - MOST_TEXTS} more"] if len(texts[name]) > MOST_TEXTS else []
-    return said
+    return said, {name: (last - first) / 1e9 for name, (first, last) in spans.items()}
 
 
 def _positions(message: Any) -> Iterable[tuple[str, float]]:
