@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import gcd
 
 import torch
@@ -18,30 +19,37 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     `mask` bool [1, 1, 1, keys] (True: may be seen) or None for all. Returns [rows, heads * dim].
     """
+    return bound(q.contiguous(), k, v, mask)()
+
+
+def bound(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Callable[[], Tensor]:
+    """`attend` for tensors that stay where they are, q contiguous: what is there when it is called is attended to."""
     rows, heads, dim = q.shape
+    shape = rows, heads * dim
     if q.device.type == "cpu" and mask is None and len(k) == 1 and not torch.is_grad_enabled():
         # the heads share keys and values and no row is masked, so they are just more rows
         if is_intel():
             shares = gcd(rows * heads, torch.get_num_threads())  # as many for each thread, whatever torch's blocks are
-            q = q.reshape(1, shares, -1, dim)
-            k, v = (t[None].expand(-1, shares, -1, -1) for t in (k, v))
-            return F.scaled_dot_product_attention(q, k, v, scale=1.0).reshape(rows, heads * dim)
+            q = q.view(shares, 1, -1, dim)
+            k, v = (t.expand(shares, 1, -1, -1) for t in (k, v))
+            return lambda: F.scaled_dot_product_attention(q, k, v, scale=1.0).view(shape)
         if has_onednn(q.dtype):
-            return _attend_onednn(q.reshape(rows * heads, dim), k[0], v[0]).view(rows, heads * dim)
+            q, k, v_t = q.view(rows * heads, dim), k[0], v[0].t()
+            return lambda: _attend_onednn(q, k, v_t).view(shape)
     if len(k) != heads:  # a view where there is one kv head
         k, v = (t[:, None].expand(-1, heads // t.shape[0], -1, -1).flatten(0, 1) for t in (k, v))
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=1.0)
-    return out[0].transpose(0, 1).reshape(rows, heads * dim)
+    q, k, v = q.transpose(0, 1)[None], k[None], v[None]
+    return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)[0].transpose(0, 1).reshape(shape)
 
 
-def _attend_onednn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_onednn(q: Tensor, k: Tensor, v_t: Tensor) -> Tensor:
     """Two plain products. On AMD's processors torch's own kernel takes 1.2 to 3 times as long, since its products go
     through MKL in small tiles; on Intel's it takes two thirds of this.
     """
     block = max(64, _SCORES // len(k))  # in query rows
     if len(q) > block:
-        return torch.cat([_attend_onednn(part, k, v) for part in q.split(block)])
+        return torch.cat([_attend_onednn(part, k, v_t) for part in q.split(block)])
     product = torch.ops.mkldnn._linear_pointwise
     scores = product(q, k, None, "none", [], "")
     torch.softmax(scores, dim=-1, out=scores)
-    return product(scores, v.t(), None, "none", [], "")
+    return product(scores, v_t, None, "none", [], "")

@@ -11,6 +11,7 @@ What changes nothing but the time it takes:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,19 +39,20 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int, *, plain: bool = True):
         self.weight: Tensor | None = weight.to(dtype).contiguous()
         self.bias = None if bias is None else bias.to(dtype).contiguous()
-        self.packed = None
+        self.packed, self.weight_t = None, self.weight.t()
         if self.weight.device.type != "cpu" or not has_onednn(dtype):
             return
         if is_intel() and dtype == torch.float32 and rows * self.weight.numel() < SMALL_PRODUCT:
             # each call of oneDNN takes some 20 us more than MKL, which likes [in, out] best
-            self.weight = self.weight.t().contiguous().t()
+            self.weight_t = self.weight.t().contiguous()
+            self.weight = self.weight_t.t()
             return
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
-        self.weight = self.weight if plain else None
+        self.weight, self.weight_t = self.weight if plain else None, None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
+            return torch.mm(x, self.weight_t) if self.bias is None else torch.addmm(self.bias, x, self.weight_t)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
     def gelu(self, x: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ class Linear:
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """x W^T + b + residual."""
         if self.packed is None and self.bias is None:
-            return torch.addmm(residual, x, self.weight.t())
+            return torch.addmm(residual, x, self.weight_t)
         return self._with("add", x, residual) if self._fuses() else self(x).add_(residual)
 
     def _fuses(self) -> bool:
@@ -84,29 +86,40 @@ class Linear:
 
 
 class GeGLU:
-    """gelu(x Wg^T) * (x Wu^T): two matrices where oneDNN fuses the product, one double matrix elsewhere."""
+    """gelu(x Wg^T) * (x Wu^T): two matrices where oneDNN fuses the product, one double matrix on a GPU, and elsewhere
+    two products at once, whose results lie in a row each for GELU."""
 
     def __init__(self, gate: Tensor, up: Tensor, dtype: torch.dtype, rows: int, *, plain: bool):
         self.width = gate.shape[0]
         self.gate = Linear(gate, None, dtype, rows, plain=plain)
         self.up = Linear(up, None, dtype, rows, plain=plain)
-        if self.gate.packed is None:
+        self.both: Linear | None = None
+        self.pair: Tensor | None = None  # [2, in, width]
+        if self.gate.packed is not None:
+            return
+        if gate.is_cuda:
             self.both = Linear(torch.cat([self.gate.weight, self.up.weight]), None, dtype, rows)
-            self.gate.weight = self.up.weight = None
+        else:
+            self.pair = torch.stack([self.gate.weight.t(), self.up.weight.t()])
+        self.gate.weight = self.up.weight = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.gate.packed is not None:
             return self.up.times(x, self.gate.gelu(x))
-        x = self.both(x)
-        return F.gelu(x[:, : self.width], approximate="tanh").mul_(x[:, self.width :])
+        gate, up = self._products(x)
+        return F.gelu(gate, approximate="tanh").mul_(up)
 
     def differentiable(self, x: Tensor) -> Tensor:
         """The same function through operators that autograd knows."""
-        if self.gate.packed is None:
-            gate, up = self.both.differentiable(x).split(self.width, dim=-1)
-        else:
-            gate, up = self.gate.differentiable(x), self.up.differentiable(x)
+        gate, up = self._products(x)
         return F.gelu(gate, approximate="tanh") * up
+
+    def _products(self, x: Tensor) -> Sequence[Tensor]:
+        if self.both is not None:
+            return self.both(x).split(self.width, dim=-1)
+        if self.pair is not None:
+            return torch.bmm(x.expand(2, *x.shape), self.pair).unbind()
+        return self.gate.differentiable(x), self.up.differentiable(x)
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pi0_ros.policy.attention import attend
+from pi0_ros.policy.cache import split_heads
 
 if TYPE_CHECKING:
     from pi0_ros.policy.sampler import Sampler
@@ -65,7 +66,8 @@ def velocity_differentiable(sampler: Sampler, x_t: Tensor, k: int, frozen: bool)
     x = sampler.embed_actions(x_t, k, frozen)
     for i, layer in enumerate(sampler.weights.expert):
         norm, gate = sampler.norm(x, k, 2 * i, frozen)
-        q, key, value = sampler.split_heads(layer.qkv.differentiable(norm), rope)
+        qkv = split_heads(layer.qkv.differentiable(norm), rope, *sampler.keys.shape[1::2])
+        q, key, value = (part.to(norm) for part in qkv)
         keys = torch.cat([sampler.keys[i, :, :at], key.transpose(0, 1)], dim=1)
         values = torch.cat([sampler.values[i, :, :at], value.transpose(0, 1)], dim=1)
         branch = layer.out.differentiable(attend(q, keys, values, mask))

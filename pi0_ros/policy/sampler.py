@@ -24,12 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pi0_ros.model.gemma import RMS_EPS
 from pi0_ros.model.pi0 import Pi0, denoising_times
 from pi0_ros.model.siglip import LAYER_NORM_EPS
 from pi0_ros.policy import gpu
-from pi0_ros.policy.attention import attend
-from pi0_ros.policy.fused import GemmaLayer, fuse
+from pi0_ros.policy.cache import Memory, Span
+from pi0_ros.policy.fused import fuse
 from pi0_ros.policy.graphs import Graphs
 from pi0_ros.policy.guided import Guidance, denoise_guided
 from pi0_ros.policy.images import resize_on_device
@@ -37,7 +36,6 @@ from pi0_ros.policy.stages import Stages
 from pi0_ros.policy.tables import rope_table, time_tables
 
 _log = logging.getLogger(__name__)
-_EPS = torch.tensor(RMS_EPS)
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,8 @@ class Sampler:
         self.pixels = buffer(len(self.cameras), size, size, 3, dtype=torch.uint8)
         self._pinned: dict[int, Tensor] = {}  # camera -> frames on their way to a GPU
         self.prefix = buffer(max_prefix, vlm.width, dtype=dtype)  # [features of each camera | prompt]
-        self.keys = buffer(vlm.depth, vlm.num_kv_heads, max_prefix + suffix, vlm.head_dim, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
+        self.memory = Memory.allocate(config, max_prefix, dtype, self.device)
+        self.keys, self.values = self.memory.keys, self.memory.values
         horizon, dims = config.action_horizon, config.action_dim
         self.inputs = buffer(horizon * dims + dims + horizon)  # what comes with every chunk, in one copy
         pinned = {"device": "cpu", "pin_memory": True}
@@ -268,10 +266,24 @@ class Sampler:
         embedded = self.weights.embedding[torch.from_numpy(ids).to(self.device)].float() * self.config.vlm.width**0.5
         self.prefix[rows : rows + len(ids)] = embedded.to(self.dtype)
         valid = rows + len(ids)
-        self.prefix_rows = rows + self._prompt_rows
+        if self.prefix_rows != rows + self._prompt_rows:
+            self._lay_out(rows + self._prompt_rows)
         self.suffix_rope.copy_(self.rope[valid : valid + len(self.suffix_rope)])
         self.valid.fill_(True)[..., valid : self.prefix_rows] = False
         return True
+
+    def _lay_out(self, prefix_rows: int) -> None:
+        """[prefix | state | actions] in the cache, for a prefix of so many rows."""
+        self.prefix_rows, actions = prefix_rows, prefix_rows + (not self.config.pi05)
+        vlm, expert = self.config.vlm, self.config.expert
+
+        def span(start: int, rope: Tensor, width: int) -> Span:
+            mask = self.mask(start + len(rope))
+            return Span(self.memory, rope, start, heads=vlm.num_heads, width=width, mask=mask)
+
+        self._prefix = span(0, self.rope[:prefix_rows], vlm.width)
+        self._state = None if self.config.pi05 else span(prefix_rows, self.suffix_rope[:1], expert.width)
+        self._actions = span(actions, self.suffix_rope[-self.config.action_horizon :], expert.width)
 
     def mask(self, keys: int) -> Tensor | None:
         return None if self.prompt_multiple == 1 else self.valid[..., :keys]
@@ -299,47 +311,28 @@ class Sampler:
 
     def _run_prefix(self) -> None:
         """Keys and values of every layer for the prefix. Of the last layer nothing else is needed."""
-        rows = self.prefix_rows
-        x, rope = self.prefix[:rows], self.rope[:rows]
+        x, span = self.prefix[: self.prefix_rows], self._prefix
         if self.prefix_pass is not None:
             self.prefix_pass.run(x)
             return
         for i, layer in enumerate(self.weights.vlm):
-            q = self._project(i, layer, _rms(x), rope, 0)
+            span.write(i, layer.qkv(span.rms_norm(x)))
             if layer.out is None:
                 break
-            x = layer.out.plus(self._attend(i, q, rows), x)
-            x = layer.down.plus(layer.geglu(_rms(x)), x)
-
-    def _project(self, i: int, layer: GemmaLayer, x: Tensor, rope: Tensor, at: int) -> Tensor | None:
-        """q [rows, heads, head_dim] of x; its keys and values go into layer i's cache from row `at` on."""
-        q, k, v = self.split_heads(layer.qkv(x), rope)
-        self.keys[i, :, at : at + len(x)] = k.transpose(0, 1)
-        self.values[i, :, at : at + len(x)] = v.transpose(0, 1)
-        return q
-
-    def split_heads(self, qkv: Tensor, rope: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        kv, dim = self.config.vlm.num_kv_heads, self.config.vlm.head_dim
-        qkv = qkv.view(len(qkv), -1, dim)
-        qk, heads = _rotate(qkv[:, :-kv], rope), qkv.shape[1] - 2 * kv  # the last VLM layer has no q
-        return (qk[:, :heads] if heads else None), qk[:, heads:], qkv[:, -kv:]
-
-    def _attend(self, i: int, q: Tensor, keys: int) -> Tensor:
-        """Attention of q [rows, heads, head_dim] over the first `keys` rows of layer i's cache, [rows, heads*dim]."""
-        return attend(q, self.keys[i, :, :keys], self.values[i, :, :keys], self.mask(keys))
+            x = layer.out.plus(span.attend(i), x)
+            x = layer.down.plus(layer.geglu(span.rms_norm(x)), x)
 
     # --- suffix -----------------------------------------------------------------------------------------------------
 
     def run_state(self) -> None:
         """The state token sees the prefix and itself only: its keys and values hold for every denoising step."""
-        at, rope = self.prefix_rows, self.suffix_rope[:1]
-        x = F.linear(self.state, *self.weights.state).to(self.dtype)  # [1, width]
+        x, span = F.linear(self.state, *self.weights.state).to(self.dtype), self._state  # [1, width]
         for i, layer in enumerate(self.weights.expert):
-            q = self._project(i, layer, _rms(x), rope, at)
+            span.write(i, layer.qkv(span.rms_norm(x)))
             if i == len(self.weights.expert) - 1:
                 break
-            x = layer.out.plus(self._attend(i, q, at + 1), x)
-            x = layer.down.plus(layer.geglu(_rms(x)), x)
+            x = layer.out.plus(span.attend(i), x)
+            x = layer.down.plus(layer.geglu(span.rms_norm(x)), x)
 
     def _denoise(self, frozen: bool) -> None:
         """The whole flow from x at t = 1 to the actions at t = 0, in place."""
@@ -360,12 +353,11 @@ class Sampler:
 
     def velocity(self, x_t: Tensor, k: int, frozen: bool) -> Tensor:
         """v_t of x_t f32 [horizon, action_dim] at the k-th time of the schedule."""
-        at = self.prefix_rows + (not self.config.pi05)
-        rope = self.suffix_rope[-len(x_t) :]
-        x = self.embed_actions(x_t, k, frozen)
+        x, span = self.embed_actions(x_t, k, frozen), self._actions
         for i, layer in enumerate(self.weights.expert):
             norm, gate = self.norm(x, k, 2 * i, frozen)
-            attended = self._attend(i, self._project(i, layer, norm, rope, at), at + len(x))
+            span.write(i, layer.qkv(norm))
+            attended = span.attend(i)
             x = layer.out.plus(attended, x) if gate is None else torch.addcmul(x, layer.out(attended), gate)
             norm, gate = self.norm(x, k, 2 * i + 1, frozen)
             hidden = layer.geglu(norm)
@@ -383,29 +375,13 @@ class Sampler:
     def norm(self, x: Tensor, k: int, which: int, frozen: bool) -> tuple[Tensor, Tensor | None]:
         """RMS norm number `which` (two a layer, then the final one) and, in pi0.5, the gate of its branch."""
         if self.modulation is None:
-            return _rms(x), None
+            return self._actions.rms_norm(x), None
         scale, shift, gate = self._at_time(self.modulation[:, which], k, frozen)  # each [1 or horizon, width]
-        return torch.addcmul(shift, _rms(x), scale), gate
+        return torch.addcmul(shift, self._actions.rms_norm(x), scale), gate
 
     def _at_time(self, table: Tensor, k: int, frozen: bool) -> Tensor:
         """Entry k of a time table; frozen actions are clean, so their rows take the last entry, which is t = 0."""
         return torch.where(self.free > 0, table[k], table[-1]) if frozen else table[k]
-
-
-def _rotate(x: Tensor, rope: Tensor) -> Tensor:
-    # x [rows, heads, dim], its pairs side by side
-    rows, heads, dim = x.shape
-    pairs = torch.view_as_complex(x.float().view(rows, heads, dim // 2, 2))
-    return torch.view_as_real(pairs * rope).view(rows, heads, dim).to(x.dtype)
-
-
-def _rms(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps)."""
-    if x.is_cuda or torch.is_grad_enabled():
-        return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS)
-    y = x.float()  # on a CPU that is eight operators, and these are four
-    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    return (y * torch.addcmul(_EPS, norm, norm, value=1 / y.shape[-1]).rsqrt_()).to(x.dtype)
 
 
 def _merge(x: Tensor) -> Tensor:
