@@ -37,30 +37,34 @@ class Linear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int, *, plain: bool = True):
-        self.weight: Tensor | None = weight.to(dtype).contiguous()
+        self.transposed: Tensor | None = weight.to(dtype).contiguous().t()  # [in, out]
         self.bias = None if bias is None else bias.to(dtype).contiguous()
-        self.packed, self.weight_t = None, self.weight.t()
-        if self.weight.device.type != "cpu" or not has_onednn(dtype):
+        self.packed = None
+        if weight.device.type != "cpu" or not has_onednn(dtype):
             return
-        if is_intel() and dtype == torch.float32 and rows * self.weight.numel() < SMALL_PRODUCT:
+        if is_intel() and dtype == torch.float32 and rows * weight.numel() < SMALL_PRODUCT:
             # each call of oneDNN takes some 20 us more than MKL, which likes [in, out] best
-            self.weight_t = self.weight.t().contiguous()
-            self.weight = self.weight_t.t()
+            self.transposed = self.transposed.contiguous()
             return
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
-        self.weight, self.weight_t = self.weight if plain else None, None
+        self.transposed = self.transposed if plain else None
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], where it is kept."""
+        return self.transposed.t()
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed is None:
-            return torch.mm(x, self.weight_t) if self.bias is None else torch.addmm(self.bias, x, self.weight_t)
+            return self.differentiable(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
     def gelu(self, x: Tensor) -> Tensor:
         """gelu(x W^T + b), the tanh form that SigLIP and Gemma use."""
         if self.packed is None:
             if x.is_cuda:  # in the product's epilogue, where cuBLAS means the tanh form
-                return torch._addmm_activation(self.bias, x, self.weight.t(), use_gelu=True)
-            return F.gelu(F.linear(x, self.weight, self.bias), approximate="tanh")
+                return torch._addmm_activation(self.bias, x, self.transposed, use_gelu=True)
+            return F.gelu(self(x), approximate="tanh")
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "gelu", [], "tanh")
 
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ class Linear:
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """x W^T + b + residual."""
         if self.packed is None and self.bias is None:
-            return torch.addmm(residual, x, self.weight_t)
+            return torch.addmm(residual, x, self.transposed)
         return self._with("add", x, residual) if self._fuses() else self(x).add_(residual)
 
     def _fuses(self) -> bool:
@@ -82,29 +86,29 @@ class Linear:
 
     def differentiable(self, x: Tensor) -> Tensor:
         """The same function through operators that autograd knows."""
-        return F.linear(x, self.weight, self.bias)
+        return torch.mm(x, self.transposed) if self.bias is None else torch.addmm(self.bias, x, self.transposed)
 
 
 class GeGLU:
-    """gelu(x Wg^T) * (x Wu^T): two matrices where oneDNN fuses the product, one double matrix on a GPU, and elsewhere
-    two products at once, whose results lie in a row each for GELU."""
+    """gelu(x Wg^T) * (x Wu^T): two matrices where oneDNN fuses the product, two at once where MKL takes it, so that
+    GELU finds whole rows, and one double matrix elsewhere."""
 
     def __init__(self, gate: Tensor, up: Tensor, dtype: torch.dtype, rows: int, *, plain: bool):
         self.width = gate.shape[0]
-        self.gate = Linear(gate, None, dtype, rows, plain=plain)
-        self.up = Linear(up, None, dtype, rows, plain=plain)
+        self.gate: Linear | None = Linear(gate, None, dtype, rows, plain=plain)
+        self.up: Linear | None = Linear(up, None, dtype, rows, plain=plain)
         self.both: Linear | None = None
         self.pair: Tensor | None = None  # [2, in, width]
         if self.gate.packed is not None:
             return
-        if gate.is_cuda:
-            self.both = Linear(torch.cat([self.gate.weight, self.up.weight]), None, dtype, rows)
+        if self.gate.transposed.is_contiguous():
+            self.pair = torch.stack([self.gate.transposed, self.up.transposed])
         else:
-            self.pair = torch.stack([self.gate.weight.t(), self.up.weight.t()])
-        self.gate.weight = self.up.weight = None
+            self.both = Linear(torch.cat([self.gate.weight, self.up.weight]), None, dtype, rows)
+        self.gate = self.up = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.gate.packed is not None:
+        if self.gate is not None:
             return self.up.times(x, self.gate.gelu(x))
         gate, up = self._products(x)
         return F.gelu(gate, approximate="tanh").mul_(up)
@@ -118,7 +122,7 @@ class GeGLU:
         if self.both is not None:
             return self.both(x).split(self.width, dim=-1)
         if self.pair is not None:
-            return torch.bmm(x.expand(2, *x.shape), self.pair).unbind()
+            return torch.bmm(x.expand(2, -1, -1), self.pair).unbind()
         return self.gate.differentiable(x), self.up.differentiable(x)
 
 

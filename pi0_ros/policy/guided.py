@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pi0_ros.policy.attention import attend
-from pi0_ros.policy.cache import split_heads
+from pi0_ros.policy.spans import split_heads
 
 if TYPE_CHECKING:
     from pi0_ros.policy.sampler import Sampler

@@ -27,7 +27,7 @@ from torch import Tensor
 from pi0_ros.model.pi0 import Pi0, denoising_times
 from pi0_ros.model.siglip import LAYER_NORM_EPS
 from pi0_ros.policy import gpu
-from pi0_ros.policy.cache import Memory, Span
+from pi0_ros.policy.spans import Memory, Span
 from pi0_ros.policy.fused import fuse
 from pi0_ros.policy.graphs import Graphs
 from pi0_ros.policy.guided import Guidance, denoise_guided

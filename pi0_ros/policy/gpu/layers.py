@@ -130,7 +130,7 @@ def _stacked(linears: Sequence) -> Tensor:
     """The matrices [layers, out, in]; each linear's weight is a view of it from now on."""
     stack = torch.stack([linear.weight for linear in linears])
     for linear, weight in zip(linears, stack, strict=True):
-        linear.weight = weight
+        linear.transposed = weight.t()
     return stack
 
 

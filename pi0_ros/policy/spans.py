@@ -17,8 +17,8 @@ _EPS = torch.tensor(RMS_EPS)
 
 @dataclass(frozen=True)
 class Memory:
-    """What the passes of a sampler write to, allocated once: keys and values [depth, kv_heads, rows, head_dim], and what
-    one layer needs of queries, norms and float32 in between."""
+    """What the passes of a sampler write to, allocated once: keys and values [depth, kv_heads, rows, head_dim], and
+    what one layer needs of queries, norms and float32 in between."""
 
     keys: Tensor
     values: Tensor
