@@ -27,11 +27,11 @@ from torch import Tensor
 from pi0_ros.model.pi0 import Pi0, denoising_times
 from pi0_ros.model.siglip import LAYER_NORM_EPS
 from pi0_ros.policy import gpu
-from pi0_ros.policy.spans import Memory, Span
 from pi0_ros.policy.fused import fuse
 from pi0_ros.policy.graphs import Graphs
 from pi0_ros.policy.guided import Guidance, denoise_guided
 from pi0_ros.policy.images import resize_on_device
+from pi0_ros.policy.spans import Memory, Span
 from pi0_ros.policy.stages import Stages
 from pi0_ros.policy.tables import rope_table, time_tables
 
