@@ -367,7 +367,7 @@ class Sampler:
 
     def embed_actions(self, x_t: Tensor, k: int, frozen: bool) -> Tensor:
         bias = self._at_time(self.time_bias, k, frozen)
-        x = F.linear(x_t, self.weights.action_in) + bias
+        x = torch.addmm(bias, x_t, self.weights.action_in.t())
         if self.weights.action_mlp_out is not None:
             x = F.linear(F.silu(x), *self.weights.action_mlp_out)
         return x.to(self.dtype)
