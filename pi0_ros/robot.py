@@ -7,10 +7,12 @@ metres, times seconds, rates hertz (REP-103). `robot_file.py` reads it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import (
     AfterValidator,
@@ -32,6 +34,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 LONGEST_AGE, LONGEST_LATENCY = 30.0, 5.0  # s; in milliseconds nearly all are longer
 ABSURD = 10  # times what is between its limits is outside them further than any joint gets
 TURNS, FASTEST = 30.0, 50.0  # rad and rad/s: no revolute joint goes further or faster, in degrees nearly all do
+TURN = 2 * math.pi
 
 
 def _at_most(longest: float) -> AfterValidator:
@@ -108,11 +111,12 @@ class Joint(Section):
     """One joint, in model order. Positions in radians, or metres for a prismatic joint.
 
     A gripper is given to the model as 0 = open to 1 = closed (the pi convention), whatever its own units:
-    `open` and `closed` are its positions in message units.
+    `open` and `closed` are its positions in message units. A continuous joint turns on and on, and its driver may tell
+    its angle in any turn: what is meant is the angle in the turn around the middle of its limits (`Turns`).
     """
 
     name: str
-    kind: Literal["revolute", "prismatic", "gripper"] = "revolute"
+    kind: Literal["revolute", "continuous", "prismatic", "gripper"] = "revolute"
     position: tuple[Finite, Finite]  # lowest, highest
     velocity: Positive  # largest speed
     acceleration: Positive  # largest acceleration
@@ -124,10 +128,15 @@ class Joint(Section):
     def _consistent(self) -> Joint:
         if self.position[0] >= self.position[1]:
             raise ValueError(f"joint {self.name!r}: position {list(self.position)} must be [lowest, highest]")
-        if self.kind == "revolute" and (max(map(abs, self.position)) > TURNS or self.velocity > FASTEST):
+        if self.angle and (max(map(abs, self.position)) > TURNS or self.velocity > FASTEST):
             raise ValueError(
                 f"joint {self.name!r}: position {list(self.position)} and velocity {self.velocity:g} must be in "
                 f"radians, within {TURNS:g} rad and {FASTEST:g} rad/s; are these degrees?"
+            )
+        if self.kind == "continuous" and self.position[1] - self.position[0] > TURN:
+            raise ValueError(
+                f"joint {self.name!r}: position {list(self.position)} of a continuous joint must be within one turn: "
+                "limits around where it works"
             )
         if self.kind == "gripper":
             if self.open is None or self.closed is None or self.open == self.closed:
@@ -147,19 +156,44 @@ class Joint(Section):
     @property
     def unit(self) -> str:
         """Of its positions, "rad" or "m"; "" for a gripper, whose driver has one of its own."""
-        return {"revolute": "rad", "prismatic": "m", "gripper": ""}[self.kind]
+        return {"prismatic": "m", "gripper": ""}.get(self.kind, "rad")
+
+    @property
+    def angle(self) -> bool:
+        """Whether its positions are angles."""
+        return self.kind in ("revolute", "continuous")
 
     @property
     def conceivable(self) -> tuple[float, float]:
         """Least and largest number that can be a position at all, however wrong the limits: beyond, it is a glitch, or
         has other units. One such number would spoil the joint's normalisation."""
         low, high = self.position
+        if self.kind == "continuous":
+            middle = (low + high) / 2
+            return middle - ABSURD * TURN, middle + ABSURD * TURN
         return low - ABSURD * (high - low), high + ABSURD * (high - low)
 
     @property
     def relative(self) -> bool:
         """Whether the model's action for this joint is relative to the state at the start of the chunk."""
         return (self.action or ("absolute" if self.kind == "gripper" else "relative")) == "relative"
+
+
+class Turns:
+    """By how many whole turns positions are away from where a robot file means them.
+
+    Drivers tell the angle of a joint that turns on and on within a turn of their own, from -pi to pi mostly, or count
+    turns. Here it is always in the turn around the middle of the joint's limits, whose ends it does not reach.
+    """
+
+    def __init__(self, joints: Sequence[Joint]) -> None:
+        self._middle = np.array([sum(joint.position) / 2 for joint in joints])
+        self._per_radian = np.array([1 / TURN if joint.kind == "continuous" else 0.0 for joint in joints])
+
+    def __call__(self, positions: np.ndarray, joints: np.ndarray | Sequence[int] | slice = slice(None)) -> np.ndarray:
+        """rad, to be subtracted from positions [n] of `joints` (indices); 0 for joints of other kinds."""
+        per_radian = self._per_radian[joints]
+        return np.where(per_radian, TURN * np.rint((positions - self._middle[joints]) * per_radian), 0.0)
 
 
 class State(Section):

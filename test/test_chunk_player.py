@@ -17,6 +17,7 @@ from rclpy.parameter import Parameter  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
 from sensor_msgs.msg import JointState  # noqa: E402
 
+from pi0_ros.robot import Robot  # noqa: E402
 from pi0_ros.ros.chunk_player import SPECS, settings_from  # noqa: E402
 from pi0_ros.ros.judging import Settings  # noqa: E402
 from pi0_ros.ros.motion import Commands, Plan  # noqa: E402
@@ -106,6 +107,25 @@ def test_each_controller_gets_its_own_joints_in_its_own_order(stream):
     assert message.joint_names == ["g", "b"]
     assert [list(point.positions) for point in message.points] == [[2.0, 1.0], [4.0, 3.0]]
     assert [list(point.velocities) for point in message.points] == [[6.0, 5.0], [0.0, 0.0]]
+
+
+def test_controllers_are_told_in_the_turn_in_which_joint_states_are():
+    commands = [
+        {"topic": "/first", "type": "Float64MultiArray", "joints": ["g", "a"]},
+        {"topic": "/rest", "type": "JointTrajectory", "joints": ["b"]},
+    ]
+    joints = [joint.model_dump() for joint in robot_of(commands).joints]
+    for joint in joints[:2]:
+        joint |= {"kind": "continuous", "position": [2.0, 4.0]}
+    robot = Robot.model_validate(robot_of(commands).model_dump() | {"joints": joints})
+    player = Player(robot, Settings(), streamed_joints(robot))
+    player.observe(robot.joint_names, [-3.0, 3.0 + 2 * np.pi, 0.5], 10**10, 10**10)
+    player.commanded = np.array([3.3, 3.1, 0.5])
+    ear = Ear()
+    plan = Plan(np.array([10**10 + 20 * 10**6]), np.array([[3.2]]), np.zeros((1, 1)))
+    Outputs(ear, robot, player, 0.01, velocities=True).send(Commands(True, plan), 10**10)
+    np.testing.assert_allclose(ear.heard["/first"][0].data, [0.5, 3.3 - 2 * np.pi])
+    np.testing.assert_allclose(ear.heard["/rest"][0].points[0].positions, [3.2 + 2 * np.pi])
 
 
 def test_position_commands_follow_the_chunks(streamed):

@@ -163,6 +163,28 @@ def test_an_angle_that_wraps_around_is_a_problem(tmp_path):
     assert problem.startswith("/joint_states: joint 'shoulder' jumps by a turn from one message to the next, 1 times")
 
 
+@pytest.mark.parametrize(
+    ("limits", "fault"), [([0, 6.2], ""), ([-3, 3.1], "it goes across 3.19 rad, half a turn from")]
+)
+def test_an_angle_of_a_continuous_joint_wraps_nowhere_but_half_a_turn_from_its_limits_middle(tmp_path, limits, fault):
+    items = kit.episode()
+    for k, item in enumerate(i for i in items if i.topic == "/joint_states"):
+        item.message.position[0] = (2.5 + k / 100 + np.pi) % (2 * np.pi) - np.pi
+    for item in (i for i in items if i.topic == "/command"):
+        for point in item.message.points:
+            point.positions[0] = -3.0
+    joints = [{"name": n, "position": [-6, 6], "velocity": 2, "acceleration": 5} for n in kit.JOINTS]
+    joints[0] |= {"kind": "continuous", "position": limits}
+    recording = read(tmp_path, items, joints=joints)
+    if fault:
+        assert fault in recording.problems[0]
+        return
+    assert recording.problems == []
+    (stream,) = recording.states
+    np.testing.assert_allclose(np.diff(stream.positions[:, 0]), 0.01)
+    np.testing.assert_allclose(recording.commands[0].positions[:, 0], 2 * np.pi - 3.0)
+
+
 @pytest.mark.parametrize("place", [-0.9, 1.9])
 def test_two_topics_that_contradict_one_another_about_a_joint_are_a_problem(tmp_path, place):
     other = [kit.joint_state(kit.START + k * kit.SECOND // 50, [place, 0.6, 0.5], topic="/other") for k in range(150)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from playback_kit import NAMES, PERIOD, ROBOT, VELOCITY, Bench, check_limits, check_plans
 
-from pi0_ros.robot import State
+from pi0_ros.robot import Robot, State
 from pi0_ros.ros.judging import SECOND
 from pi0_ros.ros.player import APPROACHING, DRY_RUN, HOLDING, PLAYING, STOPPED
 
@@ -888,3 +888,41 @@ def test_an_ensemble_is_of_the_chunks_of_one_epoch(epoch, place):
     bench.offer(np.tile([0.2, 0.0, 0.0], (41, 1)), epoch=epoch)
     bench.tick(60)
     assert bench.seen == (PLAYING, "") and bench.arm[0] == pytest.approx(place, abs=1e-4)
+
+
+@pytest.mark.parametrize("wraps", [True, False], ids=["a driver that wraps at pi", "a driver that counts turns"])
+def test_a_continuous_joint_is_told_in_the_turn_in_which_its_driver_is(wraps):
+    joints = [joint.model_dump() for joint in ROBOT.joints]
+    joints[0] |= {"kind": "continuous", "position": [2.0, 4.0]}
+    b = Bench(robot=Robot.model_validate(ROBOT.model_dump() | {"joints": joints}))
+    raw, told = np.array([2.9 if wraps else 2.9 - 4 * np.pi, 0.0, 0.0]), []
+    b.sensing = False
+    way = 2.9 + 0.5 * np.sin(np.linspace(0, np.pi, 61)) ** 2  # across pi, and back
+    b.offer(np.stack([way, 0 * way, 0 * way], axis=1))
+    for _ in range(300):
+        b.player.observe(NAMES, raw, b.now + PERIOD, b.now + PERIOD)
+        b.tick()
+        if b.player.commanded is None:
+            continue
+        told.append(b.player.commanded + b.player.turns)
+        assert abs(told[-1][0] - raw[0]) < 0.1  # never a turn away
+        raw = told[-1].copy()
+        if wraps:
+            raw[0] = (raw[0] + np.pi) % (2 * np.pi) - np.pi
+    told = np.array(told)[:, 0]
+    assert b.player.state == PLAYING and b.player.refused == 0
+    if wraps:
+        assert told.max() > 3.1 and told.min() < -2.88  # it was on both sides
+    else:
+        assert abs(told.max() - (3.4 - 4 * np.pi)) < 0.01
+    seen = np.array(b.trail)[:, 0]
+    assert abs(seen.max() - 3.4) < 0.01 and seen.min() > 2.89
+
+
+def test_of_one_wrong_joint_state_the_turn_is_not_believed_either():
+    joints = [joint.model_dump() for joint in ROBOT.joints]
+    joints[0] |= {"kind": "continuous", "position": [2.0, 4.0]}
+    b = Bench(robot=Robot.model_validate(ROBOT.model_dump() | {"joints": joints}))
+    for k, first in enumerate([-3.0, -3.0, 0.0, -3.0]):
+        b.player.observe(NAMES, [first, 0.0, 0.0], b.now + k * PERIOD, b.now + k * PERIOD)
+        np.testing.assert_allclose(b.player.turns, [-2 * np.pi, 0, 0])

@@ -4,12 +4,13 @@ import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi0_ros.robot import CAMERA_SLOTS
+from pi0_ros.robot import CAMERA_SLOTS, Joint, Turns
 from pi0_ros.robot_file import RobotFileError, config_folder, load_robot, parse_robot
 
 CONFIG = Path(__file__).parents[1] / "config"
@@ -131,7 +132,7 @@ def test_camera_slots_come_out_in_model_order_whatever_the_file_says():
         ("cameras.base_0_rgb.topic", "", "cameras.base_0_rgb.topic: '' is not a topic name"),
         ("joints", [], "joints: at least one is needed, found none"),
         ("joints.1.name", "a", "joints: names must differ, found ['a', 'a']"),
-        ("joints.0.kind", "linear", "kind: found 'linear'; input should be 'revolute', 'prismatic' or 'gripper'"),
+        ("joints.0.kind", "linear", "kind: found 'linear'; input should be 'revolute', 'continuous', 'prismatic' or"),
         ("joints.0.position", [1.0, -1.0], "joint 'a': position [1.0, -1.0] must be [lowest, highest]"),
         ("joints.0.position", [1.0, 1.0], "joint 'a': position [1.0, 1.0] must be [lowest, highest]"),
         ("joints.0.position", [float("nan"), 1.0], "joints.0.position.0: found nan; input should be a finite number"),
@@ -394,3 +395,23 @@ def test_cameras_in_one_anothers_slots_are_a_difference_and_other_topics_are_non
     ]
     others = {"base_0_rgb": {"topic": "/left/cam"}, "left_wrist_0_rgb": {"topic": "/left/wrist"}}
     assert mine.differences(parse_robot(yaml.safe_dump(SMALL | {"cameras": others}))) == []
+
+
+def test_a_continuous_joint_is_meant_in_the_turn_around_the_middle_of_its_limits():
+    joint = {"name": "a", "kind": "continuous", "position": [0.2, 6.1], "velocity": 1, "acceleration": 1}
+    joints = [Joint(**joint), Joint(**joint | {"name": "b", "kind": "revolute"})]
+    assert joints[0].unit == "rad" and joints[0].angle
+    turns = Turns(joints)
+    for told, meant in [(-3.0, 2 * np.pi - 3.0), (3.0, 3.0), (9.3, 9.3 - 2 * np.pi), (0.0, 2 * np.pi), (0.02, 0.02)]:
+        np.testing.assert_allclose(told - turns(np.array([told, told])), [meant, told], atol=1e-12)
+    assert turns(np.array([np.inf, np.nan]), [1, 1]).tolist() == [0.0, 0.0]
+    assert turns(np.array([15.7]), [0]).tolist() == [4 * np.pi]
+
+
+def test_limits_of_a_continuous_joint_are_within_a_turn():
+    with pytest.raises(
+        ValueError, match=r"joint 'a': position \[-3.2, 3.2\] of a continuous joint must be within one turn"
+    ):
+        Joint(name="a", kind="continuous", position=(-3.2, 3.2), velocity=1, acceleration=1)
+    with pytest.raises(ValueError, match="are these degrees"):
+        Joint(name="a", kind="continuous", position=(177, 183), velocity=1, acceleration=1)

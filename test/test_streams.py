@@ -30,10 +30,15 @@ max_skew: 0.1
 class World:
     """Publishes into a Streams and waits for what it sent."""
 
-    def __init__(self, ros, transport: str = "raw", clock: str = "header", latency: float = 0.03) -> None:
+    def __init__(
+        self, ros, transport: str = "raw", clock: str = "header", latency: float = 0.03, kind: str = "revolute"
+    ) -> None:
         self.ros, self.transport = ros, transport
         self.robot = parse_robot(
-            ROBOT.replace("TRANSPORT", transport).replace("latency: 0.03", f"latency: {latency}") + f"clock: {clock}\n"
+            ROBOT.replace("TRANSPORT", transport)
+            .replace("latency: 0.03", f"latency: {latency}")
+            .replace("name: shoulder,", f"name: shoulder, kind: {kind},")
+            + f"clock: {clock}\n"
         )
         self.stored = 0
         self.streams = Streams(ros.node("reader"), self.robot, self._count)
@@ -115,6 +120,13 @@ def test_a_position_that_is_not_a_number_is_blamed(world):
     world.joints("gripper/joint_states", NOW + 1 * MS, finger=float("nan"))
     rejected = world.observe(NOW + 50 * MS)
     assert (rejected.stream, rejected.reason) == ("gripper/joint_states", "joint 'finger': position is nan")
+
+
+def test_a_continuous_joint_is_seen_within_its_turn_whatever_turn_its_driver_tells(ros):
+    world = World(ros, kind="continuous")
+    world.all(NOW)
+    world.joints("arm/joint_states", NOW + 1 * MS, shoulder=1.5 + 6 * np.pi)
+    np.testing.assert_allclose(world.observe(NOW + 50 * MS).state, [1.5, 0.5])
 
 
 def test_messages_with_velocities_only_are_passed_over(world):

@@ -80,15 +80,15 @@ class Outputs:
 
     def send(self, commands: Commands, now: int) -> None:
         """Publish what is to be sent at `now` (ns)."""
-        for command, publisher, (names, places) in self._groups:
+        for command, publisher, (names, joints, places) in self._groups:
+            turns = self._player.turns[joints]
             if command.type == "Float64MultiArray":
                 if commands.stream:
-                    publisher.publish(position_message(self._player.commanded[places]))
+                    publisher.publish(position_message(self._player.commanded[joints] + turns))
             elif (plan := commands.plan) is not None:
+                positions = plan.positions[:, places] + turns
                 velocities = plan.velocities[:, places] if self._velocities else None
-                publisher.publish(
-                    trajectory_message(names, plan.times, plan.positions[:, places], velocities, now, self._ahead)
-                )
+                publisher.publish(trajectory_message(names, plan.times, positions, velocities, now, self._ahead))
         for gripper, place in self._grippers:
             if commands.begins:
                 gripper.forget()
@@ -118,11 +118,9 @@ def streamed_joints(robot: Robot) -> list[str]:
     return [name for group in groups for name in group]
 
 
-def _places(command: Command, robot: Robot, player: Player) -> tuple[tuple[str, ...], list[int]]:
-    """The controller's joints, and where they stand: among all joints, or among the planned ones for trajectories."""
+def _places(command: Command, robot: Robot, player: Player) -> tuple[tuple[str, ...], list[int], list[int]]:
+    """The controller's joints, and where they stand: among all joints, and for trajectories among the planned ones."""
     names = command.joints or robot.joint_names
-    places = [robot.joint_names.index(name) for name in names]
-    if command.type == "JointTrajectory":
-        planned = player.window.joints.tolist()
-        places = [planned.index(place) for place in places]
-    return names, places
+    joints = [robot.joint_names.index(name) for name in names]
+    planned = player.window.joints.tolist()
+    return names, joints, [planned.index(joint) for joint in joints] if command.type == "JointTrajectory" else []

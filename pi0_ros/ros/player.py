@@ -161,6 +161,11 @@ class Player:
         return DRY_RUN if self.settings.dry_run and self._mode != STOPPED else self._mode
 
     @property
+    def turns(self) -> np.ndarray:
+        """float64 [J], rad: what commands are to be told in addition, whole turns (`Proprioception.turns`)."""
+        return self._seen.turns
+
+    @property
     def reason(self) -> str:
         """Why it holds, is stopped or approaches, and why the newest chunk was refused; empty while all is well."""
         return "; ".join(part for part in (self.why, self._refusal) if part)

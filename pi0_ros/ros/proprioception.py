@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from pi0_ros.robot import Robot
+from pi0_ros.robot import Robot, Turns
 from pi0_ros.ros.judging import SECOND
 from pi0_ros.ros.limiter import Limits
 
@@ -28,6 +28,8 @@ class Proprioception:
     Attributes:
         positions: float64 [J], NaN where a joint was never seen.
         at: int64 [J], when each was measured, ns; -1: never, or not since a pause.
+        turns: float64 [J], rad, what joint states are above `positions`, whole turns of continuous joints; commands are
+            to be told in the turn in which the driver is.
     """
 
     def __init__(self, robot: Robot, limits: Limits, arm: np.ndarray, unit: np.ndarray) -> None:
@@ -36,6 +38,7 @@ class Proprioception:
         self._names, self._limits, self._max_age = robot.joint_names, limits, robot.state.max_age
         self.positions = np.full(len(self._names), np.nan)
         self.at = np.full(len(self._names), -1, dtype=np.int64)
+        self.turns, self._turns = np.zeros(len(self._names)), Turns(robot.joints)
         self._speed = LEAP_SPEED * np.array([joint.velocity for joint in robot.joints])
         self._arm, self._noise = arm, LEAP * unit
         # Not yet believed: positions and stamp, by joints.
@@ -59,9 +62,13 @@ class Proprioception:
             self._note = f"; {ahead}" if now else "; this node's clock stands at 0: use_sim_time without /clock?"
             return False
         values = np.asarray(positions, dtype=np.float64)[here]
+        turns = self._turns(values, mine)
+        values = values - turns
         low, high = self._limits.low[mine], self._limits.high[mine]
         good = (values >= 2 * low - high) & (values <= 2 * high - low)  # false for NaN
-        self._store(mine[good], values[good], min(stamp, now))  # a clock ahead of ours must not make them last longer
+        self._store(
+            mine[good], values[good], turns[good], min(stamp, now)
+        )  # a clock ahead of ours must not make them last longer
         late = (now - stamp) / SECOND
         if not self._noted or self._noted.intersection(mine.tolist()):
             self._note, self._noted = "", set()
@@ -75,9 +82,9 @@ class Proprioception:
             self._note = f"; they come, stamped {late:.2g} s before this node's clock"
         return True
 
-    def _store(self, joints: np.ndarray, values: np.ndarray, stamp: int) -> None:
+    def _store(self, joints: np.ndarray, values: np.ndarray, turns: np.ndarray, stamp: int) -> None:
         new = stamp >= self.at[joints]
-        joints, values = joints[new], values[new]
+        joints, values, turns = joints[new], values[new], turns[new]
         key, before, at = tuple(joints.tolist()), self.positions[joints], self.at[joints]
         waiting = self._leapt.pop(key, None)
         if self._leaps_from(before, at, joints, values, stamp):
@@ -85,12 +92,12 @@ class Proprioception:
                 self._leapt[key] = values, stamp
                 return
         elif waiting is None:
-            self.positions[joints], self.at[joints] = values, stamp
+            self.positions[joints], self.turns[joints], self.at[joints] = values, turns, stamp
             return
         worst = int(np.argmax(np.abs(waiting[0] - before) * self._arm[joints]))
         told = f"{before[worst]:.3g} and {waiting[0][worst]:.3g}"
         self._leaps.append((stamp, f"joint {self._names[joints[worst]]!r} is told to be at {told} in turn"))
-        self.positions[joints], self.at[joints] = values, stamp
+        self.positions[joints], self.turns[joints], self.at[joints] = values, turns, stamp
 
     def _leaps_from(
         self, before: np.ndarray, at: np.ndarray, joints: np.ndarray, values: np.ndarray, stamp: int

@@ -23,7 +23,7 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from pi0_ros.policy.alignment import Rejected, Sample, StreamBuffer, align
 from pi0_ros.policy.images import ImageError, decode_image, orient
-from pi0_ros.robot import Robot
+from pi0_ros.robot import Robot, Turns
 from pi0_ros.ros.conversions import SECOND, stamp_ns
 from pi0_ros.ros.diagnostics import Report, Window
 from pi0_ros.ros.graph import whereabouts
@@ -55,7 +55,7 @@ class Streams:
 
     def __init__(self, node: Node, robot: Robot, on_message: Callable[[int], None]) -> None:
         self._node, self._robot, self._on_message = node, robot, on_message
-        self._lock = threading.Lock()
+        self._lock, self._turns = threading.Lock(), Turns(robot.joints)
         self._cameras: dict[str, StreamBuffer] = {}
         # One buffer for each topic and set of our joints on it: drivers of arm and gripper often share a topic.
         self._states: dict[tuple[str, frozenset[str]], StreamBuffer] = {}
@@ -157,6 +157,7 @@ class Streams:
             if not least <= state[i] <= most:  # false for NaN
                 units = "; other units (degrees?)" if np.isfinite(state[i]) else ""
                 return Rejected(source[joint].name, f"joint {joint!r}: position is {state[i]:.4g}{units}", "missing")
+        state -= self._turns(state)
         return Snapshot({slot: aligned.samples[slot] for slot in self._cameras}, state, aligned.skew_ns / SECOND)
 
     def reports(self, node: str, now: int, limits: dict[str, Any]) -> list[Report]:

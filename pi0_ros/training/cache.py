@@ -111,7 +111,7 @@ def unit_key(files: BagFiles, robot: Robot, image_size: int, selection: Selectio
         "bag": digest or files.digest(),
         "custom": files.custom_data,
         "cameras": camera,
-        "joints": [(joint.name, joint.position) for joint in robot.joints],
+        "joints": [(joint.name, joint.position, *["turns"] * (joint.kind == "continuous")) for joint in robot.joints],
         "robot": robot.model_dump(
             mode="json", include={"control_rate", "state", "actions", "max_skew", "clock", "episode_topic", "prompt"}
         ),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pi0_ros.robot import Joint, Robot
+from pi0_ros.robot import TURN, Joint, Robot
 
 if TYPE_CHECKING:
     from pi0_ros.training.recording import Recording
@@ -161,7 +161,7 @@ def commands_apart(episodes: Sequence[Motion], robot: Robot) -> list[str]:
     states = np.concatenate([state[::stride] for state, _, _ in episodes])
     distance = np.array([np.concatenate(row) for row in rows])  # [lags, T, J]
     revolute = np.array([joint.kind == "revolute" for joint in robot.joints])
-    turned = (np.abs(distance - 2 * math.pi) < TURN_SLACK) & revolute
+    turned = (np.abs(distance - TURN) < TURN_SLACK) & revolute
     usual = np.where(turned, 0.0, np.nan_to_num(distance)).mean(axis=1).min(axis=0)
     low, high = np.nanquantile(states, [0.01, 0.99], axis=0)
     found = []
@@ -187,7 +187,7 @@ def _apart(joint: Joint, usual: float, spread: float) -> str:
     )
 
 
-UNWRAP = "Positions must go on beyond a turn, in joint states and commands"
+UNWRAP = "Give it kind: continuous, with limits of less than a turn around where it works (docs/robot.md)"
 
 # --- of one recording -------------------------------------------------------------------------------------------------
 
@@ -211,10 +211,14 @@ def _check_jumps(recording: Recording, joint: Joint, topic: str, times: np.ndarr
     order = np.argsort(times, kind="stable")
     seconds, steps = np.diff(times[order]) / 1e9, np.abs(np.diff(positions[order]))
     near = seconds < FOLLOWS_WITHIN
-    if joint.kind == "revolute" and (wraps := near & (np.abs(steps - 2 * math.pi) < TURN_SLACK)).any():
+    if joint.angle and (wraps := near & (np.abs(steps - TURN) < TURN_SLACK)).any():
+        across = (
+            f"it goes across {sum(joint.position) / 2 + math.pi:.3g} rad, half a turn from the middle of its limits "
+            f"{list(joint.position)}. Limits must be around where it works"
+        )
         recording.problems.append(
-            f"{topic}: joint {joint.name!r} jumps by a turn from one message to the next, {int(wraps.sum())} times: an "
-            f"angle that wraps around. {UNWRAP}"
+            f"{topic}: joint {joint.name!r} jumps by a turn from one message to the next, {int(wraps.sum())} times: "
+            + (across if joint.kind == "continuous" else f"an angle that wraps around. {UNWRAP}")
         )
         return
     fast = steps / np.maximum(seconds, max(float(np.median(seconds)), SHORTEST)) > TOO_FAST * joint.velocity

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pi0_ros.policy.images import ENCODINGS, is_depth
-from pi0_ros.robot import Robot
+from pi0_ros.robot import Robot, Turns
 from pi0_ros.training.bags import Bag, BagError, decode, header_stamp
 from pi0_ros.training.clocks import ClockOffset
 from pi0_ros.training.commands import HOLD, CommandRows, Commands
@@ -119,6 +119,7 @@ class _Reader:
         self.texts: dict[str, list[tuple[int, str]]] = {}
         self.handlers: dict[str, list[Any]] = {}
         self.index = {name: i for i, name in enumerate(robot.joint_names)}
+        self.turns = Turns(robot.joints)
         # By names in a message, and wanted: model indices, their places in it, least and largest number each may have.
         self.columns: dict[tuple[Any, ...], tuple[tuple[int, ...], list[int], np.ndarray, np.ndarray]] = {}
         self.strangers: dict[str, tuple[str, ...]] = {}  # source -> joints of a command that are none of the robot's
@@ -287,7 +288,7 @@ class _Reader:
                 self.example.setdefault((what, topic, names[i]), float(row[i]))
             far = "position absurdly far outside the joint's limits"
             raise BagError(far if finite.all() else "NaN or infinite position")
-        return joints, row
+        return joints, row - self.turns(row, list(joints))
 
     # -- from rows to streams -------------------------------------------------------------------------------------
 
