@@ -372,6 +372,13 @@ def test_a_pause_of_the_recorder_is_no_lost_frame(tmp_path, inspect):
     assert data["bags"][0]["streams"]["base_0_rgb"]["lost"] < 0.02 and "missing" not in out
 
 
+def test_without_a_robot_file_a_joint_whose_angle_wraps_is_told_to_be_continuous(tmp_path, capsys):
+    items = [kit.joint_state(kit.START + k * 10**7, [(3.0 + k / 100) % 6.28 - 3.14, k / 9, 0.0]) for k in range(400)]
+    assert main([str(kit.write_bag(tmp_path / "one", items))]) == 0
+    out = capsys.readouterr().out
+    assert "  shoulder  -3.13 to 3.14, wraps around: kind: continuous\n" in out and out.count("wraps around") == 1
+
+
 def test_without_a_robot_file_it_tells_what_a_recording_holds(bags, tmp_path, capsys):
     extra = [kit.text(kit.START + k, f"task {k}") for k in range(5)] + [kit.floats(kit.START, [0.5, -1], "/hand")]
     bag = kit.write_bag(tmp_path / "one", [*kit.episode(seconds=1.0), *extra, kit.raw(kit.START, kit.picture(1))])

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from pi0_ros.policy.images import ImageError, decode_image
+from pi0_ros.robot import TURN
 from pi0_ros.training.bags import Bag, BagError, BagFiles, Topic, decode
+from pi0_ros.training.plausibility import TURN_SLACK
 from pi0_ros.training.recording import ACTION_TYPES, COMPRESSED, IMAGE, JOINT_STATE, STRING
 
 ORDER = (JOINT_STATE, IMAGE, COMPRESSED, *ACTION_TYPES.values(), STRING)  # what a robot file may name comes first
@@ -54,6 +56,8 @@ def _numbers(bag: Bag, topics: dict[str, Topic], names: set[str]) -> tuple[dict[
     ranges: dict[str, Ranges] = {name: {} for name in names}
     texts: dict[str, list[str]] = {name: [] for name in names}
     spans: dict[str, tuple[int, int]] = {}
+    before: dict[tuple[str, str], float] = {}
+    wraps: set[tuple[str, str]] = set()
     for name, at, raw in bag.messages(topics):
         first, last = spans.get(name, (at, at))
         spans[name] = min(first, at), max(last, at)
@@ -68,12 +72,20 @@ def _numbers(bag: Bag, topics: dict[str, Topic], names: set[str]) -> tuple[dict[
                 texts[name].append(message.data)
         else:
             for joint, value in _positions(message):
+                step = abs(value - before.get((name, joint), value))
+                if topics[name].type == JOINT_STATE and abs(step - TURN) < TURN_SLACK:
+                    wraps.add((name, joint))
+                before[name, joint] = value
                 low, high = ranges[name].get(joint, (value, value))
                 ranges[name][joint] = min(low, value), max(high, value)
     said = {}
     for name in names:
         width = max(map(len, ranges[name]), default=0)
-        said[name] = [f"{joint:{width}}  {low:.4g} to {high:.4g}" for joint, (low, high) in ranges[name].items()]
+        said[name] = [
+            f"{joint:{width}}  {low:.4g} to {high:.4g}"
+            + (", wraps around: kind: continuous" if (name, joint) in wraps else "")
+            for joint, (low, high) in ranges[name].items()
+        ]
         said[name] += [repr(text) for text in texts[name][:MOST_TEXTS]]
         said[name] += [f"and {len(texts[name]) - MOST_TEXTS} more"] if len(texts[name]) > MOST_TEXTS else []
     return said, {name: (last - first) / 1e9 for name, (first, last) in spans.items()}
