@@ -257,7 +257,7 @@ class Robot(Section):
     state: State = State()
     actions: tuple[RecordedActions, ...] = ()  # in a file one source or a list of them; needed for training only
     commands: tuple[Command, ...]
-    max_skew: Age = 0.1  # largest time between the oldest and newest stream of one observation
+    max_skew: Age = 0.2  # largest time between the oldest and newest stream of one observation
     clock: Literal["header", "bag"] = "header"  # which stamp of a recorded message counts
     episode_topic: Topic | None = None  # std_msgs/String whose messages begin (text) and end ("") episodes in a bag
     prompt: Prompt = Prompt()

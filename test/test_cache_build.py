@@ -109,7 +109,7 @@ def test_the_key_follows_what_the_content_depends_on(bags):
         unit_key(files, robot, SIZE, Selection(idle=0.1)),
         unit_key(files, kit.robot(control_rate=20), SIZE, selection),
         unit_key(files, kit.robot(clock="bag"), SIZE, selection),
-        unit_key(files, kit.robot(max_skew=0.2), SIZE, selection),
+        unit_key(files, kit.robot(max_skew=0.3), SIZE, selection),
         unit_key(
             files, kit.robot(cameras={"base_0_rgb": {"topic": "/cam/image_raw", "flip": "vertical"}}), SIZE, selection
         ),

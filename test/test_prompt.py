@@ -133,7 +133,7 @@ def test_bytes_are_always_within_the_vocabulary(prompt):
 
 def test_the_byte_level_tokenizer_serves_only_its_own_vocabulary():
     assert load_tokenizer(None, 260).vocab_size == 260
-    with pytest.raises(TokenizerError, match="no tokenizer given for a model of 257152 tokens; put its files"):
+    with pytest.raises(TokenizerError, match="no tokenizer given for a model of 257152 tokens; give --tokenizer"):
         load_tokenizer(None, 257152)
 
 

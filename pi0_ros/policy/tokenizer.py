@@ -81,8 +81,8 @@ def load_tokenizer(path: str | Path | None, vocab_size: int) -> Tokenizer:
     if path is None:
         if vocab_size != ByteTokenizer.vocab_size:
             raise TokenizerError(
-                f"no tokenizer given for a model of {vocab_size} tokens; put its files (a Hugging Face folder or a "
-                f"SentencePiece .model) into the checkpoint's tokenizer/ folder"
+                f"no tokenizer given for a model of {vocab_size} tokens; give --tokenizer (a Hugging Face folder or a "
+                f"SentencePiece .model) to train or convert, which put it into the checkpoint"
             )
         return ByteTokenizer()
     path = Path(path)
