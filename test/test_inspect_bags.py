@@ -72,7 +72,7 @@ def test_usable_data_gives_zero_and_every_number(inspect, bags):
     assert sum(n for reason, n in idle["dropped"].items() if reason.startswith("base_0_rgb")) >= 7
     assert "actions: topic /command is not in the recording" in mute["refused"]
     assert summary["prompts"] == {"wave": 2} and summary["idle_threshold"] == 0.005
-    assert 0 <= summary["skew_ms"]["p50"] <= summary["skew_ms"]["max"] <= 100
+    assert 0 <= summary["skew_ms"]["p50"] <= summary["skew_ms"]["max"] <= 200
 
 
 @pytest.mark.parametrize(("clock", "rate"), [("header", 10), ("bag", 5)])
