@@ -35,6 +35,8 @@ LONGEST_AGE, LONGEST_LATENCY = 30.0, 5.0  # s; in milliseconds nearly all are lo
 ABSURD = 10  # times what is between its limits is outside them further than any joint gets
 TURNS, FASTEST = 30.0, 50.0  # rad and rad/s: no revolute joint goes further or faster, in degrees nearly all do
 TURN = 2 * math.pi
+GAP = 0.5  # rad at least between the limits of a continuous joint, half a turn from their middle: room to overshoot
+TURNS_OF_A_DRIVER = 1000  # that counts them
 
 
 def _at_most(longest: float) -> AfterValidator:
@@ -133,10 +135,10 @@ class Joint(Section):
                 f"joint {self.name!r}: position {list(self.position)} and velocity {self.velocity:g} must be in "
                 f"radians, within {TURNS:g} rad and {FASTEST:g} rad/s; are these degrees?"
             )
-        if self.kind == "continuous" and self.position[1] - self.position[0] > TURN:
+        if self.kind == "continuous" and self.position[1] - self.position[0] > TURN - GAP:
             raise ValueError(
-                f"joint {self.name!r}: position {list(self.position)} of a continuous joint must be within one turn: "
-                "limits around where it works"
+                f"joint {self.name!r}: position {list(self.position)} of a continuous joint must leave {GAP:g} rad of "
+                "a turn free: limits around where it works"
             )
         if self.kind == "gripper":
             if self.open is None or self.closed is None or self.open == self.closed:
@@ -158,6 +160,11 @@ class Joint(Section):
         """Of its positions, "rad" or "m"; "" for a gripper, whose driver has one of its own."""
         return {"prismatic": "m", "gripper": ""}.get(self.kind, "rad")
 
+    def means_the_same(self, other: Joint) -> bool:
+        """Of continuous joints: whether each angle within the other's limits is the same number for both."""
+        middle = sum(self.position) / 2
+        return max(abs(end - middle) for end in other.position) < TURN / 2
+
     @property
     def angle(self) -> bool:
         """Whether its positions are angles."""
@@ -169,8 +176,7 @@ class Joint(Section):
         has other units. One such number would spoil the joint's normalisation."""
         low, high = self.position
         if self.kind == "continuous":
-            middle = (low + high) / 2
-            return middle - ABSURD * TURN, middle + ABSURD * TURN
+            return -TURNS_OF_A_DRIVER * TURN, TURNS_OF_A_DRIVER * TURN
         return low - ABSURD * (high - low), high + ABSURD * (high - low)
 
     @property
@@ -188,12 +194,20 @@ class Turns:
 
     def __init__(self, joints: Sequence[Joint]) -> None:
         self._middle = np.array([sum(joint.position) / 2 for joint in joints])
-        self._per_radian = np.array([1 / TURN if joint.kind == "continuous" else 0.0 for joint in joints])
+        self._continuous = np.array([joint.kind == "continuous" for joint in joints])
 
     def __call__(self, positions: np.ndarray, joints: np.ndarray | Sequence[int] | slice = slice(None)) -> np.ndarray:
         """rad, to be subtracted from positions [n] of `joints` (indices); 0 for joints of other kinds."""
-        per_radian = self._per_radian[joints]
-        return np.where(per_radian, TURN * np.rint((positions - self._middle[joints]) * per_radian), 0.0)
+        return self.between(positions, self._middle[joints], joints)
+
+    def between(
+        self, positions: np.ndarray, others: np.ndarray, joints: np.ndarray | Sequence[int] | slice = slice(None)
+    ) -> np.ndarray:
+        """rad, whole turns by which positions [n] of `joints` are from others; 0 for joints of other kinds."""
+        apart = np.where(
+            self._continuous[joints] & np.isfinite(positions) & np.isfinite(others), positions - others, 0.0
+        )
+        return TURN * np.rint(apart / TURN)
 
 
 class State(Section):
@@ -384,7 +398,8 @@ class Robot(Section):
         checkpoint's.
 
         Topics, ages and limits may differ between a recording and a robot; what gives numbers their meaning
-        (joints and their order, kinds, gripper ranges, relative or absolute, rate, cameras) may not.
+        (joints and their order, kinds, gripper ranges, the turn of a continuous joint, relative or absolute, rate,
+        cameras) may not.
         """
         pairs = [
             ("control_rate", f"{self.control_rate:g} Hz", f"{other.control_rate:g} Hz"),
@@ -396,6 +411,11 @@ class Robot(Section):
                 (f"joint {mine.name!r} {field}", getattr(mine, field), getattr(theirs, field))
                 for mine, theirs in zip(self.joints, other.joints, strict=True)
                 for field in ("kind", "relative", "open", "closed")
+            ]
+            pairs += [
+                (f"joint {mine.name!r} position, which says what its angles mean", mine.position, theirs.position)
+                for mine, theirs in zip(self.joints, other.joints, strict=True)
+                if mine.kind == theirs.kind == "continuous" and not mine.means_the_same(theirs)
             ]
         return _unequal(pairs)
 

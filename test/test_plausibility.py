@@ -163,8 +163,21 @@ def test_an_angle_that_wraps_around_is_a_problem(tmp_path):
     assert problem.startswith("/joint_states: joint 'shoulder' jumps by a turn from one message to the next, 1 times")
 
 
+def test_commands_of_a_continuous_joint_that_go_past_half_a_turn_are_a_problem(tmp_path):
+    items = kit.episode()
+    for k, item in enumerate(i for i in items if i.topic == "/command"):
+        for point in item.message.points:
+            point.positions[0] = 2.6 + k / 30
+    joints = [{"name": n, "position": [-6, 6], "velocity": 2, "acceleration": 5} for n in kit.JOINTS]
+    joints[0] |= {"kind": "continuous", "position": [-2.8, 2.8]}
+    (problem,) = read(tmp_path, items, joints=joints).problems
+    assert problem.startswith(
+        "commands: joint 'shoulder' jumps by a turn from one message to the next, 1 times: it goes"
+    )
+
+
 @pytest.mark.parametrize(
-    ("limits", "fault"), [([0, 6.2], ""), ([-3, 3.1], "it goes across 3.19 rad, half a turn from")]
+    ("limits", "fault"), [([0.4, 6.1], ""), ([-2.8, 2.9], "it goes across 3.19 rad, half a turn from the middle")]
 )
 def test_an_angle_of_a_continuous_joint_wraps_nowhere_but_half_a_turn_from_its_limits_middle(tmp_path, limits, fault):
     items = kit.episode()

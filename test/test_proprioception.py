@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from playback_kit import NAMES, PERIOD, ROBOT, Bench
 
+from pi0_ros.robot import Robot
 from pi0_ros.ros.judging import SECOND
 from pi0_ros.ros.limiter import robot_limits
 from pi0_ros.ros.player import HOLDING, PLAYING
@@ -18,9 +19,9 @@ PLACE = [0.3, 0.2, 0.5]
 class Seen:
     """Joint states every 20 ms."""
 
-    def __init__(self, unit=1.0):
+    def __init__(self, unit=1.0, robot=ROBOT):
         arm, units = np.array([True, True, False]), np.full(3, unit)
-        self.seen = Proprioception(ROBOT, robot_limits(ROBOT, 1.0, 1.0), arm, units)
+        self.seen = Proprioception(robot, robot_limits(robot, 1.0, 1.0), arm, units)
         self.now = 10 * SECOND
 
     def take(self, positions, names=NAMES, stamp=None, later=20):
@@ -170,3 +171,37 @@ def test_after_a_pause_a_trajectory_begins_where_the_arm_is(moved, seen_first):
             bench.plans.append(commands.plan)
         bench.player.observe(NAMES, arm, bench.now, bench.now)
     assert bench.plans and bench.seen == (PLAYING, "")
+
+
+CONTINUOUS = [joint.model_dump() for joint in ROBOT.joints]
+CONTINUOUS[0] |= {"kind": "continuous", "position": [0.4, 5.8]}
+
+
+@pytest.fixture
+def turning():
+    return Seen(robot=Robot.model_validate(ROBOT.model_dump() | {"joints": CONTINUOUS}))
+
+
+def test_a_driver_that_tells_angles_from_minus_pi_is_believed_as_it_passes_pi_to_and_fro(turning):
+    for k in range(100):  # noise, at 50 Hz
+        turning.take([3.14 if k % 2 else -3.14, 0.2, 0.5])
+        np.testing.assert_allclose(turning.seen.positions[0], 3.14 if k % 2 else 2 * np.pi - 3.14)
+        assert turning.seen.told[0] == (3.14 if k % 2 else -3.14) and turning.fault == ""
+
+
+def test_one_message_that_is_a_turn_off_is_not_believed(turning):
+    turning.take([2.0, 0.2, 0.5])
+    for wrong in (2.0 + 2 * np.pi, 2.0 - 4 * np.pi, 5 + 1e6 * np.pi, np.inf):
+        turning.take([wrong, 0.2, 0.5])
+        assert turning.seen.told[0] == 2.0
+        turning.take([2.0, 0.2, 0.5])
+        for _ in range(60):
+            turning.take([2.0, 0.2, 0.5])
+    assert turning.fault == ""
+
+
+def test_two_publishers_who_differ_by_turns_are_believed_neither(turning):
+    for _ in range(30):
+        turning.take([2.0, 0.2, 0.5])
+        turning.take([2.0 + 2 * np.pi, 0.2, 0.5], later=1)
+    assert turning.fault == "joint 'a' is told to be at 2 and 8.28 in turn: do two programs publish joint states?"

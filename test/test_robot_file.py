@@ -398,7 +398,7 @@ def test_cameras_in_one_anothers_slots_are_a_difference_and_other_topics_are_non
 
 
 def test_a_continuous_joint_is_meant_in_the_turn_around_the_middle_of_its_limits():
-    joint = {"name": "a", "kind": "continuous", "position": [0.2, 6.1], "velocity": 1, "acceleration": 1}
+    joint = {"name": "a", "kind": "continuous", "position": [0.4, 5.9], "velocity": 1, "acceleration": 1}
     joints = [Joint(**joint), Joint(**joint | {"name": "b", "kind": "revolute"})]
     assert joints[0].unit == "rad" and joints[0].angle
     turns = Turns(joints)
@@ -409,9 +409,19 @@ def test_a_continuous_joint_is_meant_in_the_turn_around_the_middle_of_its_limits
 
 
 def test_limits_of_a_continuous_joint_are_within_a_turn():
-    with pytest.raises(
-        ValueError, match=r"joint 'a': position \[-3.2, 3.2\] of a continuous joint must be within one turn"
-    ):
-        Joint(name="a", kind="continuous", position=(-3.2, 3.2), velocity=1, acceleration=1)
+    with pytest.raises(ValueError, match=r"joint 'a': position \[-3.0, 3.0\] of a continuous joint must leave 0.5 rad"):
+        Joint(name="a", kind="continuous", position=(-3.0, 3.0), velocity=1, acceleration=1)
     with pytest.raises(ValueError, match="are these degrees"):
         Joint(name="a", kind="continuous", position=(177, 183), velocity=1, acceleration=1)
+
+
+@pytest.mark.parametrize(("position", "fits"), [([-2.8, 2.8], True), ([0.0, 3.1], True), ([0.0, 3.2], False)])
+def test_limits_of_a_continuous_joint_may_differ_from_a_checkpoints_while_its_angles_mean_the_same(position, fits):
+    def robot(limits):
+        data = copy.deepcopy(SMALL)
+        data["joints"][0] |= {"kind": "continuous", "position": limits}
+        return parse_robot(yaml.safe_dump(data))
+
+    found = robot([-2.5, 2.5]).contradictions(robot(position))
+    said = "joint 'a' position, which says what its angles mean: (-2.5, 2.5) in the checkpoint, (0.0, 3.2) in the robot"
+    assert found == ([] if fits else [f"{said} file"])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pi0_ros.robot import Robot
+from pi0_ros.robot import GAP, Robot
 from pi0_ros.ros.judging import SECOND, Offer, Settings, fault_of
 from pi0_ros.ros.limiter import robot_limits
 from pi0_ros.ros.motion import CATCH_UP, Commands, Plan, Stream, Window
@@ -75,6 +75,9 @@ class Player:
         self._anew = False  # started, and no chunk taken over since
         self._strayed = False  # it was far outside its limits, and did not stand still inside since
         self._short = False  # it did not follow, and no chunk was taken over since
+        # A continuous joint that goes on outwards is soon at its other limit, the long way from where a chunk leads it.
+        turns = np.array([joint.kind == "continuous" for joint in robot.joints])
+        self._stray = np.minimum(settings.approach_threshold * self._unit, np.where(turns, GAP / 4, math.inf))
         far = min(settings.approach_threshold, settings.following_error or math.inf)
         self._rest = Rest(self._arm, far * self._unit, self._unit)
         self._stall = Stall(self._arm, self._unit)
@@ -162,8 +165,10 @@ class Player:
 
     @property
     def turns(self) -> np.ndarray:
-        """float64 [J], rad: what commands are to be told in addition, whole turns (`Proprioception.turns`)."""
-        return self._seen.turns
+        """float64 [J], rad: whole turns that commands are to be told in addition, which brings them next to what the
+        joint's driver tells."""
+        here = 0.0 if self.commanded is None else self.commanded
+        return self._seen.turns.between(self._seen.told, here)
 
     @property
     def reason(self) -> str:
@@ -303,8 +308,9 @@ class Player:
     def _outside(self) -> str:
         """Why an arm is not played to that is far outside its limits, or "": every chunk would lead it back inside."""
         low, high = self.limits.low, self.limits.high
-        worst, gap = self._farthest(self._seen.positions, np.clip(self._seen.positions, low, high))
-        if gap <= self.settings.approach_threshold:
+        beyond = np.abs(self._seen.positions - np.clip(self._seen.positions, low, high)) - self._stray
+        worst = int(np.argmax(np.where(self._arm, beyond, -1.0)))
+        if not self._arm[worst] or beyond[worst] <= 0.0:
             return ""
         return (
             f"joint '{self.joint_names[worst]}' is at {self._seen.positions[worst]:.3g}, outside its limits "

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from pi0_ros.robot import Robot, Turns
+from pi0_ros.robot import TURN, Robot, Turns
 from pi0_ros.ros.judging import SECOND
 from pi0_ros.ros.limiter import Limits
 
@@ -28,8 +28,7 @@ class Proprioception:
     Attributes:
         positions: float64 [J], NaN where a joint was never seen.
         at: int64 [J], when each was measured, ns; -1: never, or not since a pause.
-        turns: float64 [J], rad, what joint states are above `positions`, whole turns of continuous joints; commands are
-            to be told in the turn in which the driver is.
+        told: float64 [J], the same as its driver tells it, which of a continuous joint may be whole turns away.
     """
 
     def __init__(self, robot: Robot, limits: Limits, arm: np.ndarray, unit: np.ndarray) -> None:
@@ -38,11 +37,12 @@ class Proprioception:
         self._names, self._limits, self._max_age = robot.joint_names, limits, robot.state.max_age
         self.positions = np.full(len(self._names), np.nan)
         self.at = np.full(len(self._names), -1, dtype=np.int64)
-        self.turns, self._turns = np.zeros(len(self._names)), Turns(robot.joints)
+        self.told, self.turns = self.positions.copy(), Turns(robot.joints)
+        self._conceivable = np.array([joint.conceivable for joint in robot.joints]).T
         self._speed = LEAP_SPEED * np.array([joint.velocity for joint in robot.joints])
         self._arm, self._noise = arm, LEAP * unit
-        # Not yet believed: positions and stamp, by joints.
-        self._leapt: dict[tuple[int, ...], tuple[np.ndarray, int]] = {}
+        # Not yet believed: positions, the same as they were told, and stamp, by joints.
+        self._leapt: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, int]] = {}
         self._leaps: deque[tuple[int, str]] = deque(maxlen=LEAPS)  # ns, and what one was
         self._topics, self._came = robot.state.topics, False
         self._instead = ""  # what the last message was, where it said nothing
@@ -61,14 +61,13 @@ class Proprioception:
             ahead = f"they are stamped {(stamp - now) / SECOND:.0f} s ahead of this node's clock"
             self._note = f"; {ahead}" if now else "; this node's clock stands at 0: use_sim_time without /clock?"
             return False
-        values = np.asarray(positions, dtype=np.float64)[here]
-        turns = self._turns(values, mine)
-        values = values - turns
+        told = np.asarray(positions, dtype=np.float64)[here]
+        values = told - self.turns(told, mine)
         low, high = self._limits.low[mine], self._limits.high[mine]
         good = (values >= 2 * low - high) & (values <= 2 * high - low)  # false for NaN
-        self._store(
-            mine[good], values[good], turns[good], min(stamp, now)
-        )  # a clock ahead of ours must not make them last longer
+        good &= (told >= self._conceivable[0, mine]) & (told <= self._conceivable[1, mine])
+        at = min(stamp, now)  # a clock ahead of ours must not make them last longer
+        self._store(mine[good], values[good], told[good], at)
         late = (now - stamp) / SECOND
         if not self._noted or self._noted.intersection(mine.tolist()):
             self._note, self._noted = "", set()
@@ -76,35 +75,51 @@ class Proprioception:
             self._noted = set(mine[~good].tolist())
             worst = int(np.argmin(good))
             limits = f"limits of {low[worst]:g} to {high[worst]:g}"
-            value = f"{self._names[mine[worst]]!r} reads {values[worst]:.4g}"
+            value = f"{self._names[mine[worst]]!r} reads {told[worst]:.4g}"
             self._note = f"; {value}, impossible with {limits}: other units (degrees?)"
         elif late > self._max_age and not self._noted:
             self._note = f"; they come, stamped {late:.2g} s before this node's clock"
         return True
 
-    def _store(self, joints: np.ndarray, values: np.ndarray, turns: np.ndarray, stamp: int) -> None:
+    def _store(self, joints: np.ndarray, values: np.ndarray, told: np.ndarray, stamp: int) -> None:
         new = stamp >= self.at[joints]
-        joints, values, turns = joints[new], values[new], turns[new]
-        key, before, at = tuple(joints.tolist()), self.positions[joints], self.at[joints]
+        joints, values, told = joints[new], values[new], told[new]
+        key = tuple(joints.tolist())
+        before = self.positions[joints], self.told[joints], self.at[joints]
         waiting = self._leapt.pop(key, None)
-        if self._leaps_from(before, at, joints, values, stamp):
-            if waiting is None or self._leaps_from(waiting[0], np.full(len(joints), waiting[1]), joints, values, stamp):
-                self._leapt[key] = values, stamp
+        if self._leaps_from(*before, joints, values, told, stamp):
+            if waiting is None or self._leaps_from(
+                *waiting[:2], np.full(len(joints), waiting[2]), joints, values, told, stamp
+            ):
+                self._leapt[key] = values, told, stamp
                 return
         elif waiting is None:
-            self.positions[joints], self.turns[joints], self.at[joints] = values, turns, stamp
+            self.positions[joints], self.told[joints], self.at[joints] = values, told, stamp
             return
-        worst = int(np.argmax(np.abs(waiting[0] - before) * self._arm[joints]))
-        told = f"{before[worst]:.3g} and {waiting[0][worst]:.3g}"
-        self._leaps.append((stamp, f"joint {self._names[joints[worst]]!r} is told to be at {told} in turn"))
-        self.positions[joints], self.turns[joints], self.at[joints] = values, turns, stamp
+        worst = int(np.argmax(np.abs(waiting[1] - before[1]) * self._arm[joints]))
+        places = f"{before[1][worst]:.3g} and {waiting[1][worst]:.3g}"
+        self._leaps.append((stamp, f"joint {self._names[joints[worst]]!r} is told to be at {places} in turn"))
+        self.positions[joints], self.told[joints], self.at[joints] = values, told, stamp
 
     def _leaps_from(
-        self, before: np.ndarray, at: np.ndarray, joints: np.ndarray, values: np.ndarray, stamp: int
+        self,
+        before: np.ndarray,
+        told_before: np.ndarray,
+        at: np.ndarray,
+        joints: np.ndarray,
+        values: np.ndarray,
+        told: np.ndarray,
+        stamp: int,
     ) -> bool:
-        """Whether some joint of the arm cannot have gone from `before` to `values` meanwhile."""
+        """Whether some joint of the arm cannot have gone from `before` to `values` meanwhile, or its driver changed the
+        turn where none does."""
         reach = self._speed[joints] * (stamp - at) / SECOND + self._noise[joints]
-        return bool(((np.abs(values - before) > reach) & (at >= 0) & self._arm[joints]).any())  # of NaN: never seen
+        # Drivers that tell angles within a turn have its ends at -pi and pi, or at 0 and 2 pi.
+        end = np.abs(told_before - TURN / 2 * np.rint(2 * told_before / TURN)) <= reach
+        ends = end & (np.abs(told_before) <= TURN + reach) & (np.abs(told - told_before) < 1.5 * TURN)
+        elsewhere = (self.turns.between(told, told_before, joints) != 0.0) & ~ends
+        far = (np.abs(values - before) > reach) | elsewhere
+        return bool((far & (at >= 0) & self._arm[joints]).any())  # of NaN: never seen
 
     def forget(self, until: int | None = None) -> None:
         """Nothing measured up to `until` (ns), or ever, counts any more."""

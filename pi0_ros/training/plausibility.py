@@ -205,21 +205,22 @@ def check_states(recording: Recording, robot: Robot) -> None:
         _check_told(recording, joint, told)
 
 
+def check_commands(recording: Recording, robot: Robot) -> None:
+    """Commands that lead a continuous joint away from its turn become problems of the recording."""
+    for lane in recording.commands:
+        for place, number in enumerate(lane.joints):
+            joint, positions = robot.joints[number], lane.positions[:, place]
+            if joint.kind == "continuous":
+                _check_turns(recording, joint, "commands", np.abs(np.diff(positions[np.isfinite(positions)])))
+
+
 def _check_jumps(recording: Recording, joint: Joint, topic: str, times: np.ndarray, positions: np.ndarray) -> None:
     if len(times) < FEWEST_MESSAGES or joint.kind == "gripper":
         return
     order = np.argsort(times, kind="stable")
     seconds, steps = np.diff(times[order]) / 1e9, np.abs(np.diff(positions[order]))
     near = seconds < FOLLOWS_WITHIN
-    if joint.angle and (wraps := near & (np.abs(steps - TURN) < TURN_SLACK)).any():
-        across = (
-            f"it goes across {sum(joint.position) / 2 + math.pi:.3g} rad, half a turn from the middle of its limits "
-            f"{list(joint.position)}. Limits must be around where it works"
-        )
-        recording.problems.append(
-            f"{topic}: joint {joint.name!r} jumps by a turn from one message to the next, {int(wraps.sum())} times: "
-            + (across if joint.kind == "continuous" else f"an angle that wraps around. {UNWRAP}")
-        )
+    if _check_turns(recording, joint, topic, steps[near]):
         return
     fast = steps / np.maximum(seconds, max(float(np.median(seconds)), SHORTEST)) > TOO_FAST * joint.velocity
     if fast.mean() > TOO_OFTEN:
@@ -230,6 +231,21 @@ def _check_jumps(recording: Recording, joint: Joint, topic: str, times: np.ndarr
             f"{fast.mean():.0%} of the messages, from {before:.3g} to {after:.3g} at most: do two programs publish it "
             "(joint_state_publisher?), or is the limit too low?"
         )
+
+
+def _check_turns(recording: Recording, joint: Joint, where: str, steps: np.ndarray) -> bool:
+    """Whether an angle jumps by a turn, which is a problem."""
+    wraps = int((np.abs(steps - TURN) < TURN_SLACK).sum()) if joint.angle else 0
+    if wraps:
+        across = (
+            f"it goes across {sum(joint.position) / 2 + math.pi:.3g} rad, half a turn from the middle of its limits "
+            f"{list(joint.position)}. Limits must be around where it works"
+        )
+        recording.problems.append(
+            f"{where}: joint {joint.name!r} jumps by a turn from one message to the next, {wraps} times: "
+            + (across if joint.kind == "continuous" else f"an angle that wraps around. {UNWRAP}")
+        )
+    return wraps > 0
 
 
 def _check_told(recording: Recording, joint: Joint, told: list[tuple[str, np.ndarray, np.ndarray]]) -> None:

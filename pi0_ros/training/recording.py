@@ -19,7 +19,7 @@ from pi0_ros.robot import Robot, Turns
 from pi0_ros.training.bags import Bag, BagError, decode, header_stamp
 from pi0_ros.training.clocks import ClockOffset
 from pi0_ros.training.commands import HOLD, CommandRows, Commands
-from pi0_ros.training.plausibility import check_states
+from pi0_ros.training.plausibility import check_commands, check_states
 from pi0_ros.training.stamps import command_times, set_times
 from pi0_ros.training.topics import absence, find_topic, image_names
 
@@ -180,6 +180,7 @@ class _Reader:
         set_times(recording, robot, offset)
         check_states(recording, robot)
         self._set_commands(actions, offset)
+        check_commands(recording, robot)
         recording.prompts = self._texts(prompt, offset)
         recording.marks = self._texts(marks, offset)
         recording.notes = list(dict.fromkeys(recording.notes))
