@@ -182,21 +182,27 @@ def turning():
     return Seen(robot=Robot.model_validate(ROBOT.model_dump() | {"joints": CONTINUOUS}))
 
 
-def test_a_driver_that_tells_angles_from_minus_pi_is_believed_as_it_passes_pi_to_and_fro(turning):
+@pytest.mark.parametrize(("least", "most", "limits"), [(-3.141, 3.142, [0.4, 5.8]), (0.0, 6.283, [-2.0, 2.0])])
+def test_a_driver_that_tells_angles_within_a_turn_is_believed_at_its_ends(least, most, limits):
+    joints = [CONTINUOUS[0] | {"position": limits}, *CONTINUOUS[1:]]
+    turning = Seen(robot=Robot.model_validate(ROBOT.model_dump() | {"joints": joints}))
     for k in range(100):  # noise, at 50 Hz
-        turning.take([3.14 if k % 2 else -3.14, 0.2, 0.5])
-        np.testing.assert_allclose(turning.seen.positions[0], 3.14 if k % 2 else 2 * np.pi - 3.14)
-        assert turning.seen.told[0] == (3.14 if k % 2 else -3.14) and turning.fault == ""
+        told = most if k % 2 else least
+        turning.take([told, 0.2, 0.5])
+        assert turning.seen.told[0] == told and turning.fault == ""
+        np.testing.assert_allclose(
+            turning.seen.positions[0], sum(limits) / 2 + (0.0 if limits[0] < 0 else 0.04), atol=0.05
+        )
 
 
-def test_one_message_that_is_a_turn_off_is_not_believed(turning):
-    turning.take([2.0, 0.2, 0.5])
-    for wrong in (2.0 + 2 * np.pi, 2.0 - 4 * np.pi, 5 + 1e6 * np.pi, np.inf):
+@pytest.mark.parametrize("place", [2.0, 0.05, -0.05, 3.05, 6.2])
+def test_one_message_that_is_a_turn_off_is_not_believed(turning, place):
+    turning.take([place, 0.2, 0.5])
+    for wrong in (place + 2 * np.pi, place - 2 * np.pi, place - 4 * np.pi, 5 + 1e6 * np.pi, np.inf):
         turning.take([wrong, 0.2, 0.5])
-        assert turning.seen.told[0] == 2.0
-        turning.take([2.0, 0.2, 0.5])
+        assert turning.seen.told[0] == place
         for _ in range(60):
-            turning.take([2.0, 0.2, 0.5])
+            turning.take([place, 0.2, 0.5])
     assert turning.fault == ""
 
 

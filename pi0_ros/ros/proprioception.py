@@ -15,6 +15,7 @@ from pi0_ros.ros.limiter import Limits
 FUTURE_STATE = 0.5  # s; joint states stamped further ahead of the clock are from another clock
 LEAP_SPEED = 3.0  # times a joint's velocity limit: faster than an arm goes, and a hand seldom does
 LEAP = 0.05  # rad, or 0.01 m, beyond that: noise
+ROUNDING = 0.01  # rad by which drivers tell more than a turn
 LEAPS, LEAP_SPAN = 3, 1.0  # so many within so many seconds, and nobody knows where the arm is
 
 
@@ -114,10 +115,10 @@ class Proprioception:
         """Whether some joint of the arm cannot have gone from `before` to `values` meanwhile, or its driver changed the
         turn where none does."""
         reach = self._speed[joints] * (stamp - at) / SECOND + self._noise[joints]
-        # Drivers that tell angles within a turn have its ends at -pi and pi, or at 0 and 2 pi.
-        end = np.abs(told_before - TURN / 2 * np.rint(2 * told_before / TURN)) <= reach
-        ends = end & (np.abs(told_before) <= TURN + reach) & (np.abs(told - told_before) < 1.5 * TURN)
-        elsewhere = (self.turns.between(told, told_before, joints) != 0.0) & ~ends
+        # Drivers that tell angles within a turn have them from -pi to pi, or from 0 to 2 pi.
+        low, high = np.minimum(told, told_before), np.maximum(told, told_before)
+        within = _in_turn(low, high, -TURN / 2) | _in_turn(low, high, 0.0)
+        elsewhere = (self.turns.between(told, told_before, joints) != 0.0) & ~within
         far = (np.abs(values - before) > reach) | elsewhere
         return bool((far & (at >= 0) & self._arm[joints]).any())  # of NaN: never seen
 
@@ -145,6 +146,10 @@ class Proprioception:
         which = "" if len(missing) == len(old) else f" of {', '.join(missing)}"
         note = self._note or (f"; {self._instead}" if self._instead else "")
         return f"no joint state{which} for more than {self._max_age:g} s{note}"
+
+
+def _in_turn(low: np.ndarray, high: np.ndarray, begin: float) -> np.ndarray:
+    return (low > begin - ROUNDING) & (high < begin + TURN + ROUNDING)
 
 
 def useless(names: Sequence[str], positions: Sequence[float], ours: Collection[str]) -> str:
