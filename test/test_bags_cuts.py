@@ -6,6 +6,7 @@ import re
 
 import bag_kit as kit
 import numpy as np
+import pytest
 import yaml
 
 from pi0_ros.training.bags import Bag, find_bags
@@ -116,6 +117,31 @@ def test_a_hole_is_noted_with_its_length(tmp_path):
         recording = read_recording(bag, kit.robot())
         cut_episodes(recording, kit.robot())
     assert "nothing was recorded for 2.0 s: no chunk reaches into that" in recording.notes
+
+
+def test_of_several_holes_the_longest_is_told(tmp_path):
+    items = [item for item in kit.episode(seconds=6.0) if not in_hole(item) and not at(4.0) < item.time < at(4.6)]
+    (files,) = find_bags(kit.write_bag(tmp_path / "bag", items))
+    with Bag(files) as bag:
+        recording = read_recording(bag, kit.robot())
+        cut_episodes(recording, kit.robot())
+    assert "nothing was recorded for 2.0 s, and 1 times for less: no chunk reaches into that" in recording.notes
+
+
+@pytest.mark.parametrize(
+    ("max_age", "pause", "hole"), [(0.2, 0.3, False), (0.2, 0.32, True), (0.5, 0.5, False), (0.5, 0.52, True)]
+)
+def test_a_hole_is_longer_than_three_ticks_and_than_any_stream_may_be_old(tmp_path, max_age, pause, hole):
+    items = [item for item in kit.episode(seconds=3.0) if not at(1.0) < item.time < at(1.0 + pause)]
+    camera = {"topic": "/cam/image_raw", "transport": "compressed", "max_age": max_age}
+    (episode,) = cut(tmp_path, items, cameras={"base_0_rgb": camera})
+    assert episode.known.all() != hole
+
+
+def test_a_command_from_before_anything_was_seen_holds(tmp_path):
+    items = [item for item in kit.episode(seconds=1.0) if item.topic != "/command"]
+    (episode,) = cut(tmp_path, [*items, kit.trajectory(at(-5.0), [(0.0, [0.1, 0.2, 0.3])])])
+    assert episode.known.all() and episode.actions[-1].tolist() == [0.1, 0.2, 0.3]
 
 
 def test_what_was_told_before_a_hole_is_not_known_after_it(tmp_path):

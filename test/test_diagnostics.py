@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rclpy.parameter import Parameter
 
-from pi0_ros.ros.conversions import SECOND
+from pi0_ros.ros.conversions import SECOND, stamp_ns
 from pi0_ros.ros.diagnostics import DiagnosticsPublisher, Report, Window, title
 from pi0_ros.ros.health import THRESHOLDS, Health, gpu_memory
 from pi0_ros.ros.parameters import ParameterError, Parameters, Spec, usage
@@ -57,9 +57,11 @@ def test_the_worst_value_decides_the_level_and_comes_first():
     report.judge("odd", 2.5, 2.0, 3.0, " s")
     report.judge("bad", 3.5, 2.0, 3.0, " s")
     report.judge("unjudged", 9.0, 0.0, 0.0)
+    report.judge("odd again", 2.1, 2.0, 3.0)
+    report.judge("just", 2.0, 2.0, 3.0)  # at a threshold is not above it
     message = report.message("arm")
     assert message.level == b"\x02" and message.hardware_id == "arm"
-    assert message.message == "bad is 3.5 s, above 3 s; odd is 2.5 s, above 2 s"
+    assert message.message == "bad is 3.5 s, above 3 s; odd is 2.5 s, above 2 s; odd again is 2.1, above 2"
     assert {pair.key: pair.value for pair in message.values}["unjudged"] == "9"
     assert Report("x").message("").message == "OK"
 
@@ -89,9 +91,47 @@ def test_the_health_of_policy_node_in_numbers():
     assert "blame" not in health.report("policy", 106 * SECOND, limits, max_skew=0.1).values
 
 
+def test_latency_and_skew_are_judged_by_what_19_of_20_keep_to():
+    health, limits = Health(), {spec.name: spec.default for spec in THRESHOLDS}
+    for k in range(101):
+        health.accept(100 * SECOND, k / 100)
+        health.publish(100 * SECOND, 100 * SECOND, {"total": k / 100}, False)
+    report = health.report("policy", 100 * SECOND, limits, max_skew=1.0)
+    assert (report.values["latency_p95_s"], report.values["skew_share"]) == ("0.95", "0.95")
+
+
+def test_one_rejection_among_many_ticks_is_shown_and_no_reason():
+    health, limits = Health(), {spec.name: spec.default for spec in THRESHOLDS}
+    for _ in range(30):
+        health.accept(100 * SECOND, 0.0)
+    health.reject(100 * SECOND, "it is dark")
+    report = health.report("policy", 100 * SECOND, limits, max_skew=1.0)
+    assert (report.level, report.reasons, report.values["blame"]) == (0, [], "it is dark")
+
+
+def test_ticks_that_came_too_late_are_judged_by_their_share():
+    health, limits = Health(), {spec.name: spec.default for spec in THRESHOLDS}
+    for k in range(4):
+        health.missed.add(100.0, float(k < 2))
+    report = health.report("policy", 100 * SECOND, limits, max_skew=1.0)
+    assert report.reasons == ["misses_share is 0.5, above 0.1"]  # not above 0.5, where it would be an error
+    health.clear_windows()
+    assert health.report("policy", 100 * SECOND, limits, max_skew=1.0).reasons == []
+
+
 def test_two_arms_have_names_of_their_own(ros):
     assert f"{title(ros.node('policy_node'))}: policy" == "policy_node: policy"
     assert f"{title(ros.node('policy_node', namespace='left'))}: policy" == "left/policy_node: policy"
+
+
+def test_what_is_reported_bears_the_time_of_the_node(ros):
+    seen: list[DiagnosticArray] = []
+    ros.node("listener").create_subscription(DiagnosticArray, "/diagnostics", seen.append, 10)
+    node = ros.node("reporter")
+    before = node.get_clock().now().nanoseconds
+    publisher = DiagnosticsPublisher(node, lambda: [Report("a")], period=0.05)
+    ros.spin_until(lambda: seen)
+    assert before <= stamp_ns(seen[0].header.stamp) and publisher.hardware_id == ""
 
 
 def test_a_waiting_node_still_reports_while_simulated_time_stands_still(ros):
@@ -100,7 +140,8 @@ def test_a_waiting_node_still_reports_while_simulated_time_stands_still(ros):
     ros.node("listener").create_subscription(DiagnosticArray, "/diagnostics", seen.append, 10)
     publisher = DiagnosticsPublisher(node, lambda: [Report("a"), Report("b")], "arm", period=0.05)
     ros.spin_until(lambda: len(seen) > 2)
-    assert [status.name for status in seen[0].status] == ["a", "b"] and publisher.hardware_id == "arm"
+    assert [(status.name, status.hardware_id) for status in seen[0].status] == [("a", "arm"), ("b", "arm")]
+    assert publisher.hardware_id == "arm"
 
 
 SPECS = (

@@ -14,13 +14,17 @@ from rclpy.parameter import Parameter
 from rclpy.qos import qos_profile_rosout_default
 from rclpy.time import Time
 from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import Image
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
 from pi0_ros.msg import PlayerStatus
 from pi0_ros.policy.policy import ObservationError
 from pi0_ros.ros.conversions import SECOND, chunk_actions, stamp_ns, to_stamp
+from pi0_ros.ros.judging import Settings
 from pi0_ros.ros.policy_node import prompt_fault
+from pi0_ros.ros.streams import Snapshot
+from pi0_ros.ros.worker import SIGN_OF_LIFE
 from pi0_ros.srv import SetPrompt
 
 POLICY = "policy_node: policy"
@@ -66,10 +70,17 @@ def test_a_chunk_carries_all_that_a_player_needs(bench):
     assert b.chunks[-1].sequence == b.node._worker.health.chunks  # counted from 0 without a gap
 
 
-def test_a_camera_that_shows_the_past_is_paired_with_the_state_of_then_and_the_chunk_is_meant_for_then(bench):
+def with_late_camera(latency):
+    """The robot, one of whose cameras shows what was so many seconds ago."""
+    known = robot()
+    late = known.cameras["base_0_rgb"].model_copy(update={"latency": latency})
+    return robot(cameras={**known.cameras, "base_0_rgb": late})
+
+
+@pytest.mark.parametrize("latency", [0.2, 1.5])  # and by more than stamps may be ahead of the clock
+def test_a_camera_that_shows_the_past_is_paired_with_the_state_of_then_and_the_chunk_is_meant_for_then(bench, latency):
     b = bench(rate=20.0)
-    late = b.robot.cameras["base_0_rgb"].model_copy(update={"latency": 0.2})
-    b.robot = b.robot.model_copy(update={"cameras": {**b.robot.cameras, "base_0_rgb": late}})
+    b.robot = with_late_camera(latency)
     sent: list[tuple[int, float]] = []
 
     def send():
@@ -81,11 +92,13 @@ def test_a_camera_that_shows_the_past_is_paired_with_the_state_of_then_and_the_c
     assert b.node.trigger_configure().name == "SUCCESS"
     assert b.node.trigger_activate().name == "SUCCESS"
     b.until(lambda: len(b.chunks) >= 3, doing=send)
+    assert stamp_ns(b.chunks[0].header.stamp) == b.policy.asked[0].stamp
     for chunk in b.chunks:
         instant = stamp_ns(chunk.header.stamp)
-        assert stamp_ns(chunk.inference_begin) - instant == 200_000_000
+        assert stamp_ns(chunk.inference_begin) - instant == round(latency * SECOND)
         newest = max(entry for entry in sent if entry[0] <= instant)
         assert chunk_actions(chunk)[0, 0] == pytest.approx(newest[1])
+    assert b.node._worker.health.observation_age.summary(b.now() / SECOND).p50 >= latency
 
 
 def test_the_policy_is_only_ever_touched_by_one_thread_that_is_not_the_executors(bench):
@@ -131,7 +144,8 @@ def test_without_one_camera_nothing_is_published_and_that_camera_is_blamed(bench
 
 
 def test_a_stream_that_stops_is_blamed_with_its_age_and_chunks_stop(bench):
-    b = bench(rate=50.0)
+    b, log = bench(rate=50.0), []
+    b.other.create_subscription(Log, "/rosout", lambda m: log.append(m.msg), qos_profile_rosout_default)
     b.start()
 
     def no_joints():
@@ -142,6 +156,7 @@ def test_a_stream_that_stops_is_blamed_with_its_age_and_chunks_stop(bench):
     count = b.node._worker.health.chunks
     b.until(lambda: b.node._worker.health.rejections > 5, doing=no_joints)
     assert b.node._worker.health.chunks == count
+    b.until(lambda: any(line.startswith("no observation: joint_states: newest message is") for line in log))
 
 
 def test_the_prompt_comes_from_robot_file_parameter_topic_and_service_the_newest_wins(bench):
@@ -175,17 +190,27 @@ def test_a_latched_prompt_is_found_by_a_node_that_starts_later(bench):
     b.until(lambda: b.chunks[-1].prompt == "was there before", doing=b.send)
 
 
+def test_what_the_player_said_before_the_node_started_is_heard(bench):
+    b = bench(rate=50.0)
+    b.status.publish(PlayerStatus(state=PlayerStatus.STOPPED))
+    b.node.trigger_configure(), b.node.trigger_activate()
+    b.until(lambda: b.node._worker.handover.seconds_left(b.now()) is not None)
+
+
 def test_drop_current_tells_the_player_at_once_and_drops_the_chunk_in_flight(bench):
     b = bench(rate=50.0)
     b.start()
-    old = b.chunks[-1].epoch
+    old, begin = b.chunks[-1].epoch, b.now()
     b.policy.go.clear()
     asked = len(b.policy.asked)
     b.until(lambda: len(b.policy.asked) > asked, doing=b.send)
     answer = b.call(SetPrompt, "set_prompt", SetPrompt.Request(prompt="jump", drop_current=True))
     assert answer.success
     b.until(lambda: b.chunks[-1].epoch > old)  # while the policy is still at work
-    assert b.chunks[-1].horizon == 0
+    void = b.chunks[-1]
+    assert (void.horizon, void.prompt, void.checkpoint, void.dt) == (0, "jump", "stub", 0.05)
+    assert list(void.joint_names) == ["shoulder", "elbow"] and begin < stamp_ns(void.header.stamp) <= b.now()
+    assert b.node._worker.handover._last is None  # nothing of what was voided counts as on its way
     b.policy.go.set()
     b.until(lambda: b.chunks[-1].horizon, doing=b.send)
     assert b.node._worker.health.dropped == 1
@@ -220,6 +245,59 @@ def test_start_stop_pause_work_beside_the_lifecycle(bench):
     assert b.policy.resets == 2
 
 
+def test_stop_ends_the_ticks_before_it_voids_and_start_begins_them(bench):
+    """The other way round, a tick in between would send a chunk of the new epoch, and the arm go on."""
+    b, ticking = bench(rate=50.0), []
+    b.start()
+    worker = b.node._worker
+    bump, worker.bump = worker.bump, lambda: (ticking.append(worker.ticking), bump())
+    assert b.call(Trigger, "stop").success
+    assert ticking == [False] and not worker.ticking
+    b.until(lambda: b.values.get(POLICY, {}).get("running") == "False")
+    assert b.call(Trigger, "start").success and worker.ticking
+
+
+def test_a_pause_outlasts_deactivation_and_start_ends_it(bench):
+    b = bench(rate=50.0)
+    b.start()
+    assert b.call(SetBool, "pause", SetBool.Request(data=True)).success
+    b.node.trigger_deactivate(), b.node.trigger_activate()
+    assert not b.node._worker.ticking
+    assert b.call(Trigger, "start").success
+    b.node.trigger_deactivate(), b.node.trigger_activate()
+    assert b.node._worker.ticking
+
+
+def test_a_pause_drops_the_chunk_in_flight(bench):
+    b = bench(rate=50.0)
+    b.start()
+    b.policy.go.clear()
+    asked = len(b.policy.asked)
+    b.until(lambda: len(b.policy.asked) > asked, doing=b.send)
+    assert b.call(SetBool, "pause", SetBool.Request(data=True)).success
+    published = b.node._worker.health.chunks
+    b.policy.go.set()
+    b.until(lambda: b.node._worker.health.dropped == 1)
+    assert b.node._worker.health.chunks == published
+
+
+def test_after_a_reset_a_frame_of_the_same_stamp_is_looked_at_anew(bench):
+    b = bench(rate=50.0)
+    b.node.trigger_configure(), b.node.trigger_activate()
+    stamp = b.now()
+
+    def show(value):
+        for slot in b.cameras:
+            pixels = Image(height=6, width=8, encoding="rgb8", step=24, data=bytes([value]) * 144)
+            b.node._streams._cameras[slot].push(stamp, pixels)
+
+    show(7)
+    b.until(lambda: b.policy.asked, doing=b.send_joints)
+    assert b.call(Trigger, "reset").success
+    show(9)
+    b.until(lambda: (b.policy.asked[-1].images["base_0_rgb"] == 9).all(), doing=b.send_joints)
+
+
 def test_reset_clears_buffers_and_caches_and_voids_the_chunks(bench):
     b = bench(rate=50.0)
     b.start()
@@ -252,8 +330,9 @@ def test_free_running_makes_chunks_as_messages_come_and_none_faster(bench):
     assert b.node._worker.health.ticks <= 3 * b.frame  # two frames and a state per round
 
 
-def test_on_demand_makes_a_chunk_only_when_the_player_runs_short(bench):
-    b = bench(rate=50.0, on_demand_seconds=0.3)
+@pytest.mark.parametrize("rate", [50.0, 0.0])
+def test_on_demand_makes_a_chunk_only_when_the_player_runs_short(bench, rate):
+    b = bench(rate=rate, on_demand_seconds=0.3)
 
     def status(left: float):
         last = real(b.chunks)[-1]
@@ -274,8 +353,16 @@ def test_on_demand_makes_a_chunk_only_when_the_player_runs_short(bench):
     # what says so is no newer than the last chunk: the player would stop for it
     sequences = [chunk.sequence for chunk in b.chunks]
     assert sequences == sorted(sequences) and sequences[-1] == real(b.chunks)[-1].sequence
+    b.until(
+        lambda: b.values.get(POLICY, {}).get("player_seconds_left", "no player") != "no player",
+        doing=lambda: status(9.0),
+    )
     count = len(real(b.chunks))
     b.until(lambda: len(real(b.chunks)) > count, doing=lambda: status(0.1))
+
+
+def test_a_policy_that_has_nothing_to_send_speaks_before_the_player_takes_it_for_dead():
+    assert Settings().policy_timeout / 5 >= SIGN_OF_LIFE
 
 
 def test_a_tick_that_comes_while_the_one_before_is_at_work_is_a_deadline_miss(bench):
@@ -283,8 +370,31 @@ def test_a_tick_that_comes_while_the_one_before_is_at_work_is_a_deadline_miss(be
     b.start()
     b.policy.go.clear()
     b.until(lambda: b.node._worker.health.misses > 3, doing=b.send)
+    b.until(lambda: float(b.values.get(POLICY, {}).get("misses_share", 0)) > 0, doing=b.send)
     b.policy.go.set()
     b.until(lambda: int(b.values.get(POLICY, {}).get("deadline_misses", 0)) > 3, doing=b.send)
+
+
+def test_with_a_rate_messages_cause_no_ticks_and_one_that_finds_the_worker_at_rest_is_no_miss(bench):
+    b = bench(rate=0.001)  # the first tick comes with the activation, the timer's long after the test
+    b.node.trigger_configure(), b.node.trigger_activate()
+    worker = b.node._worker
+    b.until(lambda: worker.idle)
+    b.until(lambda: isinstance(b.node._streams.observe(b.now(), b.now()), Snapshot), doing=b.send)
+    b.until(lambda: worker.idle)
+    assert worker.health.ticks == 1 and not b.chunks
+    worker.tick_due()
+    b.until(lambda: b.chunks)
+    assert worker.health.misses == 0
+
+
+def test_a_clock_that_is_exchanged_voids_the_chunks(bench):
+    b = bench(rate=50.0)
+    b.start()
+    old = b.node._worker.epoch
+    assert b.node._timer.clock.clock_type == ClockType.STEADY_TIME
+    b.node.set_parameters([Parameter("use_sim_time", value=True)])
+    assert b.node._worker.epoch > old
 
 
 def test_a_clock_that_jumps_back_clears_the_buffers_and_drops_the_chunk_in_flight(bench):
@@ -303,6 +413,7 @@ def test_a_clock_that_jumps_back_clears_the_buffers_and_drops_the_chunk_in_fligh
     assert b.node.trigger_configure().name == b.node.trigger_activate().name == "SUCCESS"
     b.until(lambda: b.chunks, doing=advance)
     assert 1000 * SECOND < stamp_ns(b.chunks[0].header.stamp) <= sim[0]
+    assert b.node._timer.clock.clock_type == ClockType.ROS_TIME  # so that ticks stand still with it
     b.policy.go.clear()
     asked, old = len(b.policy.asked), b.chunks[-1].epoch
     b.until(lambda: len(b.policy.asked) > asked, doing=advance)
@@ -347,23 +458,23 @@ def test_a_camera_whose_clock_is_ahead_is_blamed_and_voids_the_chunks_once(bench
     def ahead():
         b.send_joints()
         b.send_frame("base_0_rgb")
-        b.send_frame("left_wrist_0_rgb", stamp=b.now() + 5 * SECOND)
+        b.send_frame("left_wrist_0_rgb", stamp=b.now() + 5000 * SECOND)
 
     health = b.node._worker.health
-    b.until(
-        lambda: "left_wrist_0_rgb: stamped 5.0" in health.blame or "left_wrist_0_rgb: stamped 4.9" in health.blame,
-        doing=ahead,
-    )
+    words = ("left_wrist_0_rgb: stamped 5000.", "left_wrist_0_rgb: stamped 4999.9")
+    b.until(lambda: any(each in health.blame for each in words), doing=ahead)
     count = health.rejections
     b.until(lambda: health.rejections > count + 5, doing=ahead)
     assert b.node._worker.epoch == epoch + 1
     b.until(lambda: not health.blame, doing=b.send)
 
 
-def test_epochs_go_on_after_cleanup(bench):
+def test_epochs_go_on_after_cleanup_and_after_a_restart(bench):
+    begin = int(time.time())  # epochs are of the wall clock: a node of before began with less
     b = bench(rate=50.0)
     b.start()
     before = b.chunks[-1].epoch
+    assert before > begin
     assert b.node.trigger_deactivate().name == b.node.trigger_cleanup().name == "SUCCESS"
     b.chunks.clear()
     b.start()
@@ -396,10 +507,11 @@ def test_no_more_actions_are_kept_than_the_checkpoint_was_trained_to_continue(be
     assert {chunk.frozen for chunk in real(b.chunks)} <= {0, 2}
 
 
-def test_nothing_is_kept_where_real_time_chunking_is_off(bench):
-    b = bench(rate=20.0, realtime_chunking="never")
+@pytest.mark.parametrize(("mode", "taught"), [("never", 2), ("auto", 0)])
+def test_nothing_is_kept_where_real_time_chunking_is_off_or_was_not_taught(bench, mode, taught):
+    b = bench(rate=20.0, realtime_chunking=mode)
     b.start()
-    b.policy.settings.rtc_max_delay = 2
+    b.policy.settings.rtc_max_delay = taught
     asked = len(b.policy.asked)
     b.until(
         lambda: b.node._worker.handover.delay() == 3 and len(b.policy.asked) > asked + 3, doing=lambda: plays(b, 2.4)
@@ -416,8 +528,10 @@ def test_what_is_kept_ends_at_the_position_limits_as_what_the_player_executes_do
     assert max(chunk_actions(chunk)[:, 0].max() for chunk in real(b.chunks)) > 2.0
 
 
-def test_real_time_chunking_hands_over_what_will_have_been_executed(bench):
+@pytest.mark.parametrize("latency", [0.0, 0.2])
+def test_real_time_chunking_hands_over_what_will_have_been_executed(bench, latency):
     b = bench(rate=20.0, realtime_chunking="guided")
+    b.robot = with_late_camera(latency)
 
     def status():
         plays(b, 2.4)
@@ -451,6 +565,17 @@ def test_an_exception_in_inference_stops_the_node_visibly_and_leaves_it_controll
     assert not b.node._worker.health.fault
 
 
+def test_a_thread_that_does_not_end_is_told_of(bench):
+    b = bench(rate=50.0)
+    b.start()
+    b.policy.go.clear()
+    asked = len(b.policy.asked)
+    b.until(lambda: len(b.policy.asked) > asked, doing=b.send)
+    assert not b.node._worker.close(0.01)
+    b.policy.go.set()
+    assert b.node._worker.close() and b.policy.closed == 1
+
+
 def test_an_observation_that_the_policy_cannot_take_is_a_rejection_and_no_fault(bench):
     b = bench(rate=50.0)
     b.start()
@@ -478,6 +603,7 @@ def test_a_gpu_that_a_fault_took_along_is_told_with_the_way_out(bench, monkeypat
     monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
     b.policy.error = RuntimeError("CUDA error: unspecified launch failure")
     b.until(lambda: b.levels.get(POLICY) == 2, doing=b.send)
+    assert "inference failed: RuntimeError: CUDA error: unspecified launch failure; " in b.messages[POLICY]
     assert "the GPU is lost to this process (CUDA error: unspecified launch failure)" in b.messages[POLICY]
 
 

@@ -20,6 +20,7 @@ from sensor_msgs.msg import Image, JointState
 from pi0_ros.msg import ActionChunk
 from pi0_ros.ros.parameters import ParameterError
 from pi0_ros.ros.policy_node import PolicyNode, main
+from pi0_ros.ros.program import end, forget_ending
 
 POLICY = "policy_node: policy"
 
@@ -108,6 +109,9 @@ def test_configure_fails_with_the_reason_in_diagnostics_and_can_be_tried_again(c
     good.append(True)
     assert b.node.trigger_configure().name == "SUCCESS"
     b.until(lambda: b.levels[POLICY] == 0)
+    assert b.node.trigger_cleanup().name == "SUCCESS"  # and what failed once is over
+    b.until(lambda: b.values[POLICY]["state"] == "unconfigured")
+    assert b.levels[POLICY] == 0
     b.close()
 
 
@@ -129,6 +133,24 @@ def test_a_long_load_is_told_in_diagnostics_and_what_it_warns_of_in_the_log(cont
     assert "joint elbow never moved in training" in capfd.readouterr().err
     b.executor.add_node(b.node)
     b.close()
+
+
+def test_a_process_that_is_told_to_end_does_not_wait_for_a_load(context):
+    loaded = threading.Event()
+
+    def load(_):
+        end()
+        loaded.wait(20)
+        return StubPolicy(robot())
+
+    node = PolicyNode(load, context=context)
+    try:
+        assert node.trigger_configure().name == "FAILURE"
+    finally:
+        loaded.set()
+        forget_ending()
+    assert node._failure == "configure failed: interrupted while the policy was loading"
+    node.destroy_node()
 
 
 def test_a_robot_file_that_is_wrong_fails_configure_with_its_line(context, tmp_path):
@@ -270,4 +292,5 @@ def test_a_fault_is_told_even_where_nothing_can_be_published(context):
     b.until(lambda: b.node.lifecycle == "inactive", doing=b.send)
     b.until(lambda: b.levels.get(POLICY) == 2)
     assert b.messages[POLICY].startswith("inference failed: RuntimeError: publisher's context is invalid")
+    assert not b.node._worker.ticking
     b.close()

@@ -13,6 +13,7 @@ from pi0_ros.model.config import PRESETS, GemmaConfig, VisionConfig
 from pi0_ros.model.pi0 import Pi0
 from pi0_ros.policy.bundle import BundleSettings, save_bundle
 from pi0_ros.policy.policy import Policy, RobotObservation
+from pi0_ros.policy.realtime import GuidanceSettings
 from pi0_ros.policy.transforms import limit_statistics
 from pi0_ros.ros.conversions import chunk_actions, stamp_ns
 from pi0_ros.ros.policy_node import load_policy
@@ -101,6 +102,19 @@ def test_the_default_policy_is_made_from_the_parameters_and_untrained_weights_ar
     assert (chunk.checkpoint, chunk.num_steps, chunk.horizon) == ("random", 1, PRESETS["nano"].action_horizon)
     b.close()  # what a thread logs while the log is read would be written over its beginning
     assert "untrained random weights" in capfd.readouterr().err
+
+
+def test_what_a_policy_is_made_with_comes_from_the_parameters(context, tmp_path):
+    path = tmp_path / "robot.yaml"
+    path.write_text(ROBOT)
+    given = {"guidance__schedule": "linear", "guidance__max_weight": 3.0, "guidance__jacobian": False}
+    given |= {"robot_file": str(path), "device": "cpu", "preset": "nano05", "dtype": "bfloat16"}
+    b = Bench(context, load=load_policy, **given)
+    assert b.node.trigger_configure().name == "SUCCESS"
+    policy = b.node._worker.policy
+    assert policy.config == PRESETS["nano05"] and policy.runs_on == "cpu in bfloat16"
+    assert policy._guidance == GuidanceSettings("linear", 3.0, False)
+    b.close()
 
 
 def test_a_small_model_takes_one_thread_and_a_parameter_says_otherwise(context, tmp_path):

@@ -211,6 +211,8 @@ def test_extra_latency_delays_chunks_and_does_not_keep_the_node_from_ending(benc
     took = chunk.inference_end.sec - chunk.inference_begin.sec
     took += (chunk.inference_end.nanosec - chunk.inference_begin.nanosec) * 1e-9
     assert took >= 0.3
+    b.until(lambda: b.node._worker.health.chunks)
+    assert b.node._worker.health.latency["total"].summary(b.now() / SECOND).max >= 0.3  # of all, not the network's
     b.node.set_parameters([Parameter("extra_latency", value=5.0)])
     asked = len(b.policy.asked)
     b.until(lambda: len(b.policy.asked) > asked, doing=b.send)

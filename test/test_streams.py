@@ -40,7 +40,7 @@ class World:
             .replace("name: shoulder,", f"name: shoulder, kind: {kind},")
             + f"clock: {clock}\n"
         )
-        self.stored = 0
+        self.stored, self.on_stored = 0, lambda: None
         self.streams = Streams(ros.node("reader"), self.robot, self._count)
         node = ros.node("sender")
         kind, topic = (
@@ -53,6 +53,7 @@ class World:
 
     def _count(self, now: int) -> None:
         self.stored += 1
+        self.on_stored()
 
     def send(self, where: str, message, stamp: int) -> None:
         message.header.stamp = to_stamp(stamp)
@@ -129,6 +130,21 @@ def test_a_continuous_joint_is_seen_within_its_turn_whatever_turn_its_driver_tel
     np.testing.assert_allclose(world.observe(NOW + 50 * MS).state, [1.5, 0.5])
 
 
+def test_a_position_in_other_units_is_blamed(world):
+    world.all(NOW)
+    world.joints("gripper/joint_states", NOW + 1 * MS, finger=90.0)
+    rejected = world.observe(NOW + 50 * MS)
+    said = ("gripper/joint_states", "joint 'finger': position is 90; other units (degrees?)")
+    assert (rejected.stream, rejected.reason) == said
+
+
+def test_who_is_told_of_a_message_finds_it_there(world):
+    found = []
+    world.on_stored = lambda: found.append(world.observe(NOW + 50 * MS))
+    world.all(NOW)
+    assert [isinstance(each, Snapshot) for each in found] == [False, False, True]
+
+
 def test_messages_with_velocities_only_are_passed_over(world):
     world.all(NOW)
     velocities = JointState(name=["shoulder"], velocity=[1.0])
@@ -180,6 +196,18 @@ def test_a_stream_ahead_of_the_clock_is_told_of_for_a_while_after_all_was_forgot
     assert list(reasons.values()) == [[], []]
 
 
+def test_of_two_drivers_on_one_topic_the_one_ahead_is_told_of_too(world):
+    world.frame(NOW)
+    world.joints("gripper/joint_states", NOW, finger=0.5)
+    world.joints("arm/joint_states", NOW, finger=0.5)
+    world.joints("arm/joint_states", NOW + 5 * SECOND, shoulder=1.0)
+    rejected = world.observe(NOW + 50 * MS)
+    said = lambda: {r.name: r.reasons for r in world.streams.reports("node", NOW + 50 * MS, LIMITS)}  # noqa: E731
+    assert (rejected.stream, said()["node: base_0_rgb"]) == ("arm/joint_states (shoulder)", [])
+    world.streams.clear()
+    assert said()["node: arm/joint_states"] == [rejected.reason]
+
+
 def test_fast_joint_states_reach_back_to_the_slowest_camera(world):
     world.frame(NOW)
     for k in range(600):  # 2 kHz
@@ -219,6 +247,8 @@ def test_after_clear_nothing_is_left(world):
     world.all(NOW)
     world.streams.clear()
     assert isinstance(world.observe(NOW + 50 * MS), Rejected)
+    world.joints("arm/joint_states", NOW, shoulder=1.0, finger=0.5)
+    assert world.observe(NOW + 50 * MS).reason == "no message yet on camera/image"
 
 
 @pytest.mark.parametrize("transport", ["raw", "compressed"])
@@ -253,6 +283,8 @@ def test_cameras_are_heard_best_effort_by_default_and_reliably_where_the_robot_f
         streams = Streams(node, described, lambda _: None)
         info = next(s for s in node.subscriptions if s.topic_name == f"/{topic}")
         assert (info.qos_profile.reliability, info.qos_profile.depth) == (expected, 1)
+        states = next(s for s in node.subscriptions if s.topic_name == "/arm/joint_states")
+        assert states.qos_profile.depth > 10  # of drivers that share the topic
         streams.close()
         assert all(s.topic_name != f"/{topic}" for s in node.subscriptions)
 
@@ -266,6 +298,25 @@ def test_reports_tell_rate_and_age_and_blame_the_silent(world):
     assert reports["node: base_0_rgb"].level == 2  # 230 ms of 200
     assert reports["node: base_0_rgb"].reasons[1] == "rate_hz is 0 Hz, below 5 Hz"
     assert reports["node: arm/joint_states"].reasons[0].startswith("no message yet on arm/joint_states, ")
+
+
+def test_the_age_of_a_stream_is_judged_by_its_own_limit_and_its_newest_message(world):
+    world.frame(NOW)
+    world.joints("arm/joint_states", NOW, shoulder=1.0)
+    world.joints("arm/joint_states", NOW + 120 * MS, finger=0.5)
+    limits = LIMITS | {"diagnostics.age_warn": 0.8, "diagnostics.age_error": 1.0}
+    reports = {report.name: report for report in world.streams.reports("node", NOW + 170 * MS, limits)}
+    camera, arm = reports["node: base_0_rgb"], reports["node: arm/joint_states"]
+    assert (camera.level, camera.values["age_share"]) == (1, "0.85")  # 140 ms, what is observed then, and 30 of 200
+    assert (arm.level, arm.values["age_share"]) == (0, "0.3")  # 140 less 110 ms of 100
+
+
+def test_a_slow_stream_is_told_once_by_the_worse_of_two_thresholds(world):
+    world.frame(NOW)
+    limits = LIMITS | {"diagnostics.rate_warn": 10.0, "diagnostics.rate_error": 5.0}
+    reports = {report.name: report for report in world.streams.reports("node", NOW + 50 * MS, limits)}
+    camera = reports["node: base_0_rgb"]
+    assert (camera.level, camera.reasons) == (2, ["rate_hz is 0 Hz, below 5 Hz"])
 
 
 def test_a_best_effort_camera_reaches_us(ros):

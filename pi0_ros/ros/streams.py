@@ -145,7 +145,7 @@ class Streams:
         if missing := [joint for joint in self._robot.joint_names if joint not in source]:
             topics, joints = ", ".join(self._robot.state.topics), ", ".join(missing)
             if not held:
-                instead = "".join(f"; {why}" for why in self._useless.values())
+                instead = "".join(f"; {why}" for why in list(self._useless.values()))
                 return Rejected(topics, f"no message yet with joints {joints}{instead}", "missing")
             seen = sorted({name for sample, _, _ in held if sample for name in sample.payload.name})
             return Rejected(topics, f"no message has joints {joints}; found {', '.join(seen)}", "missing")
