@@ -33,7 +33,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 LONGEST_AGE, LONGEST_LATENCY = 30.0, 5.0  # s; in milliseconds nearly all are longer
 ABSURD = 10  # times what is between its limits is outside them further than any joint gets
-TURNS, FASTEST = 30.0, 50.0  # rad and rad/s: no revolute joint goes further or faster, in degrees nearly all do
+FARTHEST, FASTEST = 30.0, 50.0  # rad and rad/s: no revolute joint goes further or faster, in degrees nearly all do
 TURN = 2 * math.pi
 GAP = 0.5  # rad at least between the limits of a continuous joint, half a turn from their middle: room to overshoot
 TURNS_OF_A_DRIVER = 1000  # that counts them
@@ -130,10 +130,10 @@ class Joint(Section):
     def _consistent(self) -> Joint:
         if self.position[0] >= self.position[1]:
             raise ValueError(f"joint {self.name!r}: position {list(self.position)} must be [lowest, highest]")
-        if self.angle and (max(map(abs, self.position)) > TURNS or self.velocity > FASTEST):
+        if self.angle and (max(map(abs, self.position)) > FARTHEST or self.velocity > FASTEST):
             raise ValueError(
                 f"joint {self.name!r}: position {list(self.position)} and velocity {self.velocity:g} must be in "
-                f"radians, within {TURNS:g} rad and {FASTEST:g} rad/s; are these degrees?"
+                f"radians, within {FARTHEST:g} rad and {FASTEST:g} rad/s; are these degrees?"
             )
         if self.kind == "continuous" and self.position[1] - self.position[0] > TURN - GAP:
             raise ValueError(
@@ -160,10 +160,14 @@ class Joint(Section):
         """Of its positions, "rad" or "m"; "" for a gripper, whose driver has one of its own."""
         return {"prismatic": "m", "gripper": ""}.get(self.kind, "rad")
 
+    @property
+    def middle(self) -> float:
+        """Of its limits."""
+        return sum(self.position) / 2
+
     def means_the_same(self, other: Joint) -> bool:
         """Of continuous joints: whether each angle within the other's limits is the same number for both."""
-        middle = sum(self.position) / 2
-        return max(abs(end - middle) for end in other.position) < TURN / 2
+        return max(abs(end - self.middle) for end in other.position) < TURN / 2
 
     @property
     def angle(self) -> bool:
@@ -193,7 +197,7 @@ class Turns:
     """
 
     def __init__(self, joints: Sequence[Joint]) -> None:
-        self._middle = np.array([sum(joint.position) / 2 for joint in joints])
+        self._middle = np.array([joint.middle for joint in joints])
         self._continuous = np.array([joint.kind == "continuous" for joint in joints])
 
     def __call__(self, positions: np.ndarray, joints: np.ndarray | Sequence[int] | slice = slice(None)) -> np.ndarray:
@@ -204,10 +208,11 @@ class Turns:
         self, positions: np.ndarray, others: np.ndarray, joints: np.ndarray | Sequence[int] | slice = slice(None)
     ) -> np.ndarray:
         """rad, whole turns by which positions [n] of `joints` are from others; 0 for joints of other kinds."""
-        apart = np.where(
-            self._continuous[joints] & np.isfinite(positions) & np.isfinite(others), positions - others, 0.0
-        )
-        return TURN * np.rint(apart / TURN)
+        continuous = self._continuous[joints]
+        if not continuous.any():  # most robots have none, and some tell joint states at 1 kHz
+            return np.zeros(len(continuous))
+        known = continuous & np.isfinite(positions) & np.isfinite(others)
+        return TURN * np.rint(np.where(known, positions - others, 0.0) / TURN)
 
 
 class State(Section):

@@ -33,6 +33,14 @@ ROBOT = Robot.model_validate(
     }
 )
 NAMES = ROBOT.joint_names
+
+
+def turning(limits) -> Robot:
+    """ROBOT with a continuous joint `a`."""
+    first = ROBOT.joints[0].model_dump() | {"kind": "continuous", "position": limits}
+    return Robot.model_validate(ROBOT.model_dump() | {"joints": [first, *ROBOT.joints[1:]]})
+
+
 VELOCITY = np.array([2.0, 1.0, 3.0])
 ACCELERATION = np.array([10.0, 4.0, 20.0])
 LOW, HIGH = np.array([-1.0, -0.5, 0.0]), np.array([1.0, 2.0, 1.0])

@@ -170,6 +170,12 @@ class Bench:
         assert self.node.trigger_activate().name == "SUCCESS"
         self.until(lambda: self.chunks, doing=self.send)
 
+    def hold(self) -> None:
+        """Until the policy is at work on a chunk, at which it stays until `policy.go` is set."""
+        self.policy.go.clear()
+        asked = len(self.policy.asked)
+        self.until(lambda: len(self.policy.asked) > asked, doing=self.send)
+
     def call(self, kind: type, name: str, request=None):
         """The answer of a service of the node."""
         client = self.other.create_client(kind, f"policy_node/{name}")

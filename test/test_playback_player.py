@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from playback_kit import NAMES, PERIOD, ROBOT, VELOCITY, Bench, check_limits, check_plans
+from playback_kit import NAMES, PERIOD, ROBOT, VELOCITY, Bench, check_limits, check_plans, turning
 
-from pi0_ros.robot import Robot, State
+from pi0_ros.robot import State
 from pi0_ros.ros.judging import SECOND
 from pi0_ros.ros.player import APPROACHING, DRY_RUN, HOLDING, PLAYING, STOPPED
 
@@ -892,9 +892,7 @@ def test_an_ensemble_is_of_the_chunks_of_one_epoch(epoch, place):
 
 @pytest.mark.parametrize("wraps", [True, False], ids=["a driver that wraps at pi", "a driver that counts turns"])
 def test_a_continuous_joint_is_told_in_the_turn_in_which_its_driver_is(wraps):
-    joints = [joint.model_dump() for joint in ROBOT.joints]
-    joints[0] |= {"kind": "continuous", "position": [2.0, 4.0]}
-    b = Bench(robot=Robot.model_validate(ROBOT.model_dump() | {"joints": joints}))
+    b = Bench(robot=turning([2.0, 4.0]))
     raw, told = np.array([2.9 if wraps else 2.9 - 4 * np.pi, 0.0, 0.0]), []
     b.sensing = False
     way = 2.9 + 0.5 * np.sin(np.linspace(0, np.pi, 61)) ** 2  # across pi, and back
@@ -919,17 +917,11 @@ def test_a_continuous_joint_is_told_in_the_turn_in_which_its_driver_is(wraps):
     assert abs(seen.max() - 3.4) < 0.01 and seen.min() > 2.89
 
 
-def turning(limits) -> Bench:
-    joints = [joint.model_dump() for joint in ROBOT.joints]
-    joints[0] |= {"kind": "continuous", "position": limits}
-    return Bench(robot=Robot.model_validate(ROBOT.model_dump() | {"joints": joints}))
-
-
 @pytest.mark.parametrize(
     ("told", "turns"), [(2.9, 0.0), (3.2, 0.0), (3.2 + 2 * np.pi, 2 * np.pi), (3.2 - 4 * np.pi, -4 * np.pi)]
 )
 def test_an_arm_that_overshoots_to_half_a_turn_from_its_limits_middle_is_told_no_other_turn(told, turns):
-    b = turning([-2.8, 2.8])
+    b = Bench(robot=turning([-2.8, 2.8]))
     b.player.commanded = np.array([2.8, 0.0, 0.0])
     b.player.observe(NAMES, [told, 0.0, 0.0], b.now, b.now)
     np.testing.assert_allclose(b.player.turns, [turns, 0.0, 0.0])
@@ -937,7 +929,7 @@ def test_an_arm_that_overshoots_to_half_a_turn_from_its_limits_middle_is_told_no
 
 @pytest.mark.parametrize(("place", "holds"), [(2.9, False), (2.95, True), (3.25, True), (-2.95, True)])
 def test_an_arm_with_a_continuous_joint_that_was_pushed_out_of_its_limits_is_not_played_to(place, holds):
-    b = turning([-2.8, 2.8])
+    b = Bench(robot=turning([-2.8, 2.8]))
     b.arm = np.array([place, 0.0, 0.0])
     b.offer(np.stack([np.linspace(2.7, 2.0, 41), np.zeros(41), np.zeros(41)], axis=1))
     b.tick(20)

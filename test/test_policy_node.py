@@ -200,9 +200,7 @@ def test_drop_current_tells_the_player_at_once_and_drops_the_chunk_in_flight(ben
     b = bench(rate=50.0)
     b.start()
     old, begin = b.chunks[-1].epoch, b.now()
-    b.policy.go.clear()
-    asked = len(b.policy.asked)
-    b.until(lambda: len(b.policy.asked) > asked, doing=b.send)
+    b.hold()
     answer = b.call(SetPrompt, "set_prompt", SetPrompt.Request(prompt="jump", drop_current=True))
     assert answer.success
     b.until(lambda: b.chunks[-1].epoch > old)  # while the policy is still at work
@@ -267,19 +265,6 @@ def test_a_pause_outlasts_deactivation_and_start_ends_it(bench):
     assert b.node._worker.ticking
 
 
-def test_a_pause_drops_the_chunk_in_flight(bench):
-    b = bench(rate=50.0)
-    b.start()
-    b.policy.go.clear()
-    asked = len(b.policy.asked)
-    b.until(lambda: len(b.policy.asked) > asked, doing=b.send)
-    assert b.call(SetBool, "pause", SetBool.Request(data=True)).success
-    published = b.node._worker.health.chunks
-    b.policy.go.set()
-    b.until(lambda: b.node._worker.health.dropped == 1)
-    assert b.node._worker.health.chunks == published
-
-
 def test_after_a_reset_a_frame_of_the_same_stamp_is_looked_at_anew(bench):
     b = bench(rate=50.0)
     b.node.trigger_configure(), b.node.trigger_activate()
@@ -307,14 +292,16 @@ def test_reset_clears_buffers_and_caches_and_voids_the_chunks(bench):
     assert b.policy.resets == 2
 
 
-def test_deactivate_drops_the_chunk_that_is_being_made(bench):
+@pytest.mark.parametrize("pause", [False, True], ids=["deactivate", "pause"])
+def test_deactivate_and_pause_drop_the_chunk_that_is_being_made(bench, pause):
     b = bench(rate=50.0)
     b.start()
-    b.policy.go.clear()
-    asked = len(b.policy.asked)
-    b.until(lambda: len(b.policy.asked) > asked, doing=b.send)
+    b.hold()
     published = b.node._worker.health.chunks
-    b.node.trigger_deactivate()
+    if pause:
+        assert b.call(SetBool, "pause", SetBool.Request(data=True)).success
+    else:
+        b.node.trigger_deactivate()
     b.policy.go.set()
     b.until(lambda: b.node._worker.health.dropped == 1)
     assert b.node._worker.health.chunks == published
@@ -567,9 +554,7 @@ def test_an_exception_in_inference_stops_the_node_visibly_and_leaves_it_controll
 def test_a_thread_that_does_not_end_is_told_of(bench):
     b = bench(rate=50.0)
     b.start()
-    b.policy.go.clear()
-    asked = len(b.policy.asked)
-    b.until(lambda: len(b.policy.asked) > asked, doing=b.send)
+    b.hold()
     assert not b.node._worker.close(0.01)
     b.policy.go.set()
     assert b.node._worker.close() and b.policy.closed == 1

@@ -4,9 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from playback_kit import NAMES, PERIOD, ROBOT, Bench
+from playback_kit import NAMES, PERIOD, ROBOT, Bench, turning
 
-from pi0_ros.robot import Robot
 from pi0_ros.ros.judging import SECOND
 from pi0_ros.ros.limiter import robot_limits
 from pi0_ros.ros.player import HOLDING, PLAYING
@@ -173,41 +172,36 @@ def test_after_a_pause_a_trajectory_begins_where_the_arm_is(moved, seen_first):
     assert bench.plans and bench.seen == (PLAYING, "")
 
 
-CONTINUOUS = [joint.model_dump() for joint in ROBOT.joints]
-CONTINUOUS[0] |= {"kind": "continuous", "position": [0.4, 5.8]}
-
-
 @pytest.fixture
-def turning():
-    return Seen(robot=Robot.model_validate(ROBOT.model_dump() | {"joints": CONTINUOUS}))
+def around():
+    return Seen(robot=turning([0.4, 5.8]))
 
 
 @pytest.mark.parametrize(("least", "most", "limits"), [(-3.141, 3.142, [0.4, 5.8]), (0.0, 6.283, [-2.0, 2.0])])
 def test_a_driver_that_tells_angles_within_a_turn_is_believed_at_its_ends(least, most, limits):
-    joints = [CONTINUOUS[0] | {"position": limits}, *CONTINUOUS[1:]]
-    turning = Seen(robot=Robot.model_validate(ROBOT.model_dump() | {"joints": joints}))
+    around = Seen(robot=turning(limits))
     for k in range(100):  # noise, at 50 Hz
         told = most if k % 2 else least
-        turning.take([told, 0.2, 0.5])
-        assert turning.seen.told[0] == told and turning.fault == ""
+        around.take([told, 0.2, 0.5])
+        assert around.seen.told[0] == told and around.fault == ""
         np.testing.assert_allclose(
-            turning.seen.positions[0], sum(limits) / 2 + (0.0 if limits[0] < 0 else 0.04), atol=0.05
+            around.seen.positions[0], sum(limits) / 2 + (0.0 if limits[0] < 0 else 0.04), atol=0.05
         )
 
 
 @pytest.mark.parametrize("place", [2.0, 0.05, -0.05, 3.05, 6.2])
-def test_one_message_that_is_a_turn_off_is_not_believed(turning, place):
-    turning.take([place, 0.2, 0.5])
+def test_one_message_that_is_a_turn_off_is_not_believed(around, place):
+    around.take([place, 0.2, 0.5])
     for wrong in (place + 2 * np.pi, place - 2 * np.pi, place - 4 * np.pi, 5 + 1e6 * np.pi, np.inf):
-        turning.take([wrong, 0.2, 0.5])
-        assert turning.seen.told[0] == place
+        around.take([wrong, 0.2, 0.5])
+        assert around.seen.told[0] == place
         for _ in range(60):
-            turning.take([place, 0.2, 0.5])
-    assert turning.fault == ""
+            around.take([place, 0.2, 0.5])
+    assert around.fault == ""
 
 
-def test_two_publishers_who_differ_by_turns_are_believed_neither(turning):
+def test_two_publishers_who_differ_by_turns_are_believed_neither(around):
     for _ in range(30):
-        turning.take([2.0, 0.2, 0.5])
-        turning.take([2.0 + 2 * np.pi, 0.2, 0.5], later=1)
-    assert turning.fault == "joint 'a' is told to be at 2 and 8.28 in turn: do two programs publish joint states?"
+        around.take([2.0, 0.2, 0.5])
+        around.take([2.0 + 2 * np.pi, 0.2, 0.5], later=1)
+    assert around.fault == "joint 'a' is told to be at 2 and 8.28 in turn: do two programs publish joint states?"

@@ -270,7 +270,7 @@ class Policy:
         With CUDA graphs that is every set of cameras that may be new, and every length of the prompt. Guided
         real-time chunking is left out: it costs a backward pass, which many robots never ask for.
         """
-        middle = np.array([sum(joint.position) / 2 for joint in self.robot.joints])
+        middle = np.array([joint.middle for joint in self.robot.joints])
         images = {slot: np.zeros((480, 640, 3), np.uint8) for slot in self._slots}
         generator = torch.Generator().manual_seed(0)
         committed = middle[None] if self.settings.rtc_max_delay else None

@@ -80,13 +80,13 @@ class Outputs:
 
     def send(self, commands: Commands, now: int) -> None:
         """Publish what is to be sent at `now` (ns)."""
+        turns = self._player.turns
         for command, publisher, (names, joints, places) in self._groups:
-            turns = self._player.turns[joints]
             if command.type == "Float64MultiArray":
                 if commands.stream:
-                    publisher.publish(position_message(self._player.commanded[joints] + turns))
+                    publisher.publish(position_message((self._player.commanded + turns)[joints]))
             elif (plan := commands.plan) is not None:
-                positions = plan.positions[:, places] + turns
+                positions = plan.positions[:, places] + turns[joints]
                 velocities = plan.velocities[:, places] if self._velocities else None
                 publisher.publish(trajectory_message(names, plan.times, positions, velocities, now, self._ahead))
         for gripper, place in self._grippers:

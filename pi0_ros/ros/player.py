@@ -309,8 +309,9 @@ class Player:
         """Why an arm is not played to that is far outside its limits, or "": every chunk would lead it back inside."""
         low, high = self.limits.low, self.limits.high
         beyond = np.abs(self._seen.positions - np.clip(self._seen.positions, low, high)) - self._stray
-        worst = int(np.argmax(np.where(self._arm, beyond, -1.0)))
-        if not self._arm[worst] or beyond[worst] <= 0.0:
+        beyond[~self._arm] = -math.inf
+        worst = int(np.argmax(beyond))
+        if beyond[worst] <= 0.0:
             return ""
         return (
             f"joint '{self.joint_names[worst]}' is at {self._seen.positions[worst]:.3g}, outside its limits "

@@ -18,6 +18,9 @@ LEAP = 0.05  # rad, or 0.01 m, beyond that: noise
 ROUNDING = 0.01  # rad by which drivers tell more than a turn
 LEAPS, LEAP_SPAN = 3, 1.0  # so many within so many seconds, and nobody knows where the arm is
 
+# Of some joints [n]: positions, the same as their driver tells them, and when that was, ns (one stamp, or one each).
+Place = tuple[np.ndarray, np.ndarray, int | np.ndarray]
+
 
 class Proprioception:
     """Measured positions, put together from messages of some joints or all, in any order.
@@ -42,8 +45,7 @@ class Proprioception:
         self._conceivable = np.array([joint.conceivable for joint in robot.joints]).T
         self._speed = LEAP_SPEED * np.array([joint.velocity for joint in robot.joints])
         self._arm, self._noise = arm, LEAP * unit
-        # Not yet believed: positions, the same as they were told, and stamp, by joints.
-        self._leapt: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray, int]] = {}
+        self._leapt: dict[tuple[int, ...], Place] = {}  # not yet believed, by joints
         self._leaps: deque[tuple[int, str]] = deque(maxlen=LEAPS)  # ns, and what one was
         self._topics, self._came = robot.state.topics, False
         self._instead = ""  # what the last message was, where it said nothing
@@ -85,41 +87,31 @@ class Proprioception:
     def _store(self, joints: np.ndarray, values: np.ndarray, told: np.ndarray, stamp: int) -> None:
         new = stamp >= self.at[joints]
         joints, values, told = joints[new], values[new], told[new]
-        key = tuple(joints.tolist())
+        key, here = tuple(joints.tolist()), (values, told, stamp)
         before = self.positions[joints], self.told[joints], self.at[joints]
         waiting = self._leapt.pop(key, None)
-        if self._leaps_from(*before, joints, values, told, stamp):
-            if waiting is None or self._leaps_from(
-                *waiting[:2], np.full(len(joints), waiting[2]), joints, values, told, stamp
-            ):
-                self._leapt[key] = values, told, stamp
+        if self._leaps_between(before, here, joints):
+            if waiting is None or self._leaps_between(waiting, here, joints):
+                self._leapt[key] = here
                 return
         elif waiting is None:
-            self.positions[joints], self.told[joints], self.at[joints] = values, told, stamp
+            self.positions[joints], self.told[joints], self.at[joints] = here
             return
         worst = int(np.argmax(np.abs(waiting[1] - before[1]) * self._arm[joints]))
         places = f"{before[1][worst]:.3g} and {waiting[1][worst]:.3g}"
         self._leaps.append((stamp, f"joint {self._names[joints[worst]]!r} is told to be at {places} in turn"))
-        self.positions[joints], self.told[joints], self.at[joints] = values, told, stamp
+        self.positions[joints], self.told[joints], self.at[joints] = here
 
-    def _leaps_from(
-        self,
-        before: np.ndarray,
-        told_before: np.ndarray,
-        at: np.ndarray,
-        joints: np.ndarray,
-        values: np.ndarray,
-        told: np.ndarray,
-        stamp: int,
-    ) -> bool:
-        """Whether some joint of the arm cannot have gone from `before` to `values` meanwhile, or its driver changed the
-        turn where none does."""
+    def _leaps_between(self, before: Place, here: Place, joints: np.ndarray) -> bool:
+        """Whether some joint of the arm cannot have gone from one place to the other meanwhile, or its driver changed
+        the turn where none does."""
+        (values_before, told_before, at), (values, told, stamp) = before, here
         reach = self._speed[joints] * (stamp - at) / SECOND + self._noise[joints]
-        # Drivers that tell angles within a turn have them from -pi to pi, or from 0 to 2 pi.
-        low, high = np.minimum(told, told_before), np.maximum(told, told_before)
-        within = _in_turn(low, high, -TURN / 2) | _in_turn(low, high, 0.0)
-        elsewhere = (self.turns.between(told, told_before, joints) != 0.0) & ~within
-        far = (np.abs(values - before) > reach) | elsewhere
+        far, turned = np.abs(values - values_before) > reach, self.turns.between(told, told_before, joints) != 0.0
+        if turned.any():
+            # Drivers that tell angles within a turn have them from -pi to pi, or from 0 to 2 pi.
+            low, high = np.minimum(told, told_before), np.maximum(told, told_before)
+            far |= turned & ~(_in_turn(low, high, -TURN / 2) | _in_turn(low, high, 0.0))
         return bool((far & (at >= 0) & self._arm[joints]).any())  # of NaN: never seen
 
     def forget(self, until: int | None = None) -> None:

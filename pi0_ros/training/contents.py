@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from pi0_ros.policy.images import ImageError, decode_image
-from pi0_ros.robot import TURN
 from pi0_ros.training.bags import Bag, BagError, BagFiles, Topic, decode
-from pi0_ros.training.plausibility import TURN_SLACK
+from pi0_ros.training.plausibility import is_a_turn
 from pi0_ros.training.recording import ACTION_TYPES, COMPRESSED, IMAGE, JOINT_STATE, STRING
 
 ORDER = (JOINT_STATE, IMAGE, COMPRESSED, *ACTION_TYPES.values(), STRING)  # what a robot file may name comes first
@@ -73,7 +72,7 @@ def _numbers(bag: Bag, topics: dict[str, Topic], names: set[str]) -> tuple[dict[
         else:
             for joint, value in _positions(message):
                 step = abs(value - before.get((name, joint), value))
-                if topics[name].type == JOINT_STATE and abs(step - TURN) < TURN_SLACK:
+                if topics[name].type == JOINT_STATE and is_a_turn(step):
                     wraps.add((name, joint))
                 before[name, joint] = value
                 low, high = ranges[name].get(joint, (value, value))

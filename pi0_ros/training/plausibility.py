@@ -161,7 +161,7 @@ def commands_apart(episodes: Sequence[Motion], robot: Robot) -> list[str]:
     states = np.concatenate([state[::stride] for state, _, _ in episodes])
     distance = np.array([np.concatenate(row) for row in rows])  # [lags, T, J]
     revolute = np.array([joint.kind == "revolute" for joint in robot.joints])
-    turned = (np.abs(distance - TURN) < TURN_SLACK) & revolute
+    turned = is_a_turn(distance) & revolute
     usual = np.where(turned, 0.0, np.nan_to_num(distance)).mean(axis=1).min(axis=0)
     low, high = np.nanquantile(states, [0.01, 0.99], axis=0)
     found = []
@@ -188,6 +188,12 @@ def _apart(joint: Joint, usual: float, spread: float) -> str:
 
 
 UNWRAP = "Give it kind: continuous, with limits of less than a turn around where it works (docs/robot.md)"
+
+
+def is_a_turn(step: np.ndarray) -> np.ndarray:
+    """Which distances between two angles, rad, are about a turn."""
+    return np.abs(step - TURN) < TURN_SLACK
+
 
 # --- of one recording -------------------------------------------------------------------------------------------------
 
@@ -235,10 +241,10 @@ def _check_jumps(recording: Recording, joint: Joint, topic: str, times: np.ndarr
 
 def _check_turns(recording: Recording, joint: Joint, where: str, steps: np.ndarray) -> bool:
     """Whether an angle jumps by a turn, which is a problem."""
-    wraps = int((np.abs(steps - TURN) < TURN_SLACK).sum()) if joint.angle else 0
+    wraps = int(is_a_turn(steps).sum()) if joint.angle else 0
     if wraps:
         across = (
-            f"it goes across {sum(joint.position) / 2 + math.pi:.3g} rad, half a turn from the middle of its limits "
+            f"it goes across {joint.middle + math.pi:.3g} rad, half a turn from the middle of its limits "
             f"{list(joint.position)}. Limits must be around where it works"
         )
         recording.problems.append(
