@@ -12,6 +12,7 @@ from pi0_ros.model.config import GemmaConfig, Pi0Config, VisionConfig
 from pi0_ros.model.flow import Cold, NoiseSourceError, Pink, White
 from pi0_ros.model.pi0 import Pi0, preprocess_observation
 from pi0_ros.policy import policy as policy_module
+from pi0_ros.policy import processor
 from pi0_ros.policy.bundle import BundleSettings, save_bundle
 from pi0_ros.policy.images import resize_with_pad
 from pi0_ros.policy.policy import ObservationError, Policy, PolicyError, RobotObservation
@@ -481,6 +482,56 @@ def test_a_cpu_takes_bfloat16_by_itself_for_large_models_where_it_has_it(monkeyp
         monkeypatch.setattr("pi0_ros.policy.processor.has_bfloat16", lambda _, capable=capable: capable)
         assert pick_device("cpu", "auto", parameters) == (torch.device("cpu"), dtype)
         assert pick_device("cpu", "float32", parameters)[1] == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("vendor", "kind", "board", "there"),
+    [
+        ("0x10de", "0x030200", b"", True),  # a data centre's card has no display
+        ("0x10de", "0x040300", b"", False),  # its sound
+        ("0x1002", "0x030000", b"", False),  # another maker's
+        ("", "", b"nvidia,p3737-0000+p3701-0005\0nvidia,tegra234\0", True),  # a Jetson
+    ],
+)
+def test_a_gpu_is_found_with_or_without_a_driver(vendor, kind, board, there, tmp_path):
+    device, compatible = tmp_path / "sys/bus/pci/devices/0000:01:00.0", tmp_path / "proc/device-tree/compatible"
+    if vendor:
+        device.mkdir(parents=True)
+        (device / "vendor").write_text(vendor + "\n")
+        (device / "class").write_text(kind + "\n")
+    if board:
+        compatible.parent.mkdir(parents=True)
+        compatible.write_bytes(board)
+    assert processor.has_nvidia_gpu(tmp_path) == there
+    assert not processor.has_nvidia_gpu(tmp_path / "nothing")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize(
+    ("there", "visible", "told"), [(True, None, True), (True, "0", True), (True, "", False), (False, None, False)]
+)
+def test_a_gpu_that_torch_cannot_use_is_told_once_with_the_reason(there, visible, told, monkeypatch, caplog):
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020). Please update it")
+
+    monkeypatch.setattr(processor, "has_nvidia_gpu", lambda: there)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    processor._tell_of_idle_gpu.cache_clear()
+    assert [pick_device("auto", "auto")[0] for _ in range(2)] == [torch.device("cpu")] * 2
+    line = (
+        "this machine has an NVIDIA GPU that torch does not use, so the CPU does the work: The NVIDIA driver on your "
+        "system is too old (found version 12020). Please update it"
+    )
+    assert caplog.messages == [line] * told
+    with pytest.raises(PolicyError, match="'cuda' was asked for, torch sees 0 GPUs: The NVIDIA driver .* is too old"):
+        pick_device("cuda", "auto")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(PolicyError, match=r"torch sees 0 GPUs: torch 2\S* is a build without CUDA$"):
+        pick_device("cuda", "auto")
 
 
 def test_bfloat16_stays_close():
