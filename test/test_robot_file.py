@@ -310,7 +310,9 @@ def test_any_value_in_any_field_loads_or_is_a_robot_file_error(value):
             assert str(error)
 
 
-ROBOT_FILES = sorted(path for path in CONFIG.glob("*.yaml") if not path.name.endswith(".params.yaml"))
+ROBOT_FILES = sorted(
+    path for path in (*CONFIG.glob("*.yaml"), *CONFIG.glob("arms/*.yaml")) if not path.name.endswith(".params.yaml")
+)
 
 
 @pytest.mark.parametrize("path", ROBOT_FILES, ids=lambda path: path.stem)
