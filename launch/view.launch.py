@@ -6,20 +6,19 @@ Run it beside policy.launch.py. The robot's own robot_state_publisher is expecte
 for a robot without one, such as the demo's, add publish_robot:=true.
 """
 
+import json
+import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from ament_index_python.packages import get_package_prefix
 from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
-from pi0_ros.ros.kinematics import robot_description
-from pi0_ros.ros.rviz import absolute, rviz_config
-from pi0_ros.ros.visualiser import load_kinematics
-
-CONFIG = Path(__file__).parents[1] / "config/pi0.rviz"
 SWITCH = ["true", "false"]
 ARGUMENTS = [
     DeclareLaunchArgument("robot", description="robot file, or checkpoint folder with one"),
@@ -38,21 +37,30 @@ def written(config: str) -> str:
     return file.name
 
 
+def settings(*arguments: str) -> dict[str, Any]:
+    """What view_settings says. RuntimeError with its reason."""
+    program = Path(get_package_prefix("pi0_ros"), "lib/pi0_ros/view_settings")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().removeprefix("error: "))
+    return json.loads(done.stdout)
+
+
 def nodes(context: LaunchContext) -> list[Node]:
     given = {argument.name: LaunchConfiguration(argument.name).perform(context) for argument in ARGUMENTS}
-    robot, kinematics, urdf = load_kinematics(given["robot"], given["urdf"])
     namespace = given["namespace"].strip("/")
     inside = f"/{namespace}" if namespace else ""
+    view = settings(given["robot"], given["urdf"], inside)
     common = {"output": "screen"}
     clock = {"use_sim_time": given["use_sim_time"] == "true"}
-    description = {"robot_description": ParameterValue(robot_description(urdf), value_type=str)}
+    description = {"robot_description": ParameterValue(view["robot_description"], value_type=str)}
     started = [
         Node(
             package="pi0_ros",
             executable="visualiser",
             name="visualiser",
             namespace=namespace,
-            parameters=[clock, {"robot_file": given["robot"], "urdf": str(urdf)}],
+            parameters=[clock, {"robot_file": given["robot"], "urdf": view["urdf"]}],
             **common,
         ),
         Node(
@@ -68,7 +76,7 @@ def nodes(context: LaunchContext) -> list[Node]:
             executable="static_transform_publisher",
             name="ghost_at_robot",
             namespace=namespace,
-            arguments=["--frame-id", kinematics.root, "--child-frame-id", f"ghost/{kinematics.root}"],
+            arguments=["--frame-id", view["root"], "--child-frame-id", f"ghost/{view['root']}"],
             parameters=[clock],
             **common,
         ),
@@ -80,18 +88,17 @@ def nodes(context: LaunchContext) -> list[Node]:
                 executable="robot_state_publisher",
                 name="robot_state_publisher" + (f"_{number}" if number else ""),
                 parameters=[clock, description],
-                remappings=[("joint_states", absolute(topic, inside))],
+                remappings=[("joint_states", topic)],
                 **common,
             )
-            for number, topic in enumerate(robot.state.topics)
+            for number, topic in enumerate(view["joint_states"])
         ]
     if given["rviz"] == "true":
-        config = rviz_config(CONFIG.read_text(encoding="utf-8"), robot, inside)
         started.append(
             Node(
                 package="rviz2",
                 executable="rviz2",
-                arguments=["-d", written(config), "-f", kinematics.root],
+                arguments=["-d", written(view["rviz"]), "-f", view["root"]],
                 parameters=[clock],
                 **common,
             )

@@ -9,6 +9,12 @@ if [ ! -e "$_pi0_ros_root/install/setup.bash" ] || [ ! -e "$_pi0_ros_root/.venv/
     unset _pi0_ros_root _pi0_ros_nounset
     return 1
 fi
+if [ -d "$_pi0_ros_root/.venv/share/ament_index" ] && [ -n "${ROS_DISTRO:-}" ]; then
+    echo "error: pi0_ros is set up with ROS 2 from wheels, and ROS 2 $ROS_DISTRO is sourced: run make setup again," \
+        "or use a shell in which it is not" >&2
+    unset _pi0_ros_root _pi0_ros_nounset
+    return 1
+fi
 . "$_pi0_ros_root/.venv/bin/activate"
 # With ROS 2 from wheels the virtual environment is itself a prefix that ROS looks for packages in, and discovery stays on
 # this machine. With a distribution it is left as it is: arm and GPU may be on two machines.

@@ -43,15 +43,17 @@ fi
 
 ros=wheels
 if [ -n "${ROS_DISTRO:-}" ] && [ -n "${AMENT_PREFIX_PATH:-}" ]; then
-    if "$python" -c 'import rclpy' 2>/dev/null; then
-        ros=$ROS_DISTRO
-        case "$ros" in
-            foxy | galactic | humble | iron) fail "ROS 2 $ros is sourced, Jazzy or newer is needed" ;;
-        esac
-    else
-        phase "ROS 2 $ROS_DISTRO is sourced, but $python cannot import its rclpy: ROS 2 comes from wheels instead"
-        unset ROS_DISTRO AMENT_PREFIX_PATH CMAKE_PREFIX_PATH
+    ros=$ROS_DISTRO
+    case "$ros" in
+        foxy | galactic | humble | iron) fail "ROS 2 $ros is sourced, Jazzy or newer is needed" ;;
+    esac
+    # A distribution is for the system's Python, which pyenv and conda hide, as an environment made before does.
+    if [ -z "${PYTHON:-}" ] && ! "$python" -c 'import rclpy' 2>/dev/null && supported /usr/bin/python3; then
+        python=$(base_interpreter /usr/bin/python3)
     fi
+    "$python" -c 'import rclpy' 2>/dev/null || fail "ROS 2 $ros is sourced, but $python cannot import its rclpy:" \
+        "name the Python that it is for (PYTHON=/path/to/python make setup), or use a shell in which it is not" \
+        "sourced, and ROS 2 comes from wheels"
 fi
 if [ "$ros" = wheels ] && [ "$(uname -sm)" != "Linux x86_64" ]; then
     fail "ROS 2 wheels exist for Linux on x86_64 only, this is $(uname -sm):" \

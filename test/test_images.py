@@ -2,7 +2,9 @@
 
 import array
 import contextlib
+import importlib.util
 import struct
+import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,7 +131,10 @@ def test_messages_of_rclpy_decode_as_those_of_rosbags():
 
 @pytest.mark.parametrize("encoding", ["rgb8", "bgr8", "rgba8", "bgra8", "mono8", "bayer_rggb8", "bayer_gbrg8"])
 def test_cv_bridge_sees_the_same_pixels(encoding):
-    bridge = pytest.importorskip("cv_bridge").CvBridge()
+    found = importlib.util.find_spec("cv_bridge")
+    if found is None or not Path(found.origin).is_relative_to(sys.prefix):
+        pytest.skip("the wheel of cv_bridge is not there: a distribution's is built for another numpy, and may crash")
+    bridge = importlib.import_module("cv_bridge").CvBridge()
     messages = pytest.importorskip("sensor_msgs.msg")
     channels = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4}.get(encoding, 1)
     pixels = np.random.default_rng(1).integers(0, 256, (6, 8, channels), dtype=np.uint8)

@@ -51,6 +51,20 @@ def test_a_launch_file_starts_only_programs_of_the_list(path):
     assert executables <= set(PROGRAMS)
 
 
+@pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.stem)
+def test_a_launch_file_needs_nothing_that_the_systems_python_lacks(path):
+    """`ros2 launch` reads it with the Python of the distribution, whatever environment is active."""
+    found = {
+        name.partition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import)
+            else [node.module] if isinstance(node, ast.ImportFrom) else []
+        )
+    }  # fmt: skip
+    assert found <= {"launch", "launch_ros", "ament_index_python"} | sys.stdlib_module_names
+
+
 def test_the_parameter_file_names_parameters_that_the_nodes_have_with_values_that_they_take():
     pytest.importorskip("rclpy", reason="needs ROS 2")
     from pi0_ros.ros import chunk_player, policy_node

@@ -92,6 +92,24 @@ def test_transitions_over_the_graph_work_like_direct_ones(context):
     b.close()
 
 
+def test_a_transition_that_is_not_allowed_now_is_answered_and_the_node_lives_on(context, monkeypatch):
+    from lifecycle_msgs.msg import Transition
+    from lifecycle_msgs.srv import ChangeState, GetState
+
+    def refused(_):
+        raise RuntimeError("Failed to trigger lifecycle state machine transition")
+
+    b = Bench(context, rate=50.0)
+    request = ChangeState.Request()
+    request.transition.id = Transition.TRANSITION_ACTIVATE
+    assert not b.call(ChangeState, "change_state", request).success  # not configured yet
+    with monkeypatch.context() as jazzy:  # whose rclpy lets this out
+        jazzy.setattr(b.node, "_LifecycleNodeMixin__change_state", refused)
+        assert not b.call(ChangeState, "change_state", request).success
+    assert b.call(GetState, "get_state").current_state.label == "unconfigured"
+    b.close()
+
+
 def test_configure_fails_with_the_reason_in_diagnostics_and_can_be_tried_again(context):
     good = []
 

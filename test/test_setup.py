@@ -73,6 +73,14 @@ def test_a_sourced_distribution_that_is_too_old_is_refused(bare):
     assert line == "error: ROS 2 humble is sourced, Jazzy or newer is needed"
 
 
+def test_a_sourced_distribution_for_another_python_is_told_with_the_ways_out(bare):
+    sourced = {"ROS_DISTRO": "jazzy", "AMENT_PREFIX_PATH": "/opt/ros/jazzy"}
+    line = setup(bare, PYTHON=python(bare, "case $2 in *rclpy*) exit 1 ;; *realpath*) echo $0 ;; esac"), **sourced)
+    assert (
+        line.startswith("error: ROS 2 jazzy is sourced, but ") and " cannot import its rclpy: name the Python" in line
+    )
+
+
 def test_another_kind_of_machine_is_told_to_bring_its_own_ros(bare):
     (bare / "bin/uname").unlink()
     (bare / "bin/uname").write_text("#!/bin/sh\necho Linux aarch64\n")
@@ -90,6 +98,17 @@ def test_the_environment_file_says_what_to_do_before_set_up(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr == "error: pi0_ros is not set up yet, run: make setup\n"
+
+
+def test_the_environment_file_does_not_mix_ros_from_wheels_with_a_sourced_distribution():
+    if not (ROOT / ".venv/share/ament_index").exists():
+        pytest.skip("ROS 2 does not come from wheels here")
+    done = subprocess.run(
+        ["bash", "-c", f"source {ROOT}/scripts/env.sh"],
+        env=os.environ | {"ROS_DISTRO": "jazzy"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "is set up with ROS 2 from wheels, and ROS 2 jazzy is sourced: run make setup again" in done.stderr
 
 
 def test_set_up_after_set_up_has_nothing_to_do():

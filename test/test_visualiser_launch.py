@@ -1,6 +1,7 @@
 """What opens RViz: the configuration's displays and topics, and what view.launch.py starts."""
 
 import importlib.util
+import json
 import tempfile
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import yaml
 
 from pi0_ros.robot import CAMERA_SLOTS, Camera
 from pi0_ros.robot_file import load_robot
-from pi0_ros.ros.rviz import rviz_config
+from pi0_ros.ros.rviz import main, rviz_config
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "config/so101_demo.yaml"
@@ -93,6 +94,22 @@ def test_a_robot_file_without_a_camera_or_with_relative_topics_is_meant_too():
     assert topics(config)["base_0_rgb"] == "/arm/eye/image/compressed"
     assert not displays(config)["left_wrist_0_rgb"]["Enabled"]
     assert displays(rviz_config(CONFIG, load_robot(DEMO), "")) == displays(CONFIG)
+
+
+def test_what_the_launch_file_asks_for_is_told_as_json_and_mistakes_in_one_line(capsys, tmp_path):
+    assert main([str(DEMO), "", "/arm"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["root"], told["joint_states"]) == ("base_link", ["/joint_states"])
+    assert told["robot_description"].startswith("<robot") and Path(told["urdf"]).samefile(ROOT / "config/so101.urdf")
+    assert topics(told["rviz"])["Ghost"] == "/arm/ghost/robot_description"
+    for arguments, line in (
+        ([str(tmp_path / "none.yaml")], f"error: {tmp_path}/none.yaml: cannot be read: No such file or directory"),
+        ([""], "error: parameter 'robot_file': found '', give a robot file"),
+        ([], "usage: view_settings ROBOT_FILE [URDF [NAMESPACE]]"),
+    ):
+        assert main(arguments)
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith(line) and said.err.count("\n") == 1
 
 
 @needs_launch

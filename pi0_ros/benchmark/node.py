@@ -24,7 +24,7 @@ from pi0_ros.benchmark.inputs import BenchmarkError
 from pi0_ros.benchmark.timing import percentiles
 from pi0_ros.policy.policy import Chunk, RobotObservation
 from pi0_ros.robot import Robot
-from pi0_ros.robot_file import config_folder, parse_robot
+from pi0_ros.robot_file import parse_robot
 
 AIMS_P95_MS = {"raw": 6.0, "jpeg": 12.0}
 PARTS = (
@@ -110,6 +110,7 @@ def _listen(policy: InstantPolicy, transport: str, seconds: float) -> dict[str, 
 
         from pi0_ros.ros.domain import Domain
         from pi0_ros.ros.policy_node import PolicyNode
+        from pi0_ros.ros.qos import room_for_images
     except ImportError as error:
         raise BenchmarkError(
             f"node: needs ROS 2 and the built package ({error}); source a ROS 2 distribution, or run make setup and "
@@ -124,7 +125,7 @@ def _listen(policy: InstantPolicy, transport: str, seconds: float) -> dict[str, 
         executor = SingleThreadedExecutor(context=context)
         executor.add_node(node)
         command = [sys.executable, "-m", "pi0_ros.benchmark.robot_side", transport, str(seconds), str(output)]
-        environment = {**_room_for_images(), **os.environ, **domain.environment(), "OMP_NUM_THREADS": "1"}
+        environment = {**room_for_images(), **os.environ, **domain.environment(), "OMP_NUM_THREADS": "1"}
         try:
             node.autostart()
             with complaints.open("w") as stderr, subprocess.Popen(command, env=environment, stderr=stderr) as process:
@@ -141,14 +142,6 @@ def _listen(policy: InstantPolicy, transport: str, seconds: float) -> dict[str, 
             reason = next((line for line in reversed(said) if line.strip()), "") or f"exit code {process.returncode}"
             raise BenchmarkError(f"node: the process that plays the robot failed: {reason}")
         return json.loads(output.read_text(encoding="utf-8"))
-
-
-def _room_for_images() -> dict[str, str]:
-    """Fast DDS's profile for whole raw frames in shared memory, unless the environment already says how."""
-    chosen = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_BUILTIN_TRANSPORTS")
-    if any(os.environ.get(name) for name in chosen):
-        return {}
-    return {"FASTDDS_DEFAULT_PROFILES_FILE": str(config_folder() / "fastdds_images.xml")}
 
 
 def _spin(executor: Any, process: subprocess.Popen, title: str, seconds: float) -> None:

@@ -19,6 +19,7 @@ from rclpy.qos import qos_profile_sensor_data
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from pi0_ros.msg import ActionChunk
+from pi0_ros.ros.conversions import image_message
 
 HEIGHT, WIDTH, CAMERA_RATE, JOINT_RATE = 480, 640, 30.0, 100.0
 JPEG_QUALITY = 95  # what image_transport's compressed topics have by default
@@ -40,10 +41,7 @@ def pictures() -> list[np.ndarray]:
 def messages(transport: str) -> list[Image] | list[CompressedImage]:
     """The pictures as messages without stamps."""
     if transport == "raw":
-        return [
-            Image(height=HEIGHT, width=WIDTH, encoding="rgb8", step=3 * WIDTH, data=picture.tobytes())
-            for picture in pictures()
-        ]
+        return [image_message(picture) for picture in pictures()]
     quality = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
     return [
         CompressedImage(format="rgb8; jpeg compressed bgr8", data=cv2.imencode(".jpg", picture, quality)[1].tobytes())

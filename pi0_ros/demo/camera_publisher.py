@@ -5,16 +5,16 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+import cv2
 import mujoco
 import numpy as np
-from cv_bridge import CvBridge
 from rclpy.node import Node
 from rclpy.qos import qos_profile_sensor_data
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from pi0_ros.demo.cameras import Cameras
 from pi0_ros.demo.scene import CAMERAS
-from pi0_ros.ros.conversions import to_stamp
+from pi0_ros.ros.conversions import image_message, to_stamp
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class CameraPublisher:
 
     def __init__(self, node: Node, model: mujoco.MjModel, scene: threading.Lock, size: tuple[int, int]) -> None:
         self._model, self._scene, self._size = model, scene, size
-        self._bridge, self._context, self._logger = CvBridge(), node.context, node.get_logger()
+        self._context, self._logger = node.context, node.get_logger()
         self._changed = threading.Condition()
         self._waiting: _Snapshot | None = None
         self._busy, self._closing = False, False
@@ -120,10 +120,10 @@ class CameraPublisher:
                     image = cameras.render(data, slot, self._size)
             # Asked again for each: what nobody listens to is not encoded.
             if image is not None and raw.get_subscription_count():
-                self._send(raw, self._bridge.cv2_to_imgmsg(image, "rgb8"), slot, snapshot.stamp)
+                self._send(raw, image_message(image), slot, snapshot.stamp)
             if image is not None and compressed.get_subscription_count():
-                message = self._bridge.cv2_to_compressed_imgmsg(image[..., ::-1], "jpeg")
-                message.format = "rgb8; jpeg compressed bgr8"
+                data = cv2.imencode(".jpg", image[..., ::-1])[1].tobytes()
+                message = CompressedImage(format="rgb8; jpeg compressed bgr8", data=data)
                 self._send(compressed, message, slot, snapshot.stamp)
             if info.get_subscription_count():
                 self._send(info, self._camera_info(cameras.focal_length(slot, self._size[1])), slot, snapshot.stamp)

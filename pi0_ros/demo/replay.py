@@ -31,7 +31,7 @@ from tqdm import tqdm
 from pi0_ros.policy.images import ImageError, decode_image
 from pi0_ros.robot import Camera, Robot
 from pi0_ros.robot_file import RobotFileError, load_robot
-from pi0_ros.ros.conversions import SECOND, to_stamp
+from pi0_ros.ros.conversions import SECOND, image_message, to_stamp
 from pi0_ros.ros.qos import LATCHED
 from pi0_ros.training.bags import Bag, BagError, BagFiles, decode, find_bags, header_stamp
 from pi0_ros.training.recording import COMPRESSED, IMAGE, Recording, read_recording
@@ -163,7 +163,7 @@ def _camera_route(camera: Camera, recorded: str) -> tuple[type, Callable[[bytes]
     """The message class that the robot file's transport asks for, and how a recorded message becomes one."""
     if camera.transport == "compressed":
         return CompressedImage, bytes if recorded == COMPRESSED else partial(_converted, IMAGE, _png)
-    return Image, bytes if recorded == IMAGE else partial(_converted, COMPRESSED, _plain)
+    return Image, bytes if recorded == IMAGE else partial(_converted, COMPRESSED, image_message)
 
 
 def _converted(kind: str, make: Callable[[np.ndarray], Any], raw: bytes) -> Any:
@@ -173,11 +173,6 @@ def _converted(kind: str, make: Callable[[np.ndarray], Any], raw: bytes) -> Any:
         return None
     message.header.stamp = to_stamp(header_stamp(raw))
     return message
-
-
-def _plain(rgb: np.ndarray) -> Image:
-    height, width = rgb.shape[:2]
-    return Image(height=height, width=width, encoding="rgb8", step=3 * width, data=rgb.tobytes())
 
 
 def _png(rgb: np.ndarray) -> CompressedImage:

@@ -29,11 +29,11 @@ from pi0_ros.demo.camera_publisher import CameraPublisher
 from pi0_ros.demo.controller import CommandError, Point
 from pi0_ros.demo.scene import JOINTS
 from pi0_ros.demo.simulation import PERIOD_NS, Simulation, TaskError
-from pi0_ros.robot_file import RobotFileError, config_folder
+from pi0_ros.robot_file import RobotFileError
 from pi0_ros.ros.conversions import SECOND, stamp_ns, to_stamp
 from pi0_ros.ros.parameters import Parameters, Spec
 from pi0_ros.ros.program import run_node
-from pi0_ros.ros.qos import LATCHED
+from pi0_ros.ros.qos import LATCHED, room_for_images
 from pi0_ros.srv import EpisodeOutcome, ResetEpisode
 
 STATE_PERIODS = 2  # controller periods between two joint states: 50 Hz
@@ -194,16 +194,9 @@ class RobotNode(Node):
         return response
 
 
-def _make_room_for_images() -> None:
-    """Let Fast DDS carry whole raw frames through shared memory, unless the environment already says how."""
-    chosen = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_BUILTIN_TRANSPORTS")
-    if not any(os.environ.get(name) for name in chosen):
-        os.environ["FASTDDS_DEFAULT_PROFILES_FILE"] = str(config_folder() / "fastdds_images.xml")
-
-
 def main(args: list[str] | None = None) -> int:
     """Run the robot until it is told to end; 1 and one line on stderr when it cannot start."""
-    _make_room_for_images()
+    os.environ.update(room_for_images())
     return run_node("demo_robot", SPECS, RobotNode, errors=(TaskError, AssetError, RobotFileError), args=args)
 
 

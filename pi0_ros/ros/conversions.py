@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from builtin_interfaces.msg import Time
+from sensor_msgs.msg import Image
 
 from pi0_ros.msg import ActionChunk
 
@@ -20,6 +21,15 @@ SECOND = 1_000_000_000  # ns
 def stamp_ns(stamp: Time) -> int:
     """A stamp in nanoseconds."""
     return stamp.sec * SECOND + stamp.nanosec
+
+
+def image_message(rgb: np.ndarray) -> Image:
+    """uint8 [H, W, 3] as a raw image, its stamp left to the caller.
+
+    Not by cv_bridge: that of a distribution is built for another numpy than the one that torch and OpenCV want.
+    """
+    height, width = rgb.shape[:2]
+    return Image(height=height, width=width, encoding="rgb8", step=3 * width, data=rgb.tobytes())
 
 
 def to_stamp(nanoseconds: int) -> Time:

@@ -27,6 +27,7 @@ from pi0_ros.ros.parameters import (
     tell_of_other_sections,
     usage,
 )
+from pi0_ros.wording import first_line
 
 NodeType = TypeVar("NodeType", bound=Node)
 _ending = threading.Event()  # set by SIGINT, SIGTERM and SIGHUP
@@ -91,6 +92,17 @@ class ManagedNode(LifecycleNode):
         **options: Any,
     ) -> None:
         super().__init__(name, **options)
+        asked = self._service_change_state.callback
+
+        def change_state(request: Any, response: Any) -> Any:
+            try:
+                return asked(request, response)
+            except RuntimeError as error:  # Jazzy's rclpy lets a transition that is not allowed now end the node
+                self.get_logger().warning(f"no transition: {first_line(error)}")
+                response.success = False
+                return response
+
+        self._service_change_state.callback = change_state
         try:
             self._settings = Parameters(self, specs, changed)
         except ParameterError:

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import os
+
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+
+from pi0_ros.robot_file import config_folder
 
 # What a late subscriber must still learn: prompt, status, episode.
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 NEWEST = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)  # chunks and what is drawn: older ones are void
 SENSOR = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)  # hears publishers of either reliability
+
+PROFILES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")  # Fast DDS 3 (Kilted), and 2 (Jazzy)
+
+
+def room_for_images() -> dict[str, str]:
+    """The environment in which Fast DDS carries whole raw frames through shared memory; nothing where the present one
+    already says how."""
+    if any(os.environ.get(name) for name in (*PROFILES, "FASTDDS_BUILTIN_TRANSPORTS")):
+        return {}
+    return dict.fromkeys(PROFILES, str(config_folder() / "fastdds_images.xml"))
