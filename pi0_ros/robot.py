@@ -249,7 +249,7 @@ class Command(Section):
     """
 
     topic: Topic
-    type: Literal["JointTrajectory", "Float64MultiArray", "GripperCommand", "ParallelGripperCommand"]
+    type: Literal["JointTrajectory", "Float64MultiArray", "JointState", "GripperCommand", "ParallelGripperCommand"]
     joints: tuple[str, ...] | None = None
     max_effort: NonNegative = 0.0  # of a gripper's action, N or Nm; 0: the driver's own
 
@@ -336,6 +336,10 @@ class Robot(Section):
             if command.max_effort and not command.action:
                 raise ValueError(
                     f"{where}: max_effort is for GripperCommand and ParallelGripperCommand, found type: {command.type}"
+                )
+            if command.type == "JointState" and _bare(command.topic) in map(_bare, self.state.topics):
+                raise ValueError(
+                    f"{where}: {command.topic} is where the driver tells joint states, its commands have another topic"
                 )
         topics = [command.topic for command in self.commands]
         if len(set(topics)) < len(topics):

@@ -38,6 +38,7 @@ state: {topics: [/joint_states], max_age: 0.3}
 commands: COMMANDS
 """
 STREAMED = [{"topic": "/all/commands", "type": "Float64MultiArray"}]
+NAMED = [{"topic": "/all/joint_commands", "type": "JointState", "joints": ["g", "b", "a"]}]
 MIXED = [
     {"topic": "/arm/joint_trajectory", "type": "JointTrajectory", "joints": ["b", "a"]},
     {"topic": "/gripper/commands", "type": "Float64MultiArray", "joints": ["g"]},
@@ -71,6 +72,8 @@ class Arm:
                 node.create_subscription(JointTrajectory, command.topic, take, 10)
             elif command.type == "Float64MultiArray":
                 node.create_subscription(Float64MultiArray, command.topic, self._mover(places), 100)
+            elif command.type == "JointState":
+                node.create_subscription(JointState, command.topic, self._told_by_name, 100)
         self._states = node.create_publisher(JointState, "/joint_states", 10)
         node.create_timer(0.01, self._tick)
 
@@ -88,6 +91,11 @@ class Arm:
             self.streamed.append((self.now(), np.array(message.data)))
 
         return move
+
+    def _told_by_name(self, message: JointState) -> None:
+        places = [self.robot.joint_names.index(name) for name in message.name]
+        self.position[places] = message.position
+        self.streamed.append((self.now(), self.position.copy()))
 
     def _taker(self, topic, places):
         def take(message: JointTrajectory) -> None:

@@ -11,7 +11,7 @@ import pytest
 rclpy = pytest.importorskip("rclpy", reason="needs ROS 2")
 pytest.importorskip("pi0_ros.msg", reason="needs the built messages")
 
-from chunk_player_kit import MIXED, START, STREAMED, Arm, Policy, Stage, Watch, robot_of, robot_text  # noqa: E402
+from chunk_player_kit import MIXED, NAMED, START, STREAMED, Arm, Policy, Stage, Watch, robot_of, robot_text  # noqa: E402
 from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
@@ -88,10 +88,11 @@ class Ear:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_each_controller_gets_its_own_joints_in_its_own_order(stream):
+@pytest.mark.parametrize("kind", ["Float64MultiArray", "JointState"])
+def test_each_controller_gets_its_own_joints_in_its_own_order(kind, stream):
     robot = robot_of(
         [
-            {"topic": "/first", "type": "Float64MultiArray", "joints": ["a"]},
+            {"topic": "/first", "type": kind, "joints": ["a"]},
             {"topic": "/rest", "type": "JointTrajectory", "joints": ["g", "b"]},
         ]
     )
@@ -100,18 +101,23 @@ def test_each_controller_gets_its_own_joints_in_its_own_order(stream):
     ear = Ear()
     outputs = Outputs(ear, robot, player, 0.01, velocities=True)
     plan = Plan(np.array([20, 30]) * 10**6, np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[5.0, 6.0], [0.0, 0.0]]))
-    outputs.send(Commands(stream, plan), 0)
-    outputs.send(Commands(False, None), 0)
-    assert [list(message.data) for message in ear.heard["/first"]] == [[0.1]] * stream
+    outputs.send(Commands(stream, plan), 7)
+    outputs.send(Commands(False, None), 7)
+    heard = ear.heard["/first"]
+    if kind == "JointState":
+        assert [(m.header.stamp.nanosec, m.name, list(m.position)) for m in heard] == [(7, ["a"], [0.1])] * stream
+    else:
+        assert [list(message.data) for message in heard] == [[0.1]] * stream
     (message,) = ear.heard["/rest"]
     assert message.joint_names == ["g", "b"]
     assert [list(point.positions) for point in message.points] == [[2.0, 1.0], [4.0, 3.0]]
     assert [list(point.velocities) for point in message.points] == [[6.0, 5.0], [0.0, 0.0]]
 
 
-def test_controllers_are_told_in_the_turn_in_which_joint_states_are():
+@pytest.mark.parametrize(("kind", "field"), [("Float64MultiArray", "data"), ("JointState", "position")])
+def test_controllers_are_told_in_the_turn_in_which_joint_states_are(kind, field):
     commands = [
-        {"topic": "/first", "type": "Float64MultiArray", "joints": ["g", "a"]},
+        {"topic": "/first", "type": kind, "joints": ["g", "a"]},
         {"topic": "/rest", "type": "JointTrajectory", "joints": ["b"]},
     ]
     joints = [joint.model_dump() for joint in robot_of(commands).joints]
@@ -124,7 +130,7 @@ def test_controllers_are_told_in_the_turn_in_which_joint_states_are():
     ear = Ear()
     plan = Plan(np.array([10**10 + 20 * 10**6]), np.array([[3.2]]), np.zeros((1, 1)))
     Outputs(ear, robot, player, 0.01, velocities=True).send(Commands(True, plan), 10**10)
-    np.testing.assert_allclose(ear.heard["/first"][0].data, [0.5, 3.3 - 2 * np.pi])
+    np.testing.assert_allclose(getattr(ear.heard["/first"][0], field), [0.5, 3.3 - 2 * np.pi])
     np.testing.assert_allclose(ear.heard["/rest"][0].points[0].positions, [3.2 + 2 * np.pi])
 
 
@@ -137,6 +143,13 @@ def test_position_commands_follow_the_chunks(streamed):
     assert status.handover_delay >= 2.0  # 0.1 s of 50 ms each, and a tick
     assert 0.0 < status.seconds_left <= 0.85
     assert status.chunks_played >= 3 and status.chunks_refused == 0 and status.holds == 0
+
+
+def test_an_arm_that_takes_joint_states_as_commands_is_led_by_name(ros, tmp_path):
+    stage = Stage(ros, tmp_path, NAMED)
+    stage.player()
+    stage.play(1.0)
+    check_follows(stage, stage.arm.streamed[-50:])
 
 
 def test_trajectories_are_made_as_the_controller_wants_them(mixed):

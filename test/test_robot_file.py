@@ -189,8 +189,13 @@ def test_camera_slots_come_out_in_model_order_whatever_the_file_says():
         ("commands", [], "commands: at least one controller is needed, found none"),
         (
             "commands.0.type",
-            "JointState",
-            "found 'JointState'; input should be 'JointTrajectory', 'Float64MultiArray', 'GripperCommand' or",
+            "Image",
+            "found 'Image'; input should be 'JointTrajectory', 'Float64MultiArray', 'JointState', 'GripperCommand' or",
+        ),
+        (
+            "commands",
+            [{"topic": "/joint_states", "type": "JointState"}],
+            "commands[0]: /joint_states is where the driver tells joint states, its commands have another topic",
         ),
         (
             "commands.0.type",

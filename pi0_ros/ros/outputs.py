@@ -1,5 +1,5 @@
-"""Commands as messages: JointTrajectory for a trajectory controller, Float64MultiArray for a position controller, goals
-for a gripper's action server."""
+"""Commands as messages: JointTrajectory for a trajectory controller, Float64MultiArray for a position controller,
+JointState for drivers that go by names, goals for a gripper's action server."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from builtin_interfaces.msg import Duration
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
@@ -20,12 +21,19 @@ from pi0_ros.ros.motion import Commands
 from pi0_ros.ros.player import Player
 
 RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
-KINDS = {"JointTrajectory": JointTrajectory, "Float64MultiArray": Float64MultiArray}
+KINDS = {"JointTrajectory": JointTrajectory, "Float64MultiArray": Float64MultiArray, "JointState": JointState}
 
 
 def position_message(positions: np.ndarray) -> Float64MultiArray:
     """Positions [j], in the order of the controller's joints."""
     return Float64MultiArray(data=array("d", positions.tobytes()))
+
+
+def named_message(names: Sequence[str], positions: np.ndarray, now: int) -> JointState:
+    """Positions [j] of the joints `names`, stamped with the time of publication (ns)."""
+    message = JointState(name=list(names), position=array("d", positions.tobytes()))
+    message.header.stamp = to_stamp(now)
+    return message
 
 
 def trajectory_message(
@@ -82,13 +90,15 @@ class Outputs:
         """Publish what is to be sent at `now` (ns)."""
         turns = self._player.turns
         for command, publisher, (names, joints, places) in self._groups:
-            if command.type == "Float64MultiArray":
-                if commands.stream:
-                    publisher.publish(position_message((self._player.commanded + turns)[joints]))
-            elif (plan := commands.plan) is not None:
-                positions = plan.positions[:, places] + turns[joints]
-                velocities = plan.velocities[:, places] if self._velocities else None
-                publisher.publish(trajectory_message(names, plan.times, positions, velocities, now, self._ahead))
+            if command.type == "JointTrajectory":
+                if (plan := commands.plan) is not None:
+                    positions = plan.positions[:, places] + turns[joints]
+                    velocities = plan.velocities[:, places] if self._velocities else None
+                    publisher.publish(trajectory_message(names, plan.times, positions, velocities, now, self._ahead))
+            elif commands.stream:
+                positions = (self._player.commanded + turns)[joints]
+                named = command.type == "JointState"
+                publisher.publish(named_message(names, positions, now) if named else position_message(positions))
         for gripper, place in self._grippers:
             if commands.begins:
                 gripper.forget()
