@@ -123,9 +123,8 @@ def _row(seconds: np.ndarray, work: Work, rates: Rates) -> dict[str, float]:
 
 def sampler_memory(sampler: Sampler) -> dict[str, float]:
     """MB of the rearranged weights (the table of token embeddings included) and of the buffers."""
-    tensors = [value for value in vars(sampler).values() if isinstance(value, Tensor)]
-    if sampler.steps is not None:
-        tensors += [value for value in vars(sampler.steps).values() if isinstance(value, Tensor)]
+    owners = [owner for owner in (sampler, sampler.memory, sampler.steps) if owner is not None]
+    tensors = [value for owner in owners for value in vars(owner).values() if isinstance(value, Tensor)]
     buffers = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     sizes = {"weights_mb": tensor_bytes(sampler.weights), "buffers_mb": sum(buffers.values())}
     return {name: round(size / 1e6, 2) for name, size in sizes.items()}

@@ -35,7 +35,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def for_products(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype that autocast, where it is on, gives every product that takes it: turned once for all of them, and
-    remembered once."""
+    remembered once. Their gradients of x are added up in that dtype, too."""
     kind = x.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
     return x.to(torch.get_autocast_dtype(kind)) if on else x

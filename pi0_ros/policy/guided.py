@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,13 +33,17 @@ class Guidance:
     jacobian: bool = True
     dims: int | None = None
 
+    def beside(self, x: Tensor) -> Guidance:
+        """The same on x's device."""
+        return replace(self, previous=self.previous.to(x), weights=self.weights.to(x))
+
 
 def denoise_guided(sampler: Sampler, guidance: Guidance, frozen: bool) -> None:
     """As `Sampler.sample` denoises, each velocity corrected towards the previous chunk (arXiv 2506.07339, eq. 2-4)."""
     if not sampler.config.pi05:
         sampler.run_state()
-    previous, weights = guidance.previous.to(sampler.x), torch.zeros_like(sampler.x)
-    weights[:, : guidance.dims] = guidance.weights.to(sampler.x).view(-1, 1)
+    previous, weights = guidance.previous, torch.zeros_like(sampler.x)
+    weights[:, : guidance.dims] = guidance.weights.view(-1, 1)
     for k, t in enumerate(sampler.times):
         tau = 1.0 - t
         inverse_r2 = (tau**2 + t**2) / t**2

@@ -102,8 +102,9 @@ class Sampler:
         self.keys, self.values = self.memory.keys, self.memory.values
         horizon, dims = config.action_horizon, config.action_dim
         self.inputs = buffer(horizon * dims + dims + horizon)  # what comes with every chunk, in one copy
-        pinned = {"device": "cpu", "pin_memory": True}
-        self._host = torch.zeros_like(self.inputs, **pinned) if self.device.type == "cuda" else self.inputs
+        cuda = self.device.type == "cuda"
+        self._host = torch.zeros_like(self.inputs, device="cpu", pin_memory=True) if cuda else self.inputs
+        self._ids = torch.zeros(config.max_token_len, dtype=torch.int64, pin_memory=cuda)  # of the prompt's tokens
         self.x, self.state, self.free = self._split_inputs(self.inputs)
         self.rope = rope_table(max_prefix + suffix, vlm.head_dim, self.device)
         self.suffix_rope = self.rope[:suffix].clone()
@@ -195,6 +196,7 @@ class Sampler:
 
     def _sample(self, images, tokens, state, noise, frames, frozen, guidance) -> Sample:
         clock = Stages(self.device)
+        guidance = guidance and guidance.beside(self.x)  # before anything that its copies would wait for
         self._load_inputs(noise, state, frozen)
         new = self._load_images(images, frames)
         if new:
@@ -263,8 +265,9 @@ class Sampler:
         self._tokens, rows = ids.tobytes(), self.image_rows
         self._prompt_rows = -(-len(ids) // self.prompt_multiple) * self.prompt_multiple
         self._prompt_rows = min(self._prompt_rows, self.config.max_token_len)
-        embedded = self.weights.embedding[torch.from_numpy(ids).to(self.device)].float() * self.config.vlm.width**0.5
-        self.prefix[rows : rows + len(ids)] = embedded.to(self.dtype)
+        self._ids[: len(ids)] = torch.from_numpy(ids)
+        found = self.weights.embedding[self._ids[: len(ids)].to(self.device, non_blocking=True)]
+        self.prefix[rows : rows + len(ids)] = (found.float() * self.config.vlm.width**0.5).to(self.dtype)
         valid = rows + len(ids)
         if self.prefix_rows != rows + self._prompt_rows:
             self._lay_out(rows + self._prompt_rows)
