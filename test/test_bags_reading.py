@@ -275,10 +275,25 @@ def test_the_digest_follows_the_content_and_not_the_place(tmp_path, written):
 def test_custom_data_of_the_metadata_is_known(tmp_path, written):
     bag = kit.write_bag(tmp_path / "bag", written, custom={"prompt": "stack the cups"})
     assert find_bags(bag)[0].custom_data == {"prompt": "stack the cups"}
+    assert find_bags(bag)[0].prompt == "stack the cups"
     text = yaml.safe_load((bag / "metadata.yaml").read_text())
     text["rosbag2_bagfile_information"]["custom_data"] = None
     (bag / "metadata.yaml").write_text(yaml.safe_dump(text))
     assert find_bags(bag)[0].custom_data == {}
+    assert find_bags(bag)[0].prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("custom", "prompt"),
+    [
+        ({"episode_index": "3", "task": "pick up the cube"}, "pick up the cube"),
+        ({"lerobot.operator_prompt": "fold the towel"}, "fold the towel"),
+        ({"task": "kitchen", "prompt": "open the drawer"}, "open the drawer"),
+        ({"prompt": " ", "task": "open the drawer\n"}, "open the drawer"),
+    ],
+)
+def test_the_instruction_is_known_by_the_names_that_recorders_give_it(custom, prompt, tmp_path, written):
+    assert find_bags(kit.write_bag(tmp_path / "bag", written, custom=custom))[0].prompt == prompt
 
 
 def test_numbered_files_with_a_pause_between_them_are_recordings_of_their_own(tmp_path):

@@ -58,6 +58,9 @@ def _tolerate_foreign_channels() -> None:
 _tolerate_foreign_channels()
 
 
+PROMPT_KEYS = ("prompt", "task", "lerobot.operator_prompt")  # ours, so101-ros-physical-ai's, rosetta's
+
+
 @dataclass(frozen=True)
 class BagFiles:
     """The storage files of one recording, in order, and what its metadata says."""
@@ -72,6 +75,12 @@ class BagFiles:
         """What the recorder wrote beside the messages (`ros2 bag record --custom-data prompt=...`)."""
         data = self.metadata.get("custom_data")
         return {str(key): str(value) for key, value in data.items()} if isinstance(data, dict) else {}
+
+    @property
+    def prompt(self) -> str:
+        """The instruction among that, by the name that it has here or in other recorders; empty without one."""
+        data = self.custom_data
+        return next((data[key].strip() for key in PROMPT_KEYS if data.get(key, "").strip()), "")
 
     def digest(self) -> str:
         """sha256 over names, sizes and content of the files, as 16 hex digits.

@@ -109,7 +109,7 @@ def unit_key(files: BagFiles, robot: Robot, image_size: int, selection: Selectio
     parts = {
         "format": FORMAT,
         "bag": digest or files.digest(),
-        "custom": files.custom_data,
+        "told": files.prompt,
         "cameras": camera,
         "joints": [(joint.name, joint.position, *["turns"] * (joint.kind == "continuous")) for joint in robot.joints],
         "robot": robot.model_dump(

@@ -300,7 +300,7 @@ def _prompts(
     without marks that is heard a moment after its start. Later ones were not known yet. `begin`: of the episode, ns;
     None: of none, and each counts from when it was heard, as on the robot.
     """
-    fixed = selection.prompt or recording.custom_data.get("prompt") or robot.prompt.default
+    fixed = selection.prompt or recording.prompt or robot.prompt.default
     spoken = [(time, text) for time, text in recording.prompts if text]
     if selection.prompt or not spoken or not len(ticks):
         return [fixed] * len(ticks)

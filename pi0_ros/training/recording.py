@@ -69,7 +69,7 @@ class Recording:
     commands_ns: dict[str, np.ndarray] = field(default_factory=dict)  # source -> times, by the robot file's clock
     prompts: list[tuple[int, str]] = field(default_factory=list)
     marks: list[tuple[int, str]] = field(default_factory=list)  # episode begins (text) and ends ("")
-    custom_data: dict[str, str] = field(default_factory=dict)
+    prompt: str = ""  # of the bag's metadata
     topics: dict[str, str | None] = field(default_factory=dict)  # as the robot file names it -> as recorded
     faults: Counter[tuple[str, str]] = field(default_factory=Counter)  # (stream, reason) -> messages
     nan: Counter[tuple[str, str]] = field(default_factory=Counter)  # ("state" or "actions", joint) -> messages
@@ -112,7 +112,7 @@ class _Rows:
 class _Reader:
     def __init__(self, bag: Bag, robot: Robot) -> None:
         self.bag, self.robot, self.sources = bag, robot, robot.action_sources
-        self.recording = Recording(str(bag.files.path), custom_data=bag.files.custom_data)
+        self.recording = Recording(str(bag.files.path), prompt=bag.files.prompt)
         self.images: dict[str, _Rows] = {}
         self.states: dict[tuple[str, tuple[int, ...]], _Rows] = {}
         self.commands: dict[tuple[str, tuple[int, ...]], CommandRows] = {}  # by source and joints commanded together
@@ -153,7 +153,7 @@ class _Reader:
         if robot.episode_topic and not marks:
             reason, _ = absence(self.bag.topics, [robot.episode_topic], (STRING,))
             recording.warnings.append(f"episodes: {reason}; the whole recording is taken for one episode")
-        if robot.prompt.topic and not prompt and "prompt" not in recording.custom_data:
+        if robot.prompt.topic and not prompt and not recording.prompt:
             reason, there = absence(self.bag.topics, [robot.prompt.topic], (STRING,))
             if not there and any(topic.type == STRING and topic.count for topic in self.bag.topics.values()):
                 recording.notes.append(f"prompt: {reason}")
