@@ -22,6 +22,7 @@ from pi0_ros.demo.scene import JOINTS
 from pi0_ros.policy.images import decode_image
 from pi0_ros.ros.conversions import stamp_ns, to_stamp
 from pi0_ros.ros.parameters import ParameterError
+from pi0_ros.ros.qos import PROFILES, room_for_images
 from pi0_ros.srv import EpisodeOutcome, ResetEpisode
 
 
@@ -118,16 +119,32 @@ def test_bad_commands_are_refused_in_one_line_each_and_the_arm_stays(ros, bench)
     np.testing.assert_allclose(bench.state(), start, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("distribution", "name"),
+    [("", "FASTDDS_DEFAULT_PROFILES_FILE"), ("jazzy", "FASTRTPS_DEFAULT_PROFILES_FILE")],
+)
+def test_raw_images_get_room_by_the_name_that_fast_dds_reads_unless_somebody_chose(distribution, name, monkeypatch):
+    for chosen in (*PROFILES, "FASTDDS_BUILTIN_TRANSPORTS"):
+        monkeypatch.delenv(chosen, raising=False)
+    monkeypatch.setenv("ROS_DISTRO", distribution)
+    ((key, path),) = room_for_images().items()
+    assert key == name and os.path.isfile(path)
+    monkeypatch.setenv("FASTDDS_BUILTIN_TRANSPORTS", "LARGE_DATA")
+    assert room_for_images() == {}
+
+
 def test_cameras_publish_raw_and_compressed_of_the_same_moment_with_their_geometry(ros, bench):
     raw = bench.listen(Image, "base_camera/image_raw", qos_profile_sensor_data)
     jpeg = bench.listen(CompressedImage, "base_camera/image_raw/compressed", qos_profile_sensor_data)
     info = bench.listen(CameraInfo, "base_camera/camera_info", qos_profile_sensor_data)
+    wrist = bench.listen(Image, "wrist_camera/image_raw", qos_profile_sensor_data)
 
     def same_moment():
         frames = {stamp_ns(message.header.stamp): message for message in raw}
         return next(((frames[s], m) for m in jpeg if (s := stamp_ns(m.header.stamp)) in frames), None)
 
     image, compressed = ros.spin_until(same_moment, what="a raw and a compressed image of one moment")
+    ros.spin_until(lambda: wrist, what="an image of the other camera, too")
     assert (image.width, image.height, image.encoding, image.header.frame_id) == (96, 64, "rgb8", "base_camera")
     pixels = decode_image(image)
     assert pixels.shape == (64, 96, 3) and 40 < pixels.mean() < 220

@@ -122,8 +122,8 @@ class CameraPublisher:
             if image is not None and raw.get_subscription_count():
                 self._send(raw, image_message(image), slot, snapshot.stamp)
             if image is not None and compressed.get_subscription_count():
-                data = cv2.imencode(".jpg", image[..., ::-1])[1].tobytes()
-                message = CompressedImage(format="rgb8; jpeg compressed bgr8", data=data)
+                jpeg = cv2.imencode(".jpg", image[..., ::-1])[1].tobytes()
+                message = CompressedImage(format="rgb8; jpeg compressed bgr8", data=jpeg)
                 self._send(compressed, message, slot, snapshot.stamp)
             if info.get_subscription_count():
                 self._send(info, self._camera_info(cameras.focal_length(slot, self._size[1])), slot, snapshot.stamp)

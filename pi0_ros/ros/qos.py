@@ -13,7 +13,8 @@ LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability
 NEWEST = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)  # chunks and what is drawn: older ones are void
 SENSOR = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)  # hears publishers of either reliability
 
-PROFILES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")  # Fast DDS 3 (Kilted), and 2 (Jazzy)
+PROFILES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")  # Fast DDS 3, and 2
+FAST_DDS_2 = ("humble", "jazzy")
 
 
 def room_for_images() -> dict[str, str]:
@@ -21,4 +22,5 @@ def room_for_images() -> dict[str, str]:
     already says how."""
     if any(os.environ.get(name) for name in (*PROFILES, "FASTDDS_BUILTIN_TRANSPORTS")):
         return {}
-    return dict.fromkeys(PROFILES, str(config_folder() / "fastdds_images.xml"))
+    name = PROFILES[os.environ.get("ROS_DISTRO") in FAST_DDS_2]
+    return {name: str(config_folder() / "fastdds_images.xml")}
