@@ -19,7 +19,7 @@ pytest.importorskip("rclpy", reason="the demo needs ROS 2")
 import cv2
 from rosbags.highlevel import AnyReader
 
-from pi0_ros.demo.monitor import Monitor
+from pi0_ros.demo.monitor import DemoFailed, Monitor
 from pi0_ros.msg import ActionChunk
 
 MODULES = {"robot_node": "demo_robot", "policy_node": "policy_node", "chunk_player": "chunk_player"}
@@ -159,5 +159,8 @@ def test_a_message_without_actions_is_no_chunk(ros):
         publisher.publish(ActionChunk(sequence=1, horizon=2))
         monitor.until(lambda: monitor.seen.chunks, 20, "the chunk")
         assert [chunk.sequence for chunk in begun] == [1] and len(monitor.seen.tick_latency) == 1
+        monitor.seen.diagnostics["policy"] = {"blame": "no observation: base_0_rgb: no message yet"}
+        with pytest.raises(DemoFailed, match=r"^a chunk: not within 0 s; no observation: base_0_rgb: no message yet$"):
+            monitor.until(lambda: False, 0, "a chunk")
     finally:
         monitor.destroy_node()

@@ -15,6 +15,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from pi0_ros.demo.cameras import Cameras
 from pi0_ros.demo.scene import CAMERAS
 from pi0_ros.ros.conversions import image_message, to_stamp
+from pi0_ros.wording import first_line
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ class CameraPublisher:
                 self._ready.set()
             while (snapshot := self._next()) is not None:
                 self._publish(snapshot, data, cameras)
-        except RuntimeError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, a robot without sight says so
             if self._context.ok():  # else: told to end in the middle of a frame
-                self._logger.error(f"the cameras stopped: {error}")
+                self._logger.error(f"the cameras stopped: {type(error).__name__}: {first_line(error)}")
         finally:
             with self._changed:
                 self._closing = True

@@ -105,7 +105,8 @@ class Monitor(Node):
             self._executor.spin_once(timeout_sec=0.05)
             self._alive()
             if time.monotonic() > deadline:
-                raise DemoFailed(f"{what}: not within {seconds:g} s")
+                blame = [values["blame"] for values in self.seen.diagnostics.values() if "blame" in values]
+                raise DemoFailed("; ".join([f"{what}: not within {seconds:g} s", *blame]))
 
     def call(self, client: Any, request: Any, seconds: float = 20.0) -> Any:
         """The answer of a service; DemoFailed if it does not come, or says no."""
