@@ -9,7 +9,7 @@ import pytest
 import rclpy
 import torch
 from policy_node_kit import HORIZON, LATCHED, Bench, robot
-from rclpy.clock_type import ClockType
+from rclpy.clock import ClockType
 from rclpy.parameter import Parameter
 from rclpy.time import Time
 from rosgraph_msgs.msg import Clock

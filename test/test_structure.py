@@ -108,6 +108,13 @@ def test_only_the_rooms_that_speak_ros_import_it():
     assert {path for path in importing if path.split("/")[1] not in ("ros", "demo", "benchmark")} == set()
 
 
+def test_clock_types_come_from_where_every_distribution_has_them():
+    """Humble's rclpy has no module clock_type, and Kilted's rclpy.clock has what is in it."""
+    named = "rclpy.clock_" + "type"
+    files = (*MODULES, *ROOT.glob("test/*.py"))
+    assert [path.name for path in files if named in path.read_text(encoding="utf-8")] == []
+
+
 def test_rooms_below_ros_import_in_a_process_that_cannot_import_rclpy():
     code = "import sys; sys.modules['rclpy'] = None\n" + IMPORT_BELOW_ROS
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rclpy.clock import Clock
-from rclpy.clock_type import ClockType
+from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
