@@ -6,6 +6,9 @@ import torch
 from diagnostic_msgs.msg import DiagnosticArray
 from hypothesis import given
 from hypothesis import strategies as st
+from rcl_interfaces.srv import SetParameters
+from rclpy.exceptions import ParameterException
+from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from pi0_ros.ros.conversions import SECOND, stamp_ns
@@ -181,6 +184,32 @@ def test_a_whole_number_is_taken_for_a_float_and_changes_are_told(ros):
     assert parameters["speed"] == 2.0 and isinstance(parameters["speed"], float) and not told
     node.set_parameters([Parameter("speed", value=4)])
     assert told == [{"speed": 4.0}]
+
+
+def test_changes_are_told_by_a_humble_rclpy_too_by_call_and_by_service(ros, monkeypatch):
+    monkeypatch.delattr(Node, "add_post_set_parameters_callback")  # which has none
+    node, told = ros.node(), []
+    parameters = Parameters(node, SPECS, lambda changed: told.append((changed, parameters["speed"])))
+    node.set_parameters([Parameter("speed", value=4), Parameter("mode", value="c")])
+    assert told == [({"speed": 4.0}, 4.0)]  # what was refused is not told, and what is told counts already
+    assert not node.set_parameters_atomically([Parameter("speed", value=5), Parameter("mode", value="c")]).successful
+    client = ros.node("other").create_client(SetParameters, "/test/set_parameters")
+    request = SetParameters.Request(parameters=[Parameter("speed", value=2.5).to_parameter_msg()])
+    assert ros.call(client, request).results[0].successful
+    assert told[1:] == [({"speed": 2.5}, 2.5)]
+
+
+def test_a_wrong_value_at_start_is_the_same_line_where_rclpys_error_has_two_arguments(ros, monkeypatch):
+    def refuse(node, name, *_):
+        error = ParameterException("", name)  # as Humble's InvalidParameterValueException
+        error.args = "Invalid parameter value (z) for parameter. Reason: parameter 'speed': found 'z', no", name
+        raise error
+
+    monkeypatch.setattr(Node, "declare_parameter", refuse)
+    monkeypatch.setattr(Node, "__init__", lambda *_: None)
+    monkeypatch.setattr(Node, "add_on_set_parameters_callback", lambda *_: None)
+    with pytest.raises(ParameterError, match="^parameter 'speed': found 'z', no$"):
+        Parameters(Node(), SPECS)
 
 
 def test_a_wrong_value_at_start_is_an_error(ros):

@@ -100,11 +100,12 @@ class Parameters:
             try:
                 node.declare_parameter(spec.name, spec.default, spec.descriptor())
             except ParameterException as error:
-                reason = str(error).partition("Reason: ")[2].removesuffix(f": {spec.name}") or str(error)
+                said = str(error.args[0])  # Humble's errors have the name as a second argument
+                reason = said.partition("Reason: ")[2].removesuffix(f": {spec.name}") or said
                 raise ParameterError(reason) from None
         self._refuse_unknown()
         if on_change is not None:
-            node.add_post_set_parameters_callback(lambda changed: self._tell(on_change, changed))
+            _after_each_change(node, lambda changed: self._tell(on_change, changed))
 
     def _refuse_unknown(self) -> None:
         """rclpy drops what a command line or a file gives and no node declares. Misspelt, that may be a limit."""
@@ -139,6 +140,28 @@ class Parameters:
         mine = {parameter.name: self[parameter.name] for parameter in changed if parameter.name in self._specs}
         if mine:
             on_change(mine)
+
+
+def _after_each_change(node: Node, tell: Callable[[list[Parameter]], None]) -> None:
+    """Call `tell` with the parameters that were set, after they are."""
+    if hasattr(node, "add_post_set_parameters_callback"):
+        node.add_post_set_parameters_callback(tell)
+        return
+    # Humble's rclpy has none. All that sets parameters there, its services too, goes through these two.
+    each, at_once = node.set_parameters, node.set_parameters_atomically
+
+    def set_parameters(given: list[Parameter]) -> list[SetParametersResult]:
+        results = each(given)
+        tell([parameter for parameter, result in zip(given, results, strict=True) if result.successful])
+        return results
+
+    def set_parameters_atomically(given: list[Parameter]) -> SetParametersResult:
+        result = at_once(given)
+        if result.successful:
+            tell(given)
+        return result
+
+    node.set_parameters, node.set_parameters_atomically = set_parameters, set_parameters_atomically
 
 
 Sections = dict[str, list[str]]  # params file -> the nodes that it has parameters for, as it names them
