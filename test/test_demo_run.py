@@ -21,6 +21,8 @@ from rosbags.highlevel import AnyReader
 
 from pi0_ros.demo.monitor import DemoFailed, Monitor
 from pi0_ros.msg import ActionChunk
+from pi0_ros.ros.domain import Domain
+from pi0_ros.ros.qos import room_for_images
 
 MODULES = {"robot_node": "demo_robot", "policy_node": "policy_node", "chunk_player": "chunk_player"}
 MODULES |= {"visualiser": "visualiser"}
@@ -125,6 +127,17 @@ def test_a_wrong_checkpoint_is_one_clear_line(tmp_path):
     output = demo.communicate(timeout=60)[0]
     assert demo.returncode == 1
     assert output.strip() == f"error: --checkpoint: no such folder: {tmp_path / 'nowhere'}"
+
+
+def test_a_domain_keeps_to_this_machine_by_the_variable_that_the_distribution_knows(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"ROS_DISTRO": "kilted"})
+    with Domain() as domain:
+        assert domain.environment() == {"ROS_DOMAIN_ID": str(domain.id), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+        assert room_for_images()
+        os.environ["ROS_DISTRO"] = "humble"
+        os.environ.update(domain.environment())
+        assert os.environ["ROS_LOCALHOST_ONLY"] == "1" and "ROS_AUTOMATIC_DISCOVERY_RANGE" not in os.environ
+        assert room_for_images() == {}
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,10 @@ class Domain:
 
     def environment(self) -> dict[str, str]:
         """Environment variables that put a process into this domain, with discovery on this machine only."""
-        return {"ROS_DOMAIN_ID": str(self.id), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+        here = {"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+        if os.environ.get("ROS_DISTRO") == "humble":  # it does not know that variable, and later ones complain of this
+            here = {"ROS_LOCALHOST_ONLY": "1"}
+        return {"ROS_DOMAIN_ID": str(self.id), **here}
 
     def release(self) -> None:
         """Give the domain back; more than once is fine."""

@@ -22,5 +22,8 @@ def room_for_images() -> dict[str, str]:
     already says how."""
     if any(os.environ.get(name) for name in (*PROFILES, "FASTDDS_BUILTIN_TRANSPORTS")):
         return {}
+    # Humble keeps to this machine by transports of its own, beside which those of a profile would speak to the network.
+    if os.environ.get("ROS_DISTRO") == "humble" and os.environ.get("ROS_LOCALHOST_ONLY") == "1":
+        return {}
     name = PROFILES[os.environ.get("ROS_DISTRO") in FAST_DDS_2]
     return {name: str(config_folder() / "fastdds_images.xml")}
