@@ -338,3 +338,9 @@ def test_configure_says_which_package_is_missing(ros, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     stage.player(active=False)
     ros.spin_until(lambda: "needs the package control_msgs" in warned.newest)
+
+
+def test_a_control_msgs_without_the_type_is_told_as_one_that_is_too_old(goals, monkeypatch):
+    monkeypatch.delattr(actions, "ParallelGripperCommand")  # Humble's before 4.5
+    with pytest.raises(gripper.GripperError, match="installed is too old to have ParallelGripperCommand: update it"):
+        goals(type="ParallelGripperCommand")

@@ -6,7 +6,6 @@ changed by a share of the gripper's way, and stands or has moved on for a tenth 
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 from action_msgs.msg import GoalStatus
@@ -40,12 +39,12 @@ class GripperGoals:
         joint: that one.
 
     Raises:
-        GripperError: control_msgs is not installed.
+        GripperError: control_msgs is not installed, or too old.
     """
 
     def __init__(self, node: Node, command: Command, joint: Joint) -> None:
         self._node, self._command, self._joint = node, command, joint
-        self._kind = getattr(_actions(command), command.type)
+        self._kind = _action(command)
         self._client = ActionClient(node, self._kind, command.topic)
         self._way = abs(joint.closed - joint.open)
         self._told: float | None = None  # the newest goal, while it stands
@@ -159,7 +158,7 @@ class GripperGoals:
         self._client.destroy()
 
 
-def _actions(command: Command) -> ModuleType:
+def _action(command: Command) -> type:
     try:
         import control_msgs.action
     except ImportError:
@@ -167,4 +166,10 @@ def _actions(command: Command) -> ModuleType:
             f"commands {command.topic}: type {command.type} needs the package control_msgs, which comes with "
             "ros2_control: apt install ros-$ROS_DISTRO-control-msgs"
         ) from None
-    return control_msgs.action
+    kind = getattr(control_msgs.action, command.type, None)
+    if kind is None:  # Humble's had no ParallelGripperCommand before 4.5
+        raise GripperError(
+            f"commands {command.topic}: the control_msgs that is installed is too old to have {command.type}: update "
+            "it, or take the type that the gripper's driver has"
+        )
+    return kind
