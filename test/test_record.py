@@ -12,11 +12,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 
 rclpy = pytest.importorskip("rclpy", reason="needs ROS 2")
 pytest.importorskip("pi0_ros.msg", reason="needs the built messages")
 
 from rclpy.qos import QoSProfile, ReliabilityPolicy, qos_profile_sensor_data  # noqa: E402
+from rclpy.serialization import serialize_message  # noqa: E402
 from sensor_msgs.msg import Image, JointState  # noqa: E402
 from std_msgs.msg import Float64MultiArray, String  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
@@ -232,6 +234,17 @@ def test_a_disk_that_is_full_when_the_buffer_is_written_leaves_nothing(tmp_path)
     bag._writer.abort = lambda: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     bag.discard()
     assert not list(tmp_path.iterdir())
+
+
+def test_metadata_is_of_a_form_that_humbles_rosbag2_reads_too(tmp_path):
+    """As its metadata_io.cpp reads it: qualities of service as text, where version 9 has a list."""
+    bag = BagFile(tmp_path / "episode_0001", {"/joint_states": JointState}, {"prompt": "wave"})
+    bag.write("/joint_states", 1, serialize_message(JointState(name=["a"])))
+    bag.keep()
+    info = yaml.safe_load((tmp_path / "episode_0001/metadata.yaml").read_text())["rosbag2_bagfile_information"]
+    (topic,) = info["topics_with_message_count"]
+    assert info["version"] == 8 and isinstance(topic["topic_metadata"]["offered_qos_profiles"], str)
+    assert info["custom_data"] == {"prompt": "wave"} and info["message_count"] == topic["message_count"] == 1
 
 
 def test_two_recorders_do_not_write_to_one_folder(ros, tmp_path):

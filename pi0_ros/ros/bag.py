@@ -36,7 +36,8 @@ class BagFile:
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.parent.mkdir(parents=True, exist_ok=True)
         store = get_typestore(Stores.ROS2_KILTED)
-        self._writer = Writer(self._partial, version=9, storage_plugin=StoragePlugin.MCAP)
+        # Version 9, which later distributions write, has qualities of service in a form that Humble's cannot read.
+        self._writer = Writer(self._partial, version=8, storage_plugin=StoragePlugin.MCAP)
         for key, value in (custom_data or {}).items():
             self._writer.set_custom_data(key, value)
         self._writer.open()
