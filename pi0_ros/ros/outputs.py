@@ -42,9 +42,9 @@ def trajectory_message(
     """A trajectory that joint_trajectory_controller takes up without a step.
 
     It is stamped with the time of publication, so that it starts at once. What lies less than `ahead` in the future is
-    left out: a first point that is past would be entered without a bridge (joint_trajectory_controller of Jazzy and
+    left out: a first point that is past would be entered without a bridge (joint_trajectory_controller from Humble to
     Kilted). From its last command the controller moves to the first point, which lies on the way that the trajectory
-    before took; set its `interpolate_from_desired_state`.
+    before took; set its `interpolate_from_desired_state`, on Humble its `open_loop_control`.
 
     Args:
         times: int64 [n] ns, strictly increasing; a last point less than `ahead` in the future is sent for then.
