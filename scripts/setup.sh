@@ -45,7 +45,7 @@ ros=wheels
 if [ -n "${ROS_DISTRO:-}" ] && [ -n "${AMENT_PREFIX_PATH:-}" ]; then
     ros=$ROS_DISTRO
     case "$ros" in
-        foxy | galactic | humble | iron) fail "ROS 2 $ros is sourced, Jazzy or newer is needed" ;;
+        foxy | galactic | iron) fail "ROS 2 $ros is sourced, Humble, Jazzy or newer is needed" ;;
     esac
     # A distribution is for the system's Python, which pyenv and conda hide, as an environment made before does.
     if [ -z "${PYTHON:-}" ] && ! "$python" -c 'import rclpy' 2>/dev/null && supported /usr/bin/python3; then
@@ -57,7 +57,7 @@ if [ -n "${ROS_DISTRO:-}" ] && [ -n "${AMENT_PREFIX_PATH:-}" ]; then
 fi
 if [ "$ros" = wheels ] && [ "$(uname -sm)" != "Linux x86_64" ]; then
     fail "ROS 2 wheels exist for Linux on x86_64 only, this is $(uname -sm):" \
-        "install ROS 2 Jazzy or newer and source its setup.bash before make setup"
+        "install ROS 2 (Humble, Jazzy or newer) and source its setup.bash before make setup"
 fi
 
 # --- what the system must bring, all of it named at once, before anything long ------------------------------------
@@ -146,7 +146,8 @@ if [ "$(cat install/.stamp 2>/dev/null)" != "$build" ]; then
         fi
         .venv/bin/python -m colcon --log-level error build --symlink-install --paths "${paths[@]}" --event-handlers \
             console_direct- console_cohesion- summary- status- console_start_end- \
-            --cmake-force-configure --cmake-args -DBUILD_TESTING=OFF "-DPython3_EXECUTABLE=$PWD/.venv/bin/python"
+            --cmake-force-configure --cmake-args -DBUILD_TESTING=OFF \
+            {-DPython3_EXECUTABLE,-DPYTHON_EXECUTABLE}="$PWD/.venv/bin/python" # Humble reads the second
     ) >log/setup.log 2>&1 || {
         cat log/setup.log >&2
         fail "colcon could not build the package, its output stands above"

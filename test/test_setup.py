@@ -68,9 +68,9 @@ def test_without_any_python_the_command_that_installs_one_is_given(bare):
 def test_a_sourced_distribution_that_is_too_old_is_refused(bare):
     (bare / "ros").mkdir()
     (bare / "ros/rclpy.py").touch()
-    sourced = {"ROS_DISTRO": "humble", "AMENT_PREFIX_PATH": "/opt/ros/humble", "PYTHONPATH": str(bare / "ros")}
+    sourced = {"ROS_DISTRO": "iron", "AMENT_PREFIX_PATH": "/opt/ros/iron", "PYTHONPATH": str(bare / "ros")}
     line = setup(bare, PYTHON=sys.executable, **sourced)
-    assert line == "error: ROS 2 humble is sourced, Jazzy or newer is needed"
+    assert line == "error: ROS 2 iron is sourced, Humble, Jazzy or newer is needed"
 
 
 def test_a_sourced_distribution_for_another_python_is_told_with_the_ways_out(bare):
@@ -87,7 +87,7 @@ def test_another_kind_of_machine_is_told_to_bring_its_own_ros(bare):
     (bare / "bin/uname").chmod(0o755)
     line = setup(bare, PYTHON=sys.executable)
     assert "Linux on x86_64 only, this is Linux aarch64" in line
-    assert "install ROS 2 Jazzy or newer and source its setup.bash" in line
+    assert "install ROS 2 (Humble, Jazzy or newer) and source its setup.bash" in line
 
 
 def test_the_environment_file_says_what_to_do_before_set_up(tmp_path):
