@@ -30,7 +30,6 @@ from pi0_ros.ros.graph import misfit, type_name, whereabouts
 from pi0_ros.ros.outputs import KINDS
 from pi0_ros.ros.player import JUMP_BACK
 
-ACTIONS = KINDS | {"JointState": JointState}
 FRAMES, OTHERS = 50, 1000  # messages that wait while others are written: half a MB a frame, 1 kB of all else
 ALIVE = 1.0  # s; a needed stream that is silent for longer is missing
 ROOM = 10**9  # bytes; with less on the disk no episode begins
@@ -83,7 +82,7 @@ class EpisodeRecorder:
         for topic in robot.state.topics:
             self._add(topic, topic, JointState, needed=True)
         for name, source in robot.action_sources.items():
-            self._add(name, source.topic, ACTIONS[source.type], needed=False)  # before the first command there is none
+            self._add(name, source.topic, KINDS[source.type], needed=False)  # before the first command there is none
         self._lock = self._take_folder()
         # The first bag takes a third of a second to open, in which messages would wait. And a folder that cannot be
         # written to is better known now.
