@@ -5,7 +5,7 @@ import pytest
 from playback_kit import NAMES, PERIOD, ROBOT, VELOCITY, Bench, check_limits, check_plans, turning
 
 from pi0_ros.robot import State
-from pi0_ros.ros.judging import SECOND
+from pi0_ros.ros.judging import SECOND, Offer
 from pi0_ros.ros.player import APPROACHING, DRY_RUN, HOLDING, PLAYING, STOPPED
 
 
@@ -65,6 +65,17 @@ def test_a_policy_that_says_that_it_lives_may_let_a_chunk_be_played_to_its_end()
     assert "its sequence is not above 0" in bench.offer(np.zeros((41, 3)), sequence=0)
     bench.tick(20)
     assert bench.seen[0] == HOLDING and bench.seen[1].startswith("the chunk ended and no new one came")
+
+
+def test_a_chunk_whose_actions_are_missing_is_refused_and_no_sign_of_life():
+    bench = Bench(policy_timeout=0.5)
+    bench.tick(2)
+    bench.lively()
+    for k in range(6):
+        bench.tick(10)
+        broken = Offer(bench.now, k + 1, 0, NAMES, 5, 0.05, np.empty(0))
+        assert bench.player.offer(broken, bench.now).endswith("0 values are not horizon 5 times 3 joints")
+    assert bench.seen[0] == HOLDING and bench.seen[1].startswith("no chunk from the policy for 0.5 s")
 
 
 def test_a_chunk_without_actions_of_an_older_epoch_says_nothing():
@@ -168,6 +179,19 @@ def test_chunks_that_come_during_an_approach_do_not_hasten_it():
         assert bench.player.state == APPROACHING
     assert np.diff(np.array(bench.trail)[:, 0]).max() <= 0.2 * 2.0 * 0.01 + 1e-9
     assert bench.arm[0] > 0.45
+
+
+def test_after_an_approach_the_same_chunk_is_played_at_full_speed():
+    bench = Bench(approach_speed=0.2)
+    bench.tick(2)
+    way = np.full(61, 0.8)
+    way[40:51], way[51:] = np.linspace(0.8, -0.2, 11), -0.2  # within half a second, at 2 rad/s
+    bench.offer(np.stack([way, 0 * way, 0 * way], axis=1))
+    bench.tick(195)
+    assert bench.seen == (PLAYING, "")
+    bench.tick(60)
+    assert np.abs(np.diff(np.array(bench.trail)[:, 0])).max() / 0.01 > 1.8
+    check_limits(bench.trail)
 
 
 @pytest.mark.parametrize("streamed", [NAMES, (), ("a",)], ids=["positions", "trajectories", "both"])
@@ -292,6 +316,17 @@ def test_before_any_chunk_a_gripper_that_holds_something_is_not_told_where_that_
     assert bench.seen == (HOLDING, "no chunk yet") and bench.sends == 0
 
 
+def test_a_chunk_that_is_over_before_the_arm_is_seen_is_not_taken_over():
+    bench = Bench()
+    bench.sensing, bench.arm = False, np.array([0.1, 0.0, 0.42])
+    bench.offer(np.tile([0.1, 0.0, 1.0], (11, 1)))
+    bench.tick(60)
+    bench.sensing = True
+    bench.tick(20)
+    assert bench.seen == (HOLDING, "no chunk yet") and bench.player.played == bench.player.holds == 0
+    assert bench.sends == 0
+
+
 @pytest.mark.parametrize("streamed", [NAMES, ()], ids=["positions", "trajectories"])
 def test_an_arm_that_sags_is_not_let_down_at_every_start(streamed):
     bench = Bench(streamed)
@@ -401,6 +436,25 @@ def test_an_arm_that_only_lags_is_not_taken_for_moved():
         if bench.player.state == HOLDING and bench.player.at_rest and k > 60:
             bench.offer(np.tile(bench.player.commanded, (41, 1)))
     assert bench.player.played > 1
+    check_limits(bench.trail)
+
+
+def test_an_arm_that_lags_is_gone_on_with_at_once_when_a_chunk_comes_just_after_the_last_one_ended():
+    bench = Bench()
+    bench.tick(2)
+    time = np.arange(11) * 0.05
+    bench.offer(np.stack([0.9 * time, 0 * time, 0.5 + 0 * time], axis=1))
+    late = [np.zeros(3)] * 18
+    for _ in range(60):
+        bench.tick()
+        late = [*late[1:], bench.player.commanded.copy()]
+        bench.arm = late[0]
+        if bench.player.state == HOLDING and bench.player.at_rest:
+            break
+    assert bench.player.commanded[0] - bench.arm[0] > 0.08  # it is still on its way
+    bench.offer(np.tile(bench.player.commanded, (21, 1)))
+    bench.tick()
+    assert bench.seen == (PLAYING, "")
     check_limits(bench.trail)
 
 
@@ -528,6 +582,7 @@ def test_joint_states_from_a_clock_that_is_ahead_are_as_old_as_their_arrival():
 def test_not_started_means_nothing_is_sent():
     bench = Bench(start=False)
     bench.lively()
+    assert bench.player.seconds_left(bench.now) == 0.0
     bench.tick(20)
     assert bench.seen == (STOPPED, "not started") and bench.trail == [] and bench.plans == []
 
@@ -545,6 +600,22 @@ def test_an_arm_that_a_hand_brings_back_inside_waits_for_the_hand_to_rest(stream
             break
     assert 140 + 20 <= k < 190  # the hand rests from 140 on
     np.testing.assert_allclose(bench.player.commanded, [0.9, 0.0, 0.5], atol=0.05)
+
+
+@pytest.mark.parametrize("streamed", [NAMES, ()], ids=["positions", "trajectories"])
+def test_so_does_one_that_was_played_to_before_and_the_hand_is_not_held_against(streamed):
+    bench = Bench(streamed)
+    bench.tick(2)
+    bench.offer(np.tile([0.7, 0.0, 0.5], (101, 1)))
+    bench.tick(350)
+    assert bench.player.state == HOLDING
+    for k in range(100):
+        bench.arm = np.array([1.3 + 0.002 * k, 0.0, 0.5])
+        bench.tick()
+        assert bench.player.state == HOLDING
+        if k == 0:  # not believed yet
+            told = bench.sends, len(bench.plans)
+        assert (bench.sends, len(bench.plans)) == told
 
 
 def test_what_is_said_of_a_joint_stays_while_another_driver_speaks():
@@ -681,6 +752,27 @@ def test_a_clock_that_jumps_back_drops_the_chunk_and_holds():
     check_limits(bench.trail)
 
 
+@pytest.mark.parametrize(
+    ("back", "seen"), [(0.1, (PLAYING, "")), (0.11, (HOLDING, "the clock jumped back"))], ids=["adjusted", "jumped"]
+)
+def test_while_a_clock_that_was_set_back_a_little_catches_up_nothing_is_sent(back, seen):
+    bench = Bench()
+    bench.tick(2)
+    bench.lively()
+    bench.tick(30)
+    sent = bench.sends
+    bench.now -= round(back * SECOND) + PERIOD
+    bench.tick(1)
+    assert bench.seen == seen
+    if seen[0] == PLAYING:
+        bench.tick(10)
+        assert bench.sends == sent
+        bench.tick(1)
+        assert bench.sends == sent + 1
+    bench.tick(40)
+    check_limits(bench.trail)
+
+
 def test_an_arm_that_is_not_seen_either_when_the_clock_jumps_back_comes_to_rest():
     bench = Bench()
     bench.tick(2)
@@ -786,6 +878,19 @@ def test_a_trajectory_begins_ahead_by_the_lead_and_reaches_as_far_as_the_window(
     for now, plan in bench.plans:
         assert plan.times[0] - now == 0.1 * SECOND and np.ptp(plan.times) == 0.4 * SECOND
     assert set(np.diff([now for now, _ in bench.plans])) == {SECOND // 10}  # and is sent again
+
+
+def test_a_trajectory_follows_a_chunk_to_its_end_and_brakes_there():
+    """Also where the arm is not yet where the chunk ends: a player that died would not hold it there."""
+    bench = Bench(streamed=(), window=1.0)
+    bench.tick(2)
+    bench.offer(np.tile([0.8, 0.0, 0.0], (7, 1)))  # 0.3 s, in which it is approached at 0.4 rad/s
+    end = bench.now + round(0.3 * SECOND)
+    bench.tick(25)
+    (_, plan), *_ = bench.plans[::-1]
+    speeds = plan.velocities[:, 0]
+    assert speeds[plan.times <= end][-1] == pytest.approx(0.4)
+    assert plan.times[np.argmax(speeds == 0.0)] - end <= 0.06 * SECOND
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["stop", "stop and start at once"])
