@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import bag_kit as kit
@@ -93,12 +94,14 @@ def test_threads_give_the_same_as_none(bags, tmp_path):
     np.testing.assert_array_equal(units[0].frames["base_0_rgb"], units[1].frames["base_0_rgb"])
 
 
-def test_the_key_follows_what_the_content_depends_on(bags):
+def test_the_key_follows_what_the_content_depends_on(bags, monkeypatch):
     (files, other, _) = find_bags(bags)
     robot, selection = kit.robot(), Selection()
     key = unit_key(files, robot, SIZE, selection)
     joints = [j.model_dump() | {"velocity": 9.0, "acceleration": 9.0} for j in robot.joints]
     assert key == unit_key(files, kit.robot(name="renamed", joints=joints, urdf="x.urdf"), SIZE, selection)
+    camera = {"topic": "/cam/image_raw", "transport": "compressed", "reliability": "reliable"}
+    assert key == unit_key(files, kit.robot(cameras={"base_0_rgb": camera}), SIZE, selection)
     sources = [{"topic": topic, "type": "JointTrajectory"} for topic in ("/command", "/hand")]
     assert key == unit_key(files, kit.robot(actions=sources[:1]), SIZE, selection)  # one source, however it is written
     changed = [
@@ -110,10 +113,29 @@ def test_the_key_follows_what_the_content_depends_on(bags):
         unit_key(files, kit.robot(control_rate=20), SIZE, selection),
         unit_key(files, kit.robot(clock="bag"), SIZE, selection),
         unit_key(files, kit.robot(max_skew=0.3), SIZE, selection),
+        unit_key(files, kit.robot(state={"topics": ["/joint_states"], "max_age": 0.3}), SIZE, selection),
+        unit_key(files, kit.robot(episode_topic="/episode"), SIZE, selection),
+        unit_key(files, kit.robot(prompt={"default": "another", "topic": "/prompt"}), SIZE, selection),
         unit_key(
-            files, kit.robot(cameras={"base_0_rgb": {"topic": "/cam/image_raw", "flip": "vertical"}}), SIZE, selection
+            replace(files, metadata={"custom_data": {"prompt": "another"}}), robot, SIZE, selection
+        ),  # not in the digest
+        *(
+            unit_key(files, kit.robot(cameras={"base_0_rgb": camera | change}), SIZE, selection)
+            for camera in ({"topic": "/cam/image_raw"},)
+            for change in ({}, {"flip": "vertical"}, {"rotate": 90}, {"max_age": 0.3}, {"latency": 0.1})
         ),
     ]
+    # States and actions are columns in the order of the joints, idle is by their range, angles are by their turn.
+    (a, b, c), wider = joints, {"position": [-1.0, 2.0]}
+    for changed_joints in (
+        [b, a, c],
+        [a | wider, b, c],
+        [a | {"kind": "continuous"}, b, c],
+        [a | {"name": "other"}, b, c],
+    ):
+        changed.append(unit_key(files, kit.robot(joints=changed_joints), SIZE, selection))
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
+    changed.append(unit_key(files, robot, SIZE, selection))
     assert len({key, *changed}) == 1 + len(changed)
 
 
