@@ -921,6 +921,20 @@ def test_a_late_tick_is_a_pause_not_a_jump():
     assert (np.abs(bench.player.commanded - before) <= VELOCITY * 0.05 + 1e-9).all()
 
 
+def test_a_tick_that_is_late_but_no_pause_makes_up_for_five_periods():
+    bench = Bench()
+    bench.tick(2)
+    ramp = 0.9 * np.minimum(np.arange(41) * 0.05, 1.0)
+    bench.offer(np.stack([ramp, 0 * ramp, 0 * ramp], axis=1))
+    bench.tick(50)
+    before = bench.arm.copy()
+    bench.tick(period=12 * PERIOD)
+    assert bench.seen == (PLAYING, "")
+    assert 0.04 < bench.arm[0] - before[0] < 0.07  # and not 0.11, all of 0.12 s at once
+    bench.tick(90)
+    assert bench.arm[0] == pytest.approx(0.9, abs=1e-3)
+
+
 @pytest.mark.parametrize(("late", "state"), [(0.3, PLAYING), (0.5, HOLDING)])
 def test_a_late_tick_is_no_pause_of_an_arm_on_trajectories_until_its_trajectory_has_ended(late, state):
     bench = Bench(streamed=(), window=0.4, robot=ROBOT.model_copy(update={"state": State(max_age=1.0)}))
