@@ -206,6 +206,15 @@ def test_a_command_topic_without_a_controller_is_a_warning(ros, tmp_path):
     ros.spin_until(lambda: any(r.level == b"\x01" and r.message == words for r in reports), what="WARN with its name")
 
 
+def test_two_policies_that_publish_at_once_are_a_warning(streamed):
+    reports = []
+    streamed.node.create_subscription(DiagnosticArray, "/diagnostics", lambda m: reports.extend(m.status), 10)
+    Policy(streamed.ros.node("second"), streamed.robot, START)
+    streamed.player()
+    words = "2 nodes publish chunks: the arm would follow all of them in turn"
+    streamed.ros.spin_until(lambda: any(r.level == b"\x01" and words in r.message for r in reports), what=words)
+
+
 def test_a_robot_file_that_is_given_counts_before_that_of_the_checkpoint(ros, tmp_path):
     """With lower limits, perhaps: a launch file's checkpoint must not undo a parameter file's robot."""
     stage = Stage(ros, tmp_path, STREAMED, policy=False)
@@ -251,6 +260,23 @@ def test_activating_again_does_not_undo_a_stop(mixed):
     mixed.ros.spin_until(mixed.watch.is_in(STOPPED, "stopped by ~/stop"))
     assert mixed.call("start").success
     mixed.ros.spin_until(mixed.watch.is_in(PLAYING))
+
+
+def test_a_stop_before_the_node_is_active_counts_when_it_is(streamed):
+    player = streamed.player(active=False)
+    answer = streamed.call("stop")
+    assert answer.success and "nor when it is activated before ~/start" in answer.message
+    player.trigger_activate()
+    before = streamed.policy.sequence
+    streamed.ros.spin_until(lambda: streamed.policy.sequence > before + 3)
+    streamed.ros.spin_until(streamed.watch.is_in(STOPPED, "stopped by ~/stop"))
+    assert streamed.arm.streamed == [] and streamed.watch.status.chunks_played == 0
+    assert streamed.call("start").success
+    streamed.ros.spin_until(streamed.watch.is_in(PLAYING))
+    player.trigger_deactivate()
+    streamed.ros.spin_until(streamed.watch.is_in(STOPPED, "deactivated"))
+    player.trigger_activate()  # the stop is over
+    streamed.ros.spin_until(streamed.watch.is_in(PLAYING))
 
 
 def test_activating_again_does_not_undo_that_the_arm_does_not_follow(streamed):
@@ -307,6 +333,7 @@ def test_bad_chunks_are_refused_with_the_reason_in_status(streamed):
         ({"joint_names": ["a", "b", "x"]}, "joints ['a', 'b', 'x'] are not"),
         ({"horizon": 7}, "60 values are not horizon 7 times 3 joints"),
         ({"sequence": 0}, "its sequence is not above"),
+        ({"checkpoint": "random"}, "untrained random weights made it (play_untrained allows that, on a simulated arm)"),
     ):
         streamed.policy.change = change
         streamed.ros.spin_until(lambda words=words: words in streamed.watch.status.reason, what=words)
@@ -390,15 +417,25 @@ def test_simulated_time_is_the_players_time_and_a_jump_back_holds(ros, tmp_path)
     player.trigger_deactivate()
 
 
-def test_where_the_robot_goes_by_arrival_stamps_of_another_clock_do_not_matter(streamed):
+@pytest.mark.parametrize(
+    ("stamp", "clock", "state", "words"),
+    [
+        (1000, "bag", PLAYING, ""),  # since the driver's computer was switched on
+        (1000, "header", HOLDING, "s before this node's clock"),
+        (0, "header", PLAYING, ""),  # some drivers leave it empty
+    ],
+)
+def test_joint_states_count_from_their_stamps_unless_the_robot_goes_by_arrival_or_they_have_none(
+    streamed, stamp, clock, state, words
+):
     streamed.arm.sensing = False
     publisher = streamed.node.create_publisher(JointState, "/joint_states", 10)
-    uptime = JointState(name=list("abg"), position=list(START))
-    uptime.header.stamp.sec = 1000  # since the driver's computer was switched on
-    streamed.node.create_timer(0.01, lambda: publisher.publish(uptime))
-    streamed.file.write_text(robot_text(STREAMED) + "clock: bag\n")
+    message = JointState(name=list("abg"), position=list(START))
+    message.header.stamp.sec = stamp
+    streamed.node.create_timer(0.01, lambda: publisher.publish(message))
+    streamed.file.write_text(robot_text(STREAMED) + f"clock: {clock}\n")
     streamed.player()
-    streamed.ros.spin_until(streamed.watch.is_in(PLAYING))
+    streamed.ros.spin_until(streamed.watch.is_in(state, words))
 
 
 @pytest.mark.parametrize(

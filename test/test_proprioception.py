@@ -127,6 +127,15 @@ def test_what_came_instead_is_told():
     assert other.fault == "no joint state for more than 0.1 s; 2 positions for 3 names came"
 
 
+def test_that_they_come_late_is_told_after_a_wrong_value_too():
+    other = Seen()
+    other.take([0.3, 68.8, 0.5])
+    assert "'b' reads 68.8, impossible" in other.fault
+    for _ in range(20):
+        other.take(PLACE, stamp=other.now - 200 * MS)
+    assert other.fault == "no joint state for more than 0.1 s; they come, stamped 0.22 s before this node's clock"
+
+
 @pytest.mark.parametrize("streamed", [NAMES, ("g",), ()])
 def test_a_wrong_message_as_a_hold_ends_moves_nothing(streamed):
     bench = Bench(streamed)
