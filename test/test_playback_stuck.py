@@ -45,6 +45,22 @@ def test_an_arm_that_stands_still_under_a_policy_that_plans_from_where_it_sees_i
     assert bench.seen == (STOPPED, STANDS) and (bench.sends, len(bench.plans)) == sent
 
 
+def test_after_that_it_is_gone_on_with_from_where_it_is_however_little_was_missing():
+    bench = Bench(streamed=())
+    bench.tick(2)
+    closed_loop(bench, 0.2, 200, seconds=1.0)
+    closed_loop(bench, 0.2, 110, stuck=True, seconds=1.0)
+    assert bench.seen == (STOPPED, STANDS)
+    arm = bench.arm.copy()
+    assert 0.045 < abs(bench.player.commanded[0] - arm[0]) < 0.055  # no more than an arm at rest may give
+    bench.player.start()
+    for _ in range(2):
+        bench.offer(np.tile(arm, (41, 1)))
+        bench.tick()
+    _, plan = bench.plans[-1]
+    np.testing.assert_allclose(plan.positions[0], arm, atol=1e-3)
+
+
 @BOTH
 @pytest.mark.parametrize("reach", [0.12, 0.2, 0.45])
 @pytest.mark.parametrize("kept", [3, 6, 10])

@@ -26,6 +26,8 @@ from pi0_ros.policy.policy import Policy, RobotObservation
 from pi0_ros.robot_file import load_robot
 from pi0_ros.training import train as train_module
 from pi0_ros.training.batches import prefetch
+from pi0_ros.training.dataset import statistics
+from pi0_ros.training.objective import flow_loss
 from pi0_ros.training.optimise import Average, learning_rate
 from pi0_ros.training.options import parse
 from pi0_ros.training.start import start
@@ -465,6 +467,71 @@ def test_the_average_follows_the_weights_and_lends_them_out():
         model.weight.fill_(3.0)
         without.update()
         assert without.swapped(model.state_dict())["weight"].item() == 3.0
+
+
+def test_samples_may_begin_in_the_first_seconds_alone_and_normalise_as_those_of_whole_episodes(
+    data, tmp_path, monkeypatch
+):
+    of = []
+    monkeypatch.setattr(train_module, "statistics", lambda *given: of.append(given[0].episodes) or statistics(*given))
+    early, run = (kit.make_run(data, tmp_path / f"{s}", first_seconds=s) for s in (0.4, 0))
+    assert of == [run.train_set.episodes] * 2 and len(of[0]) == 2  # nothing of those that are held out
+    ticks = lambda run: [run.train_set.where(i)[2] for i in range(len(run.train_set))]  # noqa: E731
+    assert ticks(run) == [*range(20)] * 2
+    assert ticks(early) == [*range(4)] * 2 and len(early.held_out) == 4
+    assert early.stats == run.stats
+    assert len(kit.make_run(data, tmp_path / "one", first_seconds=0.01).train_set) == 2  # one of each at least
+
+
+def test_what_is_trained_on_is_augmented_anew_at_each_step_in_its_pictures_alone(data, tmp_path):
+    run, plain = (kit.make_run(data, tmp_path / f"{on}", augment=on) for on in (True, False))
+    (first,), (again,), (other,), (bare,) = run.batches(0), run.batches(0), run.batches(1), plain.batches(0)
+    images = first.observation.images
+    assert torch.equal(images, again.observation.images)
+    assert not torch.equal(images, bare.observation.images) and not torch.equal(images, other.observation.images)
+    for name in ("state", "tokens", "token_masks", "image_masks"):
+        assert torch.equal(getattr(first.observation, name), getattr(bare.observation, name))
+    assert torch.equal(first.actions, bare.actions)
+
+
+def test_what_is_asked_for_reaches_the_loss(data, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        train_module, "flow_loss", lambda *given, **more: asked.update(more) or flow_loss(*given, **more)
+    )
+    options = {"rtc_max_delay": 2, "draws": 3, "dtype": "bfloat16", "loss_dims": "real", "noise": "pink"}
+    run = kit.make_run(data, tmp_path / "out", **options)
+    run.train_step(run.batches(0))
+    assert asked == {
+        "source": Pink(1.0),
+        "draws": 3,
+        "max_delay": 2,
+        "loss_dims": 3,
+        "dtype": torch.bfloat16,
+        "device": torch.device("cpu"),
+    }
+
+
+def test_the_held_out_loss_is_that_of_the_averaged_weights_with_the_same_noise_at_every_look(data, tmp_path):
+    run = kit.make_run(data, tmp_path / "out", ema=0.9, learning_rate=0.1)
+    before = run.evaluate()
+    assert run.evaluate() == before
+    for step in range(2):
+        run.train_step(run.batches(step))
+    live, loss = kit.weights(run), run.evaluate()
+    same(kit.weights(run), live)
+    run.model.load_state_dict(run.average.swapped(live))
+    run.average.weights.clear()
+    assert run.evaluate() == loss
+    run.model.load_state_dict(live)
+    assert run.evaluate() != loss != before
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(data, tmp_path):
+    run = kit.make_run(data, tmp_path / "out", clip=1e-4)
+    run.train_step(run.batches(0))
+    moments = [state["exp_avg"] for state in run.optimizer.state_dict()["state"].values()]  # a tenth of the gradient
+    assert torch.cat([moment.flatten() for moment in moments]).norm().item() == pytest.approx(1e-5, rel=1e-3)
 
 
 def test_what_preparing_a_batch_raises_is_raised_where_the_batch_is_asked_for():
