@@ -474,7 +474,10 @@ def test_an_arm_that_does_not_follow_is_stopped_until_somebody_starts_it():
     bench.offer(np.tile([0.1, 0.0, 0.0], (41, 1)))
     bench.tick(1)
     assert bench.seen == (STOPPED, why) and bench.sends == sent
+    bench.offer([[np.nan, 0.0, 0.0]] * 2)
+    assert "refused chunk" in bench.player.reason
     bench.player.start()
+    assert bench.seen == (HOLDING, "no chunk yet") and bench.player.refused_sequence is None
     bench.arm = stuck.copy()
     bench.tick(1)
     assert bench.seen == (HOLDING, "the arm is not yet at rest where it was told") and bench.sends == sent
