@@ -718,6 +718,20 @@ def test_an_old_chunk_on_its_way_is_void_after_a_long_silence_too():
     assert "its epoch 4 is older than 5" in bench.offer(np.zeros((41, 3)), epoch=4)
 
 
+def test_a_chunk_that_was_accepted_and_void_before_the_next_tick_is_not_taken_over():
+    bench = Bench()
+    bench.tick(2)
+    bench.offer(np.tile([0.1, 0.0, 0.0], (41, 1)))
+    bench.player.announce_epoch(1)
+    bench.tick(5)
+    assert bench.seen == (HOLDING, "the policy voided its chunks") and bench.player.played == 0
+    bench.offer(np.tile([0.1, 0.0, 0.0], (41, 1)), epoch=1)
+    bench.player.stop("stop service")
+    bench.player.start()
+    bench.tick(5)
+    assert bench.seen == (HOLDING, "no chunk yet") and bench.player.played == 0 and bench.sends == 0
+
+
 def test_a_chunk_without_actions_voids_older_epochs():
     bench = Bench()
     bench.tick(2)
@@ -774,6 +788,17 @@ def test_while_a_clock_that_was_set_back_a_little_catches_up_nothing_is_sent(bac
         assert bench.sends == sent + 1
     bench.tick(40)
     check_limits(bench.trail)
+
+
+def test_a_chunk_that_is_the_first_to_come_after_the_clock_jumped_back_is_played():
+    bench = Bench()
+    bench.tick(2)
+    bench.offer(np.zeros((41, 3)))
+    bench.tick(30)
+    bench.now -= 8 * SECOND
+    bench.offer(np.zeros((41, 3)), epoch=1)
+    bench.tick(1)
+    assert bench.seen == (PLAYING, "") and bench.player.epoch == 1
 
 
 def test_an_arm_that_is_not_seen_either_when_the_clock_jumps_back_comes_to_rest():
@@ -936,6 +961,17 @@ def test_a_tick_that_is_late_but_no_pause_makes_up_for_five_periods():
     assert 0.04 < bench.arm[0] - before[0] < 0.07  # and not 0.11, all of 0.12 s at once
     bench.tick(90)
     assert bench.arm[0] == pytest.approx(0.9, abs=1e-3)
+
+
+@pytest.mark.parametrize(("periods", "state"), [(5, PLAYING), (6, HOLDING)])
+def test_a_slow_control_loop_that_is_a_few_periods_late_has_not_paused(periods, state):
+    bench = Bench(rate=20.0, robot=ROBOT.model_copy(update={"state": State(max_age=1.0)}))
+    bench.tick(2, period=5 * PERIOD)
+    bench.offer(np.zeros((41, 3)))
+    bench.tick(10, period=5 * PERIOD)
+    bench.now += 5 * PERIOD * periods
+    bench.player.tick(bench.now)  # before the joint states of meanwhile
+    assert bench.player.state == state
 
 
 @pytest.mark.parametrize(("late", "state"), [(0.3, PLAYING), (0.5, HOLDING)])
