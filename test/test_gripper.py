@@ -89,10 +89,9 @@ class Client:
         end = self.ends[-1]
         self.answers[-1].set_result(SimpleNamespace(accepted=accepted, get_result_async=lambda: end))
 
-    def end(self, status: int, stalled: bool = False) -> None:
-        self.ends[-1].set_result(
-            SimpleNamespace(status=status, result=SimpleNamespace(stalled=stalled, reached_goal=False))
-        )
+    def end(self, status: int, stalled: bool = False, reached_goal: bool = False) -> None:
+        result = SimpleNamespace(stalled=stalled, reached_goal=reached_goal)
+        self.ends[-1].set_result(SimpleNamespace(status=status, result=result))
 
     @property
     def told(self) -> list[float]:
@@ -211,6 +210,42 @@ def test_an_aborted_goal_is_asked_twice_more_a_second_later_each(goals):
     assert client.told == [0.4] * 3 + [0.8] and not made.fault
 
 
+def test_a_goal_that_is_aborted_three_times_is_given_up_until_there_is_another(goals):
+    """A grasp that the server takes for a failure is not squeezed again and again."""
+    made, client = goals()
+    ended = 0
+    for half in range(30):  # each is aborted within half a second
+        play(made, client, range(500 * half, 500 * half + 500, 10), 0.4 if half < 10 or half >= 20 else 0.8)
+        if len(client.ends) > ended:
+            client.end(ABORTED)
+            ended = len(client.ends)
+    assert client.told == [0.4] * 3 + [0.8] * 3 + [0.4] * 3
+
+
+def test_the_next_goal_waits_for_the_answer_to_the_last_one_and_a_tenth_of_a_second(goals):
+    made, client = goals()
+    play(made, client, range(0, 30, 10), 0.4, answer=False)  # goes out at 10 ms
+    play(made, client, range(30, 500, 10), 0.8, answer=False)
+    assert client.told == [0.4]
+    client.answer()
+    play(made, client, range(500, 530, 10), 0.8)
+    assert client.told == [0.4, 0.8]
+    begin = 500  # when that went out
+    play(made, client, range(530, begin + 100, 10), 0.2)
+    assert client.told == [0.4, 0.8]
+    play(made, client, range(begin + 100, begin + 120, 10), 0.2)
+    assert client.told == [0.4, 0.8, 0.2]
+
+
+def test_a_server_that_is_seen_only_when_the_first_goal_goes_out_is_no_other_one(goals):
+    made, client = goals()
+    client.ready, client.servers = False, []
+    play(made, client, range(0, 100, 10), 0.4)
+    client.ready, client.servers = True, [b"one"]
+    play(made, client, range(100, 2000, 10), 0.4)
+    assert client.told == [0.4]
+
+
 def test_the_end_of_a_goal_that_no_longer_counts_says_nothing(goals):
     made, client = goals()
     play(made, client, range(0, 50, 10), 0.4, answer=False)
@@ -222,10 +257,11 @@ def test_the_end_of_a_goal_that_no_longer_counts_says_nothing(goals):
     assert client.told == [0.4, 0.4]
 
 
-def test_a_grasp_that_ends_on_the_object_is_no_failure(goals):
+@pytest.mark.parametrize("how", ["stalled", "reached_goal"])
+def test_a_grasp_that_ends_on_the_object_is_no_failure(goals, how):
     made, client = goals()
     play(made, client, range(0, 200, 10), 0.8)
-    client.end(ABORTED, stalled=True)
+    client.end(ABORTED, **{how: True})
     play(made, client, range(200, 3000, 10), 0.8)
     assert client.told == [0.8] and not made.fault
 

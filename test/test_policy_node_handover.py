@@ -92,6 +92,9 @@ def test_the_first_chunk_and_the_time_after_a_reset_are_free():
     assert handover.delay() == 2
     handover.forget_all()
     assert handover.delay() == 0 and handover.seconds_left(NOW) is None
+    handover.heard(status(handover_delay=1.3), NOW)
+    assert handover.committed(NOW, NOW, 1, "go") is None  # that chunk is of another time, whatever the player says
+    handover.forget_all()
     handover.published(published())
     assert handover.committed(NOW, NOW, 1, "go") is None
 
@@ -163,8 +166,9 @@ def test_the_delay_is_the_largest_of_the_last_ten_hand_overs_and_never_a_running
         for _ in range(3):  # said again and again, it is still one hand-over
             handover.heard(status(sequence=sequence, handover_delay=2.5), NOW)
         assert handover.delay() == (21 if sequence < 11 else 3)
-    handover.heard(status(sequence=12, handover_delay=float("nan")), NOW)
-    assert handover.delay() == 3
+    for sequence, nonsense in ((12, float("nan")), (13, float("inf"))):
+        handover.heard(status(sequence=sequence, handover_delay=nonsense), NOW)
+        assert handover.delay() == 3
 
 
 def test_a_chunk_that_came_too_late_to_be_met_counts_for_the_delay():
