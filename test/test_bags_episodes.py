@@ -199,6 +199,16 @@ def test_the_prompt_comes_from_command_line_then_topic_then_metadata_then_robot_
     assert cut(before)[1][0].prompts == ["wait"] + ["take it"] * 4 + ["drop it"] * 5
 
 
+def test_a_prompt_is_of_the_whole_episode_where_it_is_spoken_within_a_second_of_its_mark_not_of_its_first_frame(cut):
+    items = [i for i in kit.episode(seconds=3.0) if i.topic != CAMERA or i.time >= at(0.8)]
+    _, (episode,) = cut([*items, kit.text(at(1.5), "red")])  # without marks it begins with its first frame
+    assert episode.prompts == ["red"] * 22
+    items += [kit.text(at(-0.1), "blue"), kit.text(at(0.0), "first", "/episode")]
+    for moment, told in ((1.5, ["blue"] * 7 + ["red"] * 15), (1.0, ["red"] * 22)):
+        _, (episode,) = cut([*items, kit.text(at(moment), "red")], kit.robot(episode_topic="/episode"))
+        assert episode.ticks_ns[0] == at(0.8) and episode.prompts == told
+
+
 def test_at_any_instant_it_is_told_what_was_known_then_and_nothing_before_the_first_message(cut):
     items = [*kit.episode(seconds=1.0), kit.text(at(0.3), "take it"), kit.text(at(0.4), "")]
     recording, _ = cut(items)
