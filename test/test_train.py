@@ -31,7 +31,7 @@ from pi0_ros.training.objective import flow_loss
 from pi0_ros.training.optimise import Average, learning_rate
 from pi0_ros.training.options import parse
 from pi0_ros.training.start import start
-from pi0_ros.training.state import StateError, alone, remove_leftovers
+from pi0_ros.training.state import StateError, alone, newest_state, remove_leftovers, save_state, saved_states
 from pi0_ros.training.train import Run, main
 
 ROOT = Path(__file__).parents[1]
@@ -229,6 +229,17 @@ def test_what_an_export_was_killed_in_is_removed_once_a_checkpoint_stands(data, 
     kit.make_run(data, output, steps=1).run()
     remove_leftovers(output)
     assert not old.exists()
+
+
+def test_the_newest_two_states_are_kept_and_only_whole_ones_count(tmp_path):
+    assert newest_state(tmp_path / "nowhere") is None and newest_state(tmp_path) is None
+    for step in (8, 9, 10):
+        save_state(tmp_path, step, {"step": step})
+    (tmp_path / "step_00000011").write_text("no folder")
+    (tmp_path / "step_12").mkdir()
+    (tmp_path / ".step_00000013.0123abcd.part").mkdir()
+    assert [path.name for path in saved_states(tmp_path)] == ["step_00000009", "step_00000010"]
+    assert not (tmp_path / "step_00000008").exists() and newest_state(tmp_path) == {"step": 10}
 
 
 def test_ctrl_c_says_what_the_same_command_will_do(data, tmp_path, capsys, monkeypatch):
