@@ -37,6 +37,8 @@ def own_recording(robot, seconds=1.0, rate=50):
             values = [places[name] for name in names]
             if command.type == "Float64MultiArray":
                 items.append(kit.floats(ns, values, command.topic))
+            elif command.type == "JointState":
+                items.append(kit.joint_state(ns, values, list(names), command.topic))
             else:
                 items.append(kit.trajectory(ns, [(0.0, values)], names=names))
                 items[-1].topic = command.topic
@@ -50,6 +52,7 @@ def test_the_robot_files_are_found():
         "bimanual.yaml",
         "robot.yaml",
         "ur5e_robotiq_2f85.yaml",
+        "piper.yaml",
     }
 
 
@@ -66,7 +69,7 @@ def test_a_recording_of_the_robots_own_topics_can_be_trained_on(tmp_path, path):
     later = np.zeros(len(ways))
     for source in robot.actions:
         if source.type == "JointState":
-            later[[robot.joint_names.index(name) for name in source.joints]] = source.latency
+            later[[robot.joint_names.index(name) for name in source.joints or robot.joint_names]] = source.latency
     gaps = np.abs(sample["actions"][0] - sample["state"] - later * ways)
     assert (gaps <= np.where(later, 0.02 * ways, 0) + 1e-9).all()  # joint states are 0.02 s apart
 
