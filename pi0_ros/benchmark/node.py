@@ -119,13 +119,14 @@ def _listen(policy: InstantPolicy, transport: str, seconds: float) -> dict[str, 
     context = rclpy.Context()
     with Domain() as domain, tempfile.TemporaryDirectory() as folder:
         output, complaints = Path(folder, "heard.json"), Path(folder, "stderr")
+        os.environ.update(domain.environment())  # both sides keep to this machine, or do not find one another
         rclpy.init(context=context, domain_id=domain.id)
         given = [Parameter("rate", value=0.0), Parameter("autostart", value=True)]
         node = PolicyNode(lambda _: policy, context=context, parameter_overrides=given)
         executor = SingleThreadedExecutor(context=context)
         executor.add_node(node)
         command = [sys.executable, "-m", "pi0_ros.benchmark.robot_side", transport, str(seconds), str(output)]
-        environment = {**room_for_images(), **os.environ, **domain.environment(), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **room_for_images(), "OMP_NUM_THREADS": "1"}
         try:
             node.autostart()
             with complaints.open("w") as stderr, subprocess.Popen(command, env=environment, stderr=stderr) as process:
