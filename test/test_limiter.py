@@ -67,6 +67,18 @@ def test_speed_cap_holds_in_approach():
     assert states[-1, 0] == pytest.approx(1.0, abs=1e-6)
 
 
+def test_a_limit_is_approached_as_gently_as_the_rest_however_hard_a_stop_may_be():
+    gentle = Limits(*(np.array([x]) for x in (-1.0, 1.0, 2.0, 1.0, 10.0)))
+    states = follow(Limiter(gentle, STEP), 0.0, lambda k: 0.02 * k, 400)  # a target that runs over the limit
+    assert np.abs(np.diff(states[:, 1], prepend=0.0)).max() <= 1.0 * STEP + 1e-9
+    assert states[:, 0].max() <= 1.0 and states[-1, 0] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_target_that_is_behind_is_gone_back_to_however_fast_it_comes():
+    q, v = Limiter(one(), STEP).step(np.array([0.5]), np.array([0.0]), np.array([0.0]), np.array([50.0]))
+    assert v[0] == pytest.approx(-0.1) and q[0] == pytest.approx(0.4995)
+
+
 def test_a_joint_outside_its_limits_only_moves_back_in():
     states = follow(Limiter(one(), STEP), 1.2, lambda k: 5.0, 200)
     assert (np.diff(states[:, 0]) <= 0).all()
@@ -88,7 +100,14 @@ def test_scales_shrink_the_robot_files_limits():
     limits = robot_limits(robot, 0.5, 0.25)
     assert limits.velocity.tolist() == [1.5] * 6
     assert limits.acceleration.tolist() == [5.0] * 6
+    assert limits.braking.tolist() == [20.0] * 6  # a stop is as hard as the robot file allows
     assert limits.low[1] == -1.74 and limits.high[5] == 1.745
+
+
+def test_a_group_of_joints_keeps_its_own_limits_in_its_own_order():
+    limits = Limits(*(np.arange(3.0) + 10.0 * k for k in range(5))).of(np.array([2, 0]))
+    rows = limits.low, limits.high, limits.velocity, limits.acceleration, limits.braking
+    assert [row.tolist() for row in rows] == [[2, 0], [12, 10], [22, 20], [32, 30], [42, 40]]
 
 
 command = st.tuples(
