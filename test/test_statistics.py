@@ -83,6 +83,22 @@ def test_assets_beside_the_jax_params_folder_are_found(tmp_path):
     assert find_statistics(tmp_path / "weights") is None
 
 
+@pytest.mark.parametrize(
+    ("file", "asset_id"),
+    [
+        ("norm_stats.json", None),
+        ("assets/trossen/norm_stats.json", None),
+        ("assets/trossen/norm_stats.json", "trossen"),
+    ],
+)
+def test_statistics_cannot_be_a_link_out_of_the_folder(tmp_path, file, asset_id):
+    link = tmp_path / "checkpoint" / file
+    link.parent.mkdir(parents=True)
+    link.symlink_to(write(tmp_path / "secret.json", OPENPI))
+    with pytest.raises(CheckpointError, match="leads outside the folder"):
+        load_statistics(tmp_path / "checkpoint", asset_id)
+
+
 def lerobot(folder, state_file="policy_preprocessor_step_2_normalizer_processor.safetensors"):
     """The two processor files as lerobot writes them: every statistic of every feature, and counts beside them."""
     tensors = {
@@ -116,6 +132,11 @@ def test_lerobot_statistics_are_read_from_the_files_that_its_processors_name(tmp
     assert stats.actions.to_dict() == {"mean": [3.0], "std": [4.0], "q01": None, "q99": None}
 
 
+def test_a_robot_that_is_named_is_not_answered_with_the_statistics_of_another_layout(tmp_path):
+    with pytest.raises(StatisticsError, match="no asset 'ur5', there is no assets folder"):
+        load_statistics(lerobot(tmp_path), "ur5")
+
+
 def test_processor_files_with_statistics_of_one_side_alone_are_refused(tmp_path):
     weights = lerobot(tmp_path) / "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
     save_file({"observation.state.mean": torch.zeros(2)}, weights)
@@ -147,6 +168,8 @@ def test_transformers_statistics_are_in_its_processor_config(tmp_path):
     write(tmp_path / "processor_config.json", data)
     stats = load_statistics(tmp_path)
     assert (stats.state.mean[0], stats.state.std[0], stats.actions.mean[0], stats.actions.std[0]) == (1, 2, 3, 4)
+    write(tmp_path / "older/preprocessor_config.json", data)
+    assert load_statistics(tmp_path / "older") == stats
     write(tmp_path / "processor_config.json", {"state_mean": [1.0]})
     with pytest.raises(StatisticsError, match="state: std missing"):
         load_statistics(tmp_path)
@@ -199,8 +222,12 @@ def test_statistics_must_serve_the_normalisation_and_the_robot():
     stats.require("zscore", joints=1)  # padded statistics: the first ones count
     with pytest.raises(StatisticsError, match="actions: quantile normalisation needs q01 and q99"):
         stats.require("quantile")
+    with pytest.raises(StatisticsError, match="state: quantile normalisation needs q01 and q99"):
+        NormStats(stats.actions, stats.state).require("quantile")
     with pytest.raises(StatisticsError, match="state: statistics of 2 numbers for a robot of 3 joints"):
         stats.require("zscore", joints=3)
+    with pytest.raises(StatisticsError, match="actions: statistics of 2 numbers for a robot of 3 joints"):
+        NormStats(Stats(np.zeros(3), np.ones(3)), stats.actions).require("zscore", joints=3)
 
 
 def test_no_statistics_is_an_error_that_says_what_was_looked_for(tmp_path):
