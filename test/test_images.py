@@ -30,6 +30,8 @@ HEADER = Header(Time(0, 0), "camera")
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 DEEP = np.minimum(RGB * 257.0 + 20, 65535).astype(np.uint16)  # the same in 16 bits, but not with its bytes swapped
 
+PNG = cv2.imencode(".png", RGB)[1].tobytes()
+
 
 def raw(encoding, pixels, step=None, is_bigendian=0):
     height, width = pixels.shape[:2]
@@ -163,6 +165,9 @@ def test_cv_bridge_sees_the_same_pixels(encoding):
         (compressed("png", huge_png()), "format 'png': not a whole JPEG or PNG"),
         (compressed("jpeg", cv2.imencode(".jpg", RGB)[1].tobytes()[:-40]), "not a whole JPEG or PNG"),
         (compressed("16UC1; compressedDepth png", b"123"), "'16UC1; compressedDepth png' holds depth"),
+        (compressed("mono16; compressedDepth", PNG), "'mono16; compressedDepth' holds depth"),
+        (compressed("16UC1; png compressed", PNG), "'16UC1; png compressed' holds depth"),
+        (compressed("32FC1; png compressed", PNG), "'32FC1; png compressed' holds depth"),
     ],
 )
 def test_a_bad_image_is_one_clear_error(message, error):
