@@ -394,6 +394,7 @@ TO_AND_FRO = {"ahead": lambda t: 0.2 * np.sin(5 * t), "commanded": lambda t: 0.0
         (TO_AND_FRO | {"measured": lambda t: 0.007 * np.sin(5 * t)}, False),
         (TO_AND_FRO | {"measured": lambda t: 0.005 * np.sin(5 * t)}, True),  # what it shakes by
         (TO_AND_FRO | {"measured": lambda t: 0.02 * (t > 1.5)}, False),  # late, but it follows
+        (TO_AND_FRO | {"measured": lambda t: 0.008 * t}, False),  # slowly, but it goes on from one second to the next
         (TO_AND_FRO | {"skip": (1.3, 1.45)}, True),
         (TO_AND_FRO | {"skip": (1.3, 1.6)}, False),
         (TO_AND_FRO | {"seen": lambda t: min(t, 1.4)}, False),
@@ -425,6 +426,42 @@ TO_AND_FRO = {"ahead": lambda t: 0.2 * np.sin(5 * t), "commanded": lambda t: 0.0
 )
 def test_what_is_said_of_a_joint_that_stands_still_while_chunks_move_it(changes, said):
     assert stands_still(**changes) == said
+
+
+def test_of_several_joints_that_stand_still_the_one_whose_command_went_furthest_is_named():
+    ways, told = np.array([0.0, 0.0, 0.0, 1.0]), np.array([0.08, 0.09, 0.12, 0.3])
+    arm = np.array([True, True, False, True])  # the third is a gripper, the last one follows
+    stall = Stall(arm, np.ones(4))
+    for k in range(101):
+        now, way = k * PERIOD, k / 100
+        said = stall.watch(now, ways * told * way, np.full(4, now), told * way, ways * told * way + 0.2)
+    assert said == 1
+
+
+def test_a_joint_that_is_seen_rarely_hides_no_other_that_stands_still():
+    stall = Stall(np.array([True, False]), np.ones(2))
+    for k in range(101):
+        now, told = k * PERIOD, np.array([0.001 * k, 0.0])
+        said = stall.watch(now, np.zeros(2), np.array([now, 0]), told, np.array([0.2, 0.2]))
+    assert said == 0
+
+
+def test_after_a_stop_the_span_before_it_does_not_count():
+    stall, said = Stall(np.array([True]), np.array([1.0])), []
+    for k in range(302):
+        if k == 101:  # one span is over
+            stall.begin_anew()
+        swing = np.array([np.sin(k / 20)])
+        said.append(stall.watch(k * PERIOD, np.zeros(1), np.array([k * PERIOD]), 0.06 * swing, 0.2 * swing))
+    assert said.index(0) == 301  # two spans from then on
+
+
+def test_an_arm_that_stands_still_is_seen_after_the_clock_was_set_back_too():
+    stall, said = Stall(np.array([True]), np.array([1.0])), []
+    for tick in [*range(9000, 9050), *range(102)]:  # a simulation that begins anew
+        at, commanded = np.array([tick * PERIOD]), np.array([0.001 * (tick % 9000)])
+        said.append(stall.watch(tick * PERIOD, np.zeros(1), at, commanded, np.array([0.2])))
+    assert said[:140] == [None] * 140 and 0 in said[140:]
 
 
 class AtRest:
