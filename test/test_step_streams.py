@@ -37,6 +37,12 @@ def test_neighbouring_steps_ranks_and_seeds_have_nothing_in_common():
     assert len(seen) == 3 * 200 * 3 * 3
 
 
+def test_a_run_that_a_later_version_resumes_draws_what_it_would_have_drawn():
+    streams = step_streams(7, 3, 1)
+    seeds = [getattr(streams, name).initial_seed() for name in NAMES]
+    assert seeds == [7809597630996498814, 1773217950992128252, 2848353482691532567]
+
+
 def test_leaving_augmentation_out_changes_neither_noise_nor_time():
     with_it, without = step_streams(7, 3), step_streams(7, 3)
     torch.rand(1000, generator=with_it.augmentation)
@@ -54,3 +60,5 @@ def test_the_global_generator_is_not_touched():
 def test_negative_keys_are_refused():
     with pytest.raises(ValueError, match="must not be negative, found 0, -1, 0"):
         step_streams(0, -1)
+    with pytest.raises(ValueError, match="must not be negative, found -1, 0, 0"):
+        step_streams(-1, 0)
