@@ -61,8 +61,9 @@ def test_a_motion_and_its_mirror_image_are_the_same():
     assert there[:, 0].max() == pytest.approx(1.0, abs=1e-6) and there[:, 0].min() == pytest.approx(-1.0, abs=1e-6)
 
 
-def test_speed_cap_holds_in_approach():
-    states = follow(Limiter(one(), STEP), -1.0, lambda k: 1.0, 800, speed=0.2)
+@pytest.mark.parametrize("side", [1.0, -1.0])
+def test_speed_cap_holds_in_approach(side):
+    states = side * follow(Limiter(one(), STEP), -side, lambda k: side, 800, speed=0.2)
     assert states[:, 1].max() == pytest.approx(0.4)
     assert states[-1, 0] == pytest.approx(1.0, abs=1e-6)
 
@@ -74,9 +75,10 @@ def test_a_limit_is_approached_as_gently_as_the_rest_however_hard_a_stop_may_be(
     assert states[:, 0].max() <= 1.0 and states[-1, 0] == pytest.approx(1.0, abs=1e-3)
 
 
-def test_a_target_that_is_behind_is_gone_back_to_however_fast_it_comes():
-    q, v = Limiter(one(), STEP).step(np.array([0.5]), np.array([0.0]), np.array([0.0]), np.array([50.0]))
-    assert v[0] == pytest.approx(-0.1) and q[0] == pytest.approx(0.4995)
+@pytest.mark.parametrize("side", [1.0, -1.0])
+def test_a_target_that_is_behind_is_gone_back_to_however_fast_it_comes(side):
+    q, v = Limiter(one(), STEP).step(np.array([0.5 * side]), np.zeros(1), np.zeros(1), np.array([50.0 * side]))
+    assert v[0] == pytest.approx(-0.1 * side) and q[0] == pytest.approx(0.4995 * side)
 
 
 def test_a_joint_outside_its_limits_only_moves_back_in():

@@ -157,6 +157,7 @@ def test_limits_become_statistics_in_model_space():
     assert stats.state.mean[4] == pytest.approx(0.05) and stats.actions.mean[4] == 0.0  # relative
     assert stats.actions.std[0] == pytest.approx(3.82 / 4)
     assert stats.actions.q99[5] == pytest.approx(1.0)
+    assert [stats.actions.q01[4], stats.actions.q99[4]] == pytest.approx([-2.79, 2.79])  # half of -2.74..2.84 each way
 
 
 def test_warming_up_leaves_no_trace():
