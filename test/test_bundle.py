@@ -13,9 +13,9 @@ import torch
 from checkpoint_kit import TINY, TINY05, one_line, random_weights
 
 from pi0_ros.model import flow
-from pi0_ros.model.checkpoint import CheckpointError
+from pi0_ros.model.checkpoint import CheckpointError, from_state_dict
 from pi0_ros.model.pi0 import Pi0
-from pi0_ros.policy.bundle import BundleSettings, load_bundle, save_bundle
+from pi0_ros.policy.bundle import BundleSettings, folder_of, load_bundle, save_bundle
 from pi0_ros.policy.statistics import NormStats, Stats
 from pi0_ros.robot_file import load_robot
 
@@ -122,6 +122,23 @@ def test_a_rename_that_fails_puts_the_old_folder_back(folder, monkeypatch):
     assert load_bundle(folder, verify_weights=True).digest == before
 
 
+def test_the_old_folder_is_kept_where_it_cannot_be_put_back(folder, monkeypatch):
+    import os
+
+    before, real, calls = load_bundle(folder).digest, os.rename, []
+
+    def first_alone(source, target):
+        calls.append(target)
+        if len(calls) > 1:
+            raise DiskFullError("interrupted")
+        real(source, target)
+
+    monkeypatch.setattr("pi0_ros.policy.bundle.os.rename", first_alone)
+    with pytest.raises(DiskFullError):
+        save_bundle(folder, random_weights(TINY, seed=1), SETTINGS, ROBOT, STATS)
+    assert not folder.exists() and load_bundle(calls[0], verify_weights=True).digest == before
+
+
 def test_an_existing_checkpoint_is_replaced_and_mapped_weights_of_the_old_one_live_on(folder):
     old = load_bundle(folder).weights().state_dict()
     save_bundle(folder, random_weights(TINY, seed=1), SETTINGS, ROBOT, STATS)
@@ -136,6 +153,14 @@ def test_a_folder_that_is_no_checkpoint_is_not_replaced(tmp_path):
     with pytest.raises(CheckpointError, match="is no checkpoint folder, so it is not replaced"):
         save_bundle(tmp_path / "photos", random_weights(TINY), SETTINGS, ROBOT, STATS)
     assert (tmp_path / "photos/cat.jpg").read_text() == "cat"
+    (tmp_path / "photos/config.json").write_text("{}")  # another layout has one too
+    save_bundle(tmp_path / "checkpoint", random_weights(TINY), SETTINGS, ROBOT, STATS)
+    (tmp_path / "link").symlink_to(tmp_path / "checkpoint")
+    (tmp_path / "file").write_text("a letter")
+    for name in ("photos", "link", "file"):
+        with pytest.raises(CheckpointError, match="is no checkpoint folder, so it is not replaced"):
+            save_bundle(tmp_path / name, random_weights(TINY), SETTINGS, ROBOT, STATS)
+    assert (tmp_path / "file").read_text() == "a letter" and (tmp_path / "link").is_symlink()
     (tmp_path / "empty").mkdir()
     save_bundle(tmp_path / "empty", random_weights(TINY), SETTINGS, ROBOT, STATS)
 
@@ -149,6 +174,13 @@ def test_weights_that_do_not_fit_the_settings_are_not_written(tmp_path):
         del weights["state_proj.bias"]
         save_bundle(tmp_path / "x", weights, SETTINGS, ROBOT, STATS)
     assert not (tmp_path / "x").exists()
+
+
+def test_weights_that_were_opened_for_another_model_are_not_written(tmp_path):
+    checkpoint = from_state_dict(random_weights(TINY), config=TINY)
+    other = BundleSettings(replace(TINY, action_horizon=5))
+    with pytest.raises(CheckpointError, match="is not the one that the weights were opened with"):
+        save_bundle(tmp_path / "x", checkpoint, other, ROBOT, STATS)
 
 
 def test_statistics_and_robot_must_fit_the_settings(tmp_path):
@@ -248,6 +280,37 @@ def test_a_link_out_of_the_folder_is_refused(folder):
         load_bundle(folder)
 
 
+def test_a_manifest_that_is_a_link_out_of_the_folder_is_refused(folder):
+    outside = folder.parent / "manifest.json"
+    (folder / "manifest.json").rename(outside)
+    (folder / "manifest.json").symlink_to(outside)
+    with pytest.raises(CheckpointError, match="leads outside the folder"):
+        load_bundle(folder)
+
+
+def test_bytes_after_the_weights_are_noticed_always(folder):
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match="model.safetensors: .* bytes, the manifest says .*truncated or changed"):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["robot.yaml", "norm_stats.json"])
+def test_a_robot_file_or_statistics_that_the_manifest_does_not_list_are_noticed(folder, name):
+    edit(folder / "manifest.json", lambda data: data["files"].pop(name))
+    with pytest.raises(CheckpointError, match=f"{name} not in manifest.json"):
+        load_bundle(folder)
+
+
+def test_statistics_that_do_not_fit_the_robot_are_noticed_though_the_manifest_has_them(folder):
+    NormStats(Stats([0.0], [1.0]), FIELD).save(folder / "norm_stats.json")
+    raw = (folder / "norm_stats.json").read_bytes()
+    entry = {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
+    edit(folder / "manifest.json", lambda data: data["files"].update({"norm_stats.json": entry}))
+    with pytest.raises(CheckpointError, match=f"state: statistics of 1 numbers for a robot of {JOINTS} joints"):
+        load_bundle(folder)
+
+
 def test_a_file_slipped_in_beside_the_tokenizer_is_noticed(folder):
     (folder / "tokenizer/added_tokens.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer/added_tokens.json not in manifest.json"):
@@ -275,6 +338,8 @@ def test_a_file_slipped_in_beside_the_tokenizer_is_noticed(folder):
         ("manifest.json", lambda d: d.update(files=[]), "'files' must be a mapping"),
         ("manifest.json", lambda d: d["files"].update(x={"sha256": 1, "bytes": 2}), "'files' must be a mapping"),
         ("manifest.json", lambda d: d["files"].pop("model.safetensors"), "does not list model.safetensors"),
+        ("manifest.json", lambda d: d["files"].pop("config.json"), "does not list config.json"),
+        ("manifest.json", lambda d: d["files"].update(x={"sha256": "1", "bytes": "2"}), "'files' must be a mapping"),
     ],
 )
 def test_a_config_or_manifest_of_another_form_is_one_clear_error(folder, file, change, message):
@@ -318,3 +383,10 @@ def test_a_folder_that_is_no_checkpoint_says_so(tmp_path):
     save_bundle(tmp_path / "checkpoint", random_weights(TINY), SETTINGS, None, None)
     with pytest.raises(CheckpointError, match="did you mean .*/checkpoint\\?"):
         load_bundle(tmp_path)
+
+
+def test_weights_of_ours_are_named_by_their_folder_and_no_others(folder, tmp_path):
+    (tmp_path / "openpi").mkdir()
+    (tmp_path / "openpi/model.safetensors").write_bytes(b"")
+    ours, theirs = folder / "model.safetensors", tmp_path / "openpi/model.safetensors"
+    assert (folder_of(ours), folder_of(theirs), folder_of(folder)) == (folder, theirs, folder)
