@@ -144,6 +144,17 @@ def test_grippers_are_zero_when_open_and_one_when_closed():
     assert (state[5], actions[0, 5], data["state"][5], data["actions"][0, 5]) == (1.745, -0.174, 0.0, 1.0)
 
 
+def test_each_gripper_of_a_robot_of_two_arms_is_zero_when_open_and_one_when_closed():
+    state = np.zeros(14)
+    state[[6, 13]] = 1.49, -0.62
+    group = build_transforms(BIMANUAL, None, NANO)
+    data = group.encode(state)
+    np.testing.assert_allclose(data["state"][[6, 13]], [0.0, 1.0], atol=1e-12)
+    np.testing.assert_allclose(
+        group.decode(data["state"], np.tile(data["state"], (2, 1)))[:, [6, 13]], [[1.49, -0.62]] * 2
+    )
+
+
 def test_a_robot_is_normalised_and_padded_for_the_model():
     stats = statistics(6)
     data = build_transforms(ROBOT, stats, NANO).encode(np.zeros(6), np.zeros((30, 6)))
@@ -151,6 +162,15 @@ def test_a_robot_is_normalised_and_padded_for_the_model():
     assert data["actions"].shape == (30, 32)
     assert not data["state"][6:].any()
     assert data["state"][0] == pytest.approx(-stats.state.mean[0] / (stats.state.std[0] + 1e-6))
+
+
+@pytest.mark.parametrize("preset", ["nano", "pi05"])
+@pytest.mark.parametrize(("normalisation", "expected"), [("zscore", 0.25), ("quantile", -0.5)])
+def test_the_settings_choose_the_normalisation_whatever_the_model(preset, normalisation, expected):
+    one = Stats(np.full(6, 0.5), np.full(6, 2.0), np.zeros(6), np.full(6, 4.0))
+    settings = BundleSettings(PRESETS[preset], normalisation=normalisation)
+    state = build_transforms(ROBOT, NormStats(one, one), settings).encode(np.ones(6))["state"]
+    assert state[0] == pytest.approx(expected, abs=1e-5)
 
 
 BIMANUAL = load_robot(HERE.parent / "config" / "bimanual.yaml")
@@ -163,6 +183,19 @@ VARIED = ROBOT.model_copy(
         )
     }
 )
+
+
+def test_actions_are_relative_where_the_robot_file_says_so_whatever_the_kind_of_joint():
+    state, action = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 1.361]), np.array([0.3, 0.3, 0.3, 0.3, 0.7, -0.174])
+    data = build_transforms(VARIED, None, NANO).encode(state, action[None])
+    np.testing.assert_allclose(data["actions"], [[0.2, 0.1, 0.0, -0.1, 0.7, 1.535 / 1.919]], atol=1e-12)
+    data = build_transforms(ROBOT, None, NANO).encode(state, action[None])
+    np.testing.assert_allclose(data["actions"], [[0.2, 0.1, 0.0, -0.1, 0.2, 1.0]], atol=1e-12)
+
+
+def test_whole_numbers_are_not_cut_off():
+    data = build_transforms(ROBOT, None, NANO).encode(np.array([0, 0, 0, 0, 0, 1]), np.array([[0, 0, 0, 0, 0, 1]]))
+    assert data["state"][5] == data["actions"][0, 5] == pytest.approx(0.745 / 1.919)
 
 
 @pytest.mark.parametrize("robot", [ROBOT, VARIED, BIMANUAL], ids=["so101", "varied", "bimanual"])
@@ -207,3 +240,12 @@ def test_statistics_of_32_dimensions_serve_a_smaller_robot():
 def test_a_model_of_fewer_dimensions_than_joints_is_refused():
     small = BundleSettings(dataclasses.replace(PRESETS["nano"], action_dim=4))
     assert "has 6 joints, the model 4 action dimensions" in misfit(small, ROBOT)
+    assert misfit(BundleSettings(dataclasses.replace(PRESETS["nano"], action_dim=6)), ROBOT) == ""
+
+
+def test_a_camera_that_a_robot_does_not_have_needs_no_slot_in_the_model():
+    slots = tuple(ROBOT.present_cameras)
+    missing = next(slot for slot in NANO.model.cameras if slot not in slots)
+    robot = ROBOT.model_copy(update={"cameras": {**ROBOT.cameras, missing: None}})
+    settings = BundleSettings(dataclasses.replace(PRESETS["nano"], cameras=slots))
+    assert misfit(settings, robot) == ""
