@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -555,3 +556,14 @@ def test_what_preparing_a_batch_raises_is_raised_where_the_batch_is_asked_for():
     assert [next(batches), next(batches)] == [[0], [1]]
     with pytest.raises(ValueError, match="step 2 is bad"):
         next(batches)
+
+
+def test_batches_are_those_of_the_steps_that_a_run_still_has_before_it():
+    assert list(prefetch(lambda step: [step], 3, 6)) == [[3], [4], [5]]
+
+
+def test_no_thread_is_left_of_a_run_that_ends_early():
+    batches = prefetch(lambda step: [step], 0, 100)
+    assert next(batches) == [0]
+    batches.close()
+    assert "batches" not in {thread.name for thread in threading.enumerate()}
