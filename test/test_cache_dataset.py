@@ -116,6 +116,16 @@ def test_a_batch_is_encoded_as_the_policy_will_encode_it(units, prompt_format):
         )
 
 
+def test_each_sample_of_a_batch_keeps_the_cameras_that_it_has(units):
+    robot, settings = kit.robot(), BundleSettings(PRESETS["nano"])
+    group = build_transforms(robot, limit_statistics(robot, settings), settings)
+    dataset, encoder = Dataset(units, horizon=4), PromptEncoder(ByteTokenizer(), "pi0", 60)
+    masks = np.array([[True, False, False], [True, True, False], [False, True, False]])
+    mixed = SimpleNamespace(sample=lambda i: dataset.sample(i) | {"image_masks": masks[i]})
+    batch = collate(mixed, np.array([2, 0, 1]), group, encoder)
+    assert batch.observation.image_masks.tolist() == [[False, True], [True, False], [True, True]]
+
+
 def test_blocks_hold_the_same_chunks_as_samples(units):
     dataset = Dataset(units, horizon=6)
     blocks = [np.concatenate(parts) for parts in zip(*dataset.chunks(), strict=True)]
