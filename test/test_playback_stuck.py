@@ -390,6 +390,7 @@ TO_AND_FRO = {"ahead": lambda t: 0.2 * np.sin(5 * t), "commanded": lambda t: 0.0
         (TO_AND_FRO | {"arm": False}, False),
         (TO_AND_FRO | {"commanded": lambda t: 0.049 * np.sin(5 * t)}, False),  # not far enough to be sure
         (TO_AND_FRO | {"commanded": lambda t: 0.06 * np.sin(5 * t) * (t > 1.1)}, False),  # only now
+        (TO_AND_FRO | {"commanded": lambda t: 0.06 * np.sin(5 * t) * (t > 1.1), "until": 3.0}, True),
         (TO_AND_FRO | {"commanded": lambda t: 0.06 * np.sin(5 * t) * (t < 0.9)}, False),  # then it waits
         (TO_AND_FRO | {"measured": lambda t: 0.007 * np.sin(5 * t)}, False),
         (TO_AND_FRO | {"measured": lambda t: 0.005 * np.sin(5 * t)}, True),  # what it shakes by
@@ -408,11 +409,17 @@ TO_AND_FRO = {"ahead": lambda t: 0.2 * np.sin(5 * t), "commanded": lambda t: 0.0
         ({"commanded": lambda t: 0.1 + 0.05 * np.sin(20 * t)}, True),  # and one that goes on and back
         ({"ahead": lambda t: 0.09 if 0.4 < t < 0.5 else 0.2}, False),  # it was at its goal for a moment
         ({"commanded": lambda t: 0.05 * t}, False),  # 0.025 from its command on average
+        ({"commanded": lambda t: 0.04 * np.sin(20 * t)}, False),  # 0.026, however far the command went
+        ({"commanded": lambda t: 0.09 if t < 1 else 0.04 * np.sin(20 * t), "until": 2.0}, False),  # each second alone
+        ({"ahead": lambda t: 0.12}, True),
+        ({"commanded": lambda t: 0.055 * np.sin(20 * t)}, True),  # 0.035
         ({"commanded": lambda t: 0.07 * t}, True),
         ({"measured": lambda t: 0.02 * t}, True),
         ({"measured": lambda t: 0.04 * t}, False),  # a quarter of the way that is left
         ({"measured": lambda t: 0.019 * t, "commanded": lambda t: 0.05 + 0.08 * t}, True),
         ({"measured": lambda t: 0.021 * t, "commanded": lambda t: 0.05 + 0.08 * t}, False),  # more than a quarter
+        ({"measured": lambda t: 0.03 * t, "commanded": lambda t: 0.3 * t}, True),
+        ({"measured": lambda t: 0.04 * t, "commanded": lambda t: 0.3 * t}, False),  # a quarter of what is left, no less
         ({"commanded": lambda t: 0.05 + 0.059 * t}, False),  # friction may hold it back
         ({"commanded": lambda t: 0.2 + 0.04 * np.sin(20 * t)}, False),  # it holds a load, or presses
         ({"commanded": lambda t: 0.16 - 0.07 * t}, True),  # led on again
